@@ -1,0 +1,20 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The Reformer for Transformers. Importing this package registers its classes with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_reformer_hf import ReformerHfConfig
+from .modeling_reformer_hf import ReformerHfForCausalLM, ReformerHfModel, ReformerHfPreTrainedModel
+
+__version__ = "0.1.0"
+
+AutoConfig.register(ReformerHfConfig.model_type, ReformerHfConfig)
+AutoModel.register(ReformerHfConfig, ReformerHfModel)
+AutoModelForCausalLM.register(ReformerHfConfig, ReformerHfForCausalLM)
+
+__all__ = [
+    "ReformerHfConfig",
+    "ReformerHfForCausalLM",
+    "ReformerHfModel",
+    "ReformerHfPreTrainedModel",
+]

@@ -1,0 +1,56 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Position embeddings: axial ones of any number of axes (Kitaev et al. 2020, section 4), and plain learned ones."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from .configuration_reformer_hf import ReformerHfConfig
+
+
+class AxialPositionEmbeddings(nn.Module):
+    """
+    One table an axis; a position's embedding is the concatenation of what its coordinates select.
+
+    Coordinates are the digits of the position in mixed radix, the last axis the fastest. Weights have the in-tree
+    shapes: axis `a` of `n` holds `[1, …, axial_pos_shape[a], …, 1, axial_pos_embds_dim[a]]`.
+    """
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.axes = tuple(config.axial_pos_shape)
+        self.dropout = config.hidden_dropout_prob
+        self.weights = nn.ParameterList()
+        for axis, dim in enumerate(config.axial_pos_embds_dim):
+            shape = [1] * len(self.axes)
+            shape[axis] = self.axes[axis]
+            self.weights.append(nn.Parameter(torch.ones(*shape, dim)))
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Embeddings `[B, L, E]` of positions `[B, L]`, each below the product of the axes."""
+        coordinates = []
+        rest = position_ids
+        for size in reversed(self.axes):
+            coordinates.insert(0, rest % size)
+            rest = rest.div(size, rounding_mode="floor")
+        tables = [weight.reshape(size, -1) for weight, size in zip(self.weights, self.axes, strict=True)]
+        embeddings = torch.cat([table[index] for table, index in zip(tables, coordinates, strict=True)], dim=-1)
+        if not (self.training and self.dropout):
+            return embeddings
+        # Positions that share their last coordinate are dropped together, as by dropout2d in-tree.
+        kept = embeddings.new_ones((position_ids.shape[0], self.axes[-1]))
+        kept = dropout(kept, self.dropout).gather(1, coordinates[-1])
+        return embeddings * kept[..., None]
+
+
+class PositionEmbeddings(nn.Module):
+    """One learned vector for each position."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Embeddings `[B, L, E]` of positions `[B, L]`."""
+        return dropout(self.embedding(position_ids), self.dropout, training=self.training)

@@ -1,0 +1,39 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The position-wise feed-forward, with the parameter names of the in-tree model."""
+
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from transformers.activations import ACT2FN
+
+from .configuration_reformer_hf import ReformerHfConfig
+from .stream_norm import StreamLayerNorm
+
+
+class _Dense(nn.Module):
+    """Holds one linear layer under the name `dense`."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dense(hidden_states)
+
+
+class ReformerHfFeedForward(nn.Module):
+    """Layer norm, widen, activate, narrow."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.chunk_size = config.chunk_size_feed_forward
+        self.dropout = config.hidden_dropout_prob
+        self.activation = ACT2FN[config.hidden_act]
+        self.layer_norm = StreamLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dense = _Dense(config.hidden_size, config.feed_forward_size)
+        self.output = _Dense(config.feed_forward_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The branch of the second stream, `[B, L, E]`; what is computed at a time is up to the caller."""
+        hidden_states = self.dense(self.layer_norm(hidden_states))
+        hidden_states = self.activation(dropout(hidden_states, self.dropout, training=self.training))
+        return dropout(self.output(hidden_states), self.dropout, training=self.training)

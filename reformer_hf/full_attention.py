@@ -1,0 +1,71 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Full shared query-key attention: what LSH attention approximates, at O(L²)."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .shared_query_key import SharedQueryKeyAttention
+
+
+class FullSelfAttention(SharedQueryKeyAttention):
+    """Attention of each position to all others; to itself only where there is no other."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        padding: Tensor | None = None,
+        num_hashes: int | None = None,
+        memo: dict[str, Tensor] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """As `LSHSelfAttention.forward`, in one round whose window is all positions; `num_hashes` and `memo` mean
+        nothing here."""
+        query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states))
+        if self.config.is_decoder and padding is None:
+            out = _causal_attention(query, key, value, self.dropout)
+        else:
+            out = _masked_attention(query, key, value, self._visible(query, padding), self.dropout)
+        weights = self._weights(query, key, padding) if output_attentions else None
+        return out.transpose(1, 2).flatten(2), weights
+
+    def _visible(self, query: Tensor, padding: Tensor | None) -> Tensor:
+        """Who sees whom, `[B or 1, 1, L, L]`."""
+        length = query.shape[2]
+        visible = ~torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
+        if self.config.is_decoder:
+            visible = visible.tril()
+        return visible if padding is None else visible & ~padding[:, None, None, :]
+
+    def _weights(self, query: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights and positions `[B, H, 1, L, L]`, without gradient."""
+        with torch.no_grad():
+            visible = _or_itself(self._visible(query, padding))
+            scores = torch.matmul(query, key.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
+            weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+            positions = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
+            positions = torch.where(visible, positions, -1).expand(weights.shape)
+        return weights[:, :, None], positions[:, :, None]
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Queries 1, 2, … over keys 0, 1, …: causal attention without the diagonal. The first position is its own value."""
+    first = value[:, :, :1]
+    if query.shape[2] == 1:
+        return first
+    query, key, later = query[:, :, 1:], key[:, :, :-1], value[:, :, :-1]
+    out = scaled_dot_product_attention(query, key, later, dropout_p=dropout, is_causal=True, scale=1.0)
+    return torch.cat([first, out], dim=2)
+
+
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float) -> Tensor:
+    mask = _or_itself(visible)
+    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
+    # Not left to the softmax over one key, which dropout would drop.
+    return torch.where(visible.any(-1, keepdim=True), out, value)
+
+
+def _or_itself(visible: Tensor) -> Tensor:
+    """A position that sees no other one sees itself."""
+    itself = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
+    return visible | (itself & ~visible.any(-1, keepdim=True))

@@ -1,0 +1,111 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Locality-sensitive hashing: which bucket a vector falls into, and positions sorted by bucket.
+
+Shapes: B batch, L length, H heads, D head size, R hash rounds, N buckets. Pure functions, no global state is touched.
+"""
+
+import torch
+from torch import Tensor
+
+# Elements of the projections that exist at a time, so that no intermediate grows with length times buckets.
+_HASH_SLAB_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+
+
+def bucket_factors(
+    num_buckets: int | list[int] | None, length: int, chunk_length: int, max_position_embeddings: int
+) -> list[int]:
+    """
+    Factors of the number of buckets for an input of `length` positions.
+
+    A given `num_buckets` is returned as a list. `None` takes the in-tree formula: the power of two at or below
+    `2 * length / chunk_length`, in two factors where that is many; at least two buckets.
+    """
+    if num_buckets is not None:
+        return [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
+    power = max((2 * (length // chunk_length)).bit_length() - 1, 1)
+    unfactorised_limit = 2 * max(int((max_position_embeddings // chunk_length) ** 0.5), chunk_length)
+    if 2**power <= unfactorised_limit:
+        return [2**power]
+    return [2 ** (power // 2), 2 ** (power - power // 2)]
+
+
+def random_rotations(seed: int, num_heads: int, head_size: int, num_hashes: int, factors: list[int]) -> Tensor:
+    """
+    Random projections `[H, D, R, sum(factors) / 2]` in fp32 on the CPU, drawn from a generator of their own.
+
+    Equal to what the in-tree model draws after `torch.manual_seed(seed)`.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn((num_heads, head_size, num_hashes, sum(factors) // 2), generator=generator)
+
+
+def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int]) -> Tensor:
+    """
+    Buckets `[B, H, R, L]` (int32) of vectors under random rotations, `argmax([xR; -xR])` (Andoni et al. 2015).
+
+    With several factors the bucket is the number whose mixed-radix digits are the buckets of the parts, the first
+    factor's the lowest. Computed in fp32 at least, outside autocast and without gradient.
+    """
+    batch_size, length, num_heads, head_size = vectors_BLHD.shape
+    num_hashes = rotations_HDRN.shape[2]
+    device = vectors_BLHD.device
+    buckets_BHRL = torch.zeros((batch_size, num_heads, num_hashes, length), dtype=torch.int32, device=device)
+    if factors == [1]:
+        return buckets_BHRL
+    dtype = torch.promote_types(vectors_BLHD.dtype, torch.float32)
+    parts_HDRN = rotations_HDRN.to(device, dtype).split([factor // 2 for factor in factors], dim=-1)
+    slab_elements = _HASH_SLAB_ELEMENTS.get(device.type, _HASH_SLAB_ELEMENTS["cuda"])
+    step = max(slab_elements // (num_heads * num_hashes * max(factors)), 1)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for start in range(0, length, step):
+            # A copy of the slab only: [B, H, step, D].
+            slab = vectors_BLHD[:, start : start + step].transpose(1, 2).to(dtype).contiguous()
+            buckets = buckets_BHRL[..., start : start + step]
+            stride = 1
+            for factor, part_HDRN in zip(factors, parts_HDRN, strict=True):
+                projected = torch.matmul(slab, part_HDRN.flatten(2)).unflatten(-1, (num_hashes, factor // 2))
+                digit_BHLR = _argmax_of_both_signs(projected)
+                buckets += stride * digit_BHLR.transpose(2, 3)
+                stride *= factor
+    return buckets_BHRL
+
+
+def _argmax_of_both_signs(projected: Tensor) -> Tensor:
+    """`argmax([x; -x])` over the last axis, without building the concatenation."""
+    largest, argmax = projected.max(dim=-1)
+    smallest, argmin = projected.min(dim=-1)
+    return torch.where(largest >= -smallest, argmax, argmin + projected.shape[-1]).int()
+
+
+def sort_by_bucket(buckets_BHRL: Tensor, padding_BL: Tensor | None = None) -> Tensor:
+    """
+    Positions of each round in the order of (bucket, position), padding in an extra last bucket.
+
+    Args:
+        buckets_BHRL: Buckets, integers.
+        padding_BL: True where there is padding.
+
+    Returns:
+        `[B, H, R, L]` int32, all that attention needs of the hashing: the position, or its complement `~position`
+        where a bucket begins. `unpack_order` takes the two apart.
+    """
+    if padding_BL is not None:
+        buckets_BHRL = buckets_BHRL.masked_fill(padding_BL[:, None, None, :], torch.iinfo(torch.int32).max)
+    sorted_buckets, order = torch.sort(buckets_BHRL, dim=-1, stable=True)
+    order = order.int()
+    starts = torch.ones_like(order, dtype=torch.bool)
+    torch.ne(sorted_buckets[..., 1:], sorted_buckets[..., :-1], out=starts[..., 1:])
+    return torch.where(starts, ~order, order)
+
+
+def unpack_order(order: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (int32) and whether a bucket begins there (bool), from what `sort_by_bucket` returned."""
+    starts = order < 0
+    return torch.where(starts, ~order, order), starts
+
+
+def invert_order(positions: Tensor) -> Tensor:
+    """Place of each position in a sorted order, along the last axis: `inverse[positions[s]] = s`."""
+    places = torch.arange(positions.shape[-1], dtype=positions.dtype, device=positions.device)
+    return torch.empty_like(positions).scatter_(-1, positions.long(), places.expand_as(positions))

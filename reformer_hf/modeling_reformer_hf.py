@@ -1,0 +1,477 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The Reformer (Kitaev, Kaiser, Levskaya 2020, arXiv 2001.04451) as Transformers models.
+
+    embeddings → x1 = x2 → layers, y1 = x1 + Attention(x2), y2 = x2 + FeedForward(y1) → LayerNorm([y1; y2]) → head
+
+Parameter names are those of the in-tree model, so that its checkpoints load as they are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .axial_embeddings import AxialPositionEmbeddings, PositionEmbeddings
+from .chunked import apply_chunked
+from .configuration_reformer_hf import ReformerHfConfig
+from .feed_forward import ReformerHfFeedForward
+from .full_attention import FullSelfAttention
+from .local_attention import LocalSelfAttention
+from .lsh_attention import LSHSelfAttention
+from .reversible import Branch, Tape, reversible_layer
+from .stream_norm import StreamLayerNorm
+
+SELF_ATTENTIONS = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "full": FullSelfAttention}
+
+
+@dataclass
+class ReformerHfModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`[B, L, 2 * hidden_size]`): Both streams side by side, normalised.
+        hidden_states (*optional*): The second stream `[B, L, hidden_size]` before each layer and after the last.
+        attentions (*optional*): For each layer, the attention weights `[B, H, R, L, W]` by round and place in the
+            query's window, before dropout. They sum to 1 over R and W, and carry no gradient.
+        attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys that the weights
+            are for, -1 where there is none.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfCausalLMOutput(ModelOutput):
+    """
+    Args:
+        loss (*optional*): Cross entropy of the next token, if there were labels.
+        logits (`[B, L, vocab_size]`): Scores of the next token.
+        hidden_states, attentions, attention_positions (*optional*): As in `ReformerHfModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+class ReformerHfEmbeddings(nn.Module):
+    """Sum of word and position embeddings."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        positions = AxialPositionEmbeddings if config.axial_pos_embds else PositionEmbeddings
+        self.position_embeddings = positions(config)
+
+    def forward(self, input_ids: Tensor | None, position_ids: Tensor, inputs_embeds: Tensor | None) -> Tensor:
+        """`[B, L, E]`, in fp32 at least: the streams of the reversible stack start here."""
+        embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = dropout(embeds, self.dropout, training=self.training)
+        embeds = embeds + self.position_embeddings(position_ids)
+        return embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+
+
+class ReformerHfSelfOutput(nn.Module):
+    """Project the heads back to the stream."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        all_head_size = config.num_attention_heads * config.attention_head_size
+        self.dense = nn.Linear(all_head_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return dropout(self.dense(hidden_states), self.dropout, training=self.training)
+
+
+class ReformerHfAttention(nn.Module):
+    """Layer norm, attention of the layer's type, output projection."""
+
+    def __init__(self, config: ReformerHfConfig, layer_idx: int):
+        super().__init__()
+        self.layer_norm = StreamLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attention = SELF_ATTENTIONS[config.attn_layers[layer_idx]](config)
+        self.output = ReformerHfSelfOutput(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        padding: Tensor | None = None,
+        num_hashes: int | None = None,
+        memo: dict[str, Tensor] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The branch of the first stream, and attention weights; see `LSHSelfAttention.forward`."""
+        hidden_states, attentions = self.self_attention(
+            self.layer_norm(hidden_states), padding, num_hashes, memo, output_attentions
+        )
+        return self.output(hidden_states), attentions
+
+
+class ReformerHfLayer(nn.Module):
+    """One pair of residual branches, reversible where gradients are wanted and the config says so."""
+
+    def __init__(self, config: ReformerHfConfig, layer_idx: int):
+        super().__init__()
+        self.attention = ReformerHfAttention(config, layer_idx)
+        self.feed_forward = ReformerHfFeedForward(config)
+
+    def forward(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        padding: Tensor | None = None,
+        num_hashes: int | None = None,
+        tape: Tape | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """
+        Args:
+            x1, x2: The streams `[B, L, E]`.
+            padding: `[B, L]`, True where there is padding.
+            num_hashes: Rounds, instead of the config's.
+            tape: Shared by the layers of a reversible stack; `None` computes plainly.
+            output_attentions: Whether to return the attention weights too.
+
+        Returns:
+            The streams after the layer, and attention weights with positions or `None`.
+        """
+        attention_parameters = [p for p in self.attention.parameters() if p.requires_grad]
+        feed_forward_parameters = [p for p in self.feed_forward.parameters() if p.requires_grad]
+        needs_grad = torch.is_grad_enabled() and bool(
+            x1.requires_grad or x2.requires_grad or attention_parameters or feed_forward_parameters
+        )
+        if tape is None or not needs_grad:
+            added, attentions = self.attention(x2, padding, num_hashes, output_attentions=output_attentions)
+            y1 = x1 + added
+            added = apply_chunked(self.feed_forward, y1, self.feed_forward.chunk_size, feed_forward_parameters)
+            return y1, x2 + added, attentions
+
+        memo: dict[str, Tensor] = {}
+        weights: list[tuple[Tensor, Tensor] | None] = []
+
+        def attend(hidden_states: Tensor) -> Tensor:
+            # Called again in the backward pass, where nobody asks for weights.
+            added, attentions = self.attention(hidden_states, padding, num_hashes, memo, output_attentions and not weights)
+            if not weights:
+                weights.append(attentions)
+            return added
+
+        y1, y2 = reversible_layer(
+            x1,
+            x2,
+            Branch(attend, attention_parameters, draws=self.training),
+            Branch(
+                self.feed_forward, feed_forward_parameters, self.feed_forward.chunk_size, draws=self.training
+            ),
+            tape,
+        )
+        return y1, y2, weights[0]
+
+
+class ReformerHfEncoder(nn.Module):
+    """The stack of layers and the norm over both streams."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.reversible = config.reversible
+        self.dropout = config.hidden_dropout_prob
+        self.layers = nn.ModuleList(ReformerHfLayer(config, i) for i in range(len(config.attn_layers)))
+        self.layer_norm = StreamLayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        padding: Tensor | None = None,
+        num_hashes: int | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ReformerHfModelOutput:
+        x1 = x2 = hidden_states
+        tape = Tape() if self.reversible else None
+        all_hidden_states, all_attentions = [x2], []
+        for layer in self.layers:
+            x1, x2, attentions = layer(x1, x2, padding, num_hashes, tape, output_attentions)
+            if output_hidden_states:
+                all_hidden_states.append(x2)
+            all_attentions.append(attentions)
+        hidden_states = self.layer_norm(torch.cat([x1, x2], dim=-1))
+        return ReformerHfModelOutput(
+            last_hidden_state=dropout(hidden_states, self.dropout, training=self.training),
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(weights for weights, _ in all_attentions) if output_attentions else None,
+            attention_positions=tuple(positions for _, positions in all_attentions) if output_attentions else None,
+        )
+
+
+class ReformerHfLMHead(nn.Module):
+    """Scores of tokens. Its bias goes by two names: `bias`, in in-tree checkpoints, is `decoder.bias`."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.chunk_size = config.chunk_size_lm_head
+        self.tied = config.tie_word_embeddings
+        in_features = config.hidden_size if self.tied else 2 * config.hidden_size
+        self.decoder = nn.Linear(in_features, config.vocab_size)
+        self.bias = self.decoder.bias
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Logits of hidden states `[B, L, 2 * hidden_size]`, in chunks of positions."""
+        if self.tied:
+            # Word embeddings are as wide as one stream.
+            hidden_states = hidden_states.unflatten(-1, (2, -1)).mean(-2)
+        return apply_chunked(self.decoder, hidden_states, self.chunk_size, list(self.decoder.parameters()))
+
+
+class ReformerHfPreTrainedModel(PreTrainedModel):
+    """What all models share: initialisation, and what they do not support."""
+
+    config_class = ReformerHfConfig
+    config: ReformerHfConfig
+    base_model_prefix = "reformer"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["ReformerHfEmbeddings", "ReformerHfLayer"]
+    _supports_context_parallel = False
+    # What a saved folder says of the classes in the files that are shipped with it.
+    _auto_map = {
+        "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
+        "AutoModel": "modeling_reformer_hf.ReformerHfModel",
+        "AutoModelForCausalLM": "modeling_reformer_hf.ReformerHfForCausalLM",
+    }
+
+    def __init__(self, config: ReformerHfConfig, *args, **kwargs):
+        # Fields may have been set since the config was made.
+        config.validate_reformer()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, AxialPositionEmbeddings):
+            for weight in module.weights:
+                initialization.normal_(weight, std=self.config.axial_norm_std)
+
+    def gradient_checkpointing_enable(self, *args, **kwargs):
+        """Refused: reversible layers keep no activations that a checkpoint could save."""
+        raise ValueError(
+            "`gradient_checkpointing` is True, but reversible layers recompute activations already, in memory that "
+            "does not grow with depth: leave it False. For less memory yet set `chunk_size_feed_forward` and "
+            "`chunk_size_lm_head`."
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in Transformers, with the code of the model beside the weights for `trust_remote_code=True`."""
+        self.config.auto_map = dict(self._auto_map)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class ReformerHfModel(ReformerHfPreTrainedModel):
+    """Embeddings and the reversible stack."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__(config)
+        self.embeddings = ReformerHfEmbeddings(config)
+        self.encoder = ReformerHfEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> ReformerHfModelOutput:
+        """
+        Args:
+            input_ids (`[B, L]`, *optional*): Token ids, L from 1 to `max_position_embeddings`.
+            attention_mask (`[B, L]`, *optional*): 1 for tokens, 0 for padding, on any side.
+            position_ids (`[B, L]`, *optional*): Positions; by default tokens are counted from 0, without padding.
+            inputs_embeds (`[B, L, E]`, *optional*): Word embeddings instead of `input_ids`.
+            num_hashes (`int`, *optional*): Hash rounds for this call, instead of the config's.
+            output_hidden_states, output_attentions (`bool`, *optional*): What to return besides; for its form see
+                `ReformerHfModelOutput`.
+
+        Raises:
+            ValueError: If an input does not fit the config or another one.
+        """
+        inputs = _check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes)
+        padding = None
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(inputs.device, torch.bool)
+            # Padding that is not there costs nothing; what is compiled may not look.
+            if torch.compiler.is_compiling() or not attention_mask.all():
+                padding = ~attention_mask
+        if position_ids is None:
+            if padding is None:
+                position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None].expand(inputs.shape[:2])
+            else:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self.encoder(
+            self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
+            padding,
+            num_hashes,
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            self.config.output_attentions if output_attentions is None else output_attentions,
+        )
+
+
+class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
+    """A causal Reformer that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "reformer.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: ReformerHfConfig):
+        if not config.is_decoder:
+            raise ValueError(
+                "`is_decoder` is False, but a causal language model needs causal attention: set `is_decoder=True`."
+            )
+        super().__init__(config)
+        self.reformer = ReformerHfModel(config)
+        self.lm_head = ReformerHfLMHead(config)
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Besides what Transformers ties: the two names of the head's bias, always."""
+        keys = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
+        return keys if all_submodels else {**keys, "lm_head.decoder.bias": "lm_head.bias"}
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.lm_head.decoder = new_embeddings
+        self.lm_head.bias = new_embeddings.bias
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_hashes: int | None = None,
+        labels: Tensor | None = None,
+        past_key_values: object | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> ReformerHfCausalLMOutput:
+        """
+        Args:
+            labels (`[B, L]`, *optional*): The tokens, -100 where no loss is wanted; shifted inside.
+            past_key_values, use_cache: There is no decoding state yet: generation computes each prefix anew.
+            logits_to_keep (`int` or `Tensor`, defaults to 0): Compute the logits of so many last positions, or of
+                these positions; 0 means all.
+            **kwargs: What the loss takes, such as `num_items_in_batch` and `shift_labels`.
+
+        The other arguments, and what is raised, are those of `ReformerHfModel.forward`.
+        """
+        if past_key_values is not None:
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}, but this model keeps no decoding state: pass "
+                "the whole sequence and `past_key_values=None`."
+            )
+        outputs = self.reformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            num_hashes=num_hashes,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return ReformerHfCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attention_positions=outputs.attention_positions,
+        )
+
+
+def _check_inputs(
+    config: ReformerHfConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    num_hashes: int | None,
+) -> Tensor:
+    """Whichever of `input_ids` and `inputs_embeds` is given, after all inputs were found to fit."""
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"Give one of `input_ids` and `inputs_embeds`, not {given}.")
+    if input_ids is not None and input_ids.dim() != 2:
+        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}, but must be [B, L].")
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size):
+        raise ValueError(
+            f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, but must be [B, L, {config.hidden_size}] "
+            "(`hidden_size`)."
+        )
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    shape = tuple(inputs.shape[:2])
+    if not 1 <= shape[1] <= config.max_position_embeddings:
+        raise ValueError(
+            f"The input is {shape[1]} tokens long, but this model takes 1 to {config.max_position_embeddings} "
+            "(`max_position_embeddings`): cut the input, or train a model with more positions."
+        )
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be {shape}, one entry for each token."
+        )
+    if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
+        raise ValueError(f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {shape} or {(1, shape[1])}.")
+    if num_hashes is not None and num_hashes < 1:
+        raise ValueError(f"`num_hashes` is {num_hashes}, but must be at least 1; leave it None for the config's.")
+    # Looking at values would break what is compiled or exported.
+    if not torch.compiler.is_compiling():
+        _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
+        _check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
+    return inputs
+
+
+def _check_range(name: str, ids: Tensor | None, limit: int, field: str):
+    if ids is None or ids.numel() == 0:
+        return
+    smallest, largest = (int(x) for x in torch.aminmax(ids))
+    if smallest < 0 or largest >= limit:
+        wrong = smallest if smallest < 0 else largest
+        raise ValueError(
+            f"`{name}` holds {wrong}, but ids of this model lie in [0, {limit - 1}] (`{field}` is {limit}): use the "
+            "tokenizer that belongs to the model, or enlarge it (`resize_token_embeddings` for tokens)."
+        )
+
+
+ReformerHfConfig.register_for_auto_class()
+ReformerHfModel.register_for_auto_class("AutoModel")
+ReformerHfForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["ReformerHfForCausalLM", "ReformerHfModel", "ReformerHfPreTrainedModel"]

@@ -1,0 +1,106 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Dense O(L²) oracles: the definitions, written to be read. For tests and benchmarks only.
+
+Who sees whom is a matrix of counts N[i, j], how often query i meets key j in all rounds. Attention is then
+out_i = Σ_j N[i, j] exp(q_i · k_j) v_j / Σ_j N[i, j] exp(q_i · k_j).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .chunk_attention import AttentionPattern
+
+
+def key_counts(pattern: AttentionPattern, buckets: Sequence[Sequence[int]], padding: Sequence[bool]) -> Tensor:
+    """
+    How often each query meets each key, `[L, L]`, for one head of one sequence.
+
+    Args:
+        pattern: Which keys a query sees in a round.
+        buckets: For each round, the bucket of every position.
+        padding: Whether a position is padding.
+    """
+    length = len(padding)
+    counts = torch.zeros(length, length, dtype=torch.float64)
+    # The places of all rounds, one after the other: the position there, or None where the last chunk is not full.
+    orders = [sorted(range(length), key=lambda i, r=r: (padding[i], buckets[r][i], i)) for r in range(len(buckets))]
+    slots_of_round = -(-(pattern.ring_length or length) // pattern.chunk_length) * pattern.chunk_length
+    rounds = [order + [None] * (slots_of_round - length) for order in orders]
+    ring = [position for order in rounds for position in order]
+    for r, order in enumerate(rounds):
+        for slot, query in enumerate(order):
+            if query is None:
+                continue
+            for key in _looked_at(pattern, slot, order, r * slots_of_round, ring):
+                if key is None or padding[key]:
+                    continue
+                if pattern.causal and key > query:
+                    continue
+                if key == query and not pattern.sees_itself:
+                    continue
+                if (pattern.same_bucket or pattern.window) and buckets[r][key] != buckets[r][query]:
+                    continue
+                counts[query, key] += 1
+        if pattern.each_key_once:
+            counts.clamp_(max=1)
+    return counts
+
+
+def _looked_at(pattern: AttentionPattern, slot: int, order: list, first_slot: int, ring: list) -> list:
+    """What stands in the places that the query at `slot` looks at."""
+    chunk_length = pattern.chunk_length
+    if pattern.window:
+        behind, ahead = chunk_length * pattern.chunks_before, chunk_length * pattern.chunks_after
+        return order[max(slot - behind, 0) : slot + ahead + 1]
+    first_chunk = slot // chunk_length - pattern.chunks_before
+    last_chunk = slot // chunk_length + pattern.chunks_after
+    places = range(first_chunk * chunk_length, (last_chunk + 1) * chunk_length)
+    if pattern.ring_length is not None:
+        return [ring[(first_slot + place) % len(ring)] for place in places]
+    return [order[place] for place in places if 0 <= place < len(order)]
+
+
+def dense_attention(
+    query_BLHD: Tensor,
+    key_BLHD: Tensor,
+    value_BLHE: Tensor,
+    counts_BHLL: Tensor,
+    own_value: bool,
+    kept_counts_BHLL: Tensor | None = None,
+) -> Tensor:
+    """
+    One softmax over the keys that each query meets, as often as it meets them.
+
+    Args:
+        counts_BHLL: N of the module's docstring.
+        own_value: Whether a query that meets no key takes its own value, not zero.
+        kept_counts_BHLL: With dropout, the counts of what is kept, each divided by the rate of keeping.
+    """
+    scores = torch.einsum("bihd,bjhd->bhij", query_BLHD, key_BLHD)
+    counts = counts_BHLL.to(scores)
+    alone = counts.sum(-1) == 0
+    scores = scores.masked_fill(counts == 0, -torch.inf).masked_fill(alone[..., None], 0.0)
+    # Counts enter as factors, so that a count is what it says and no logarithm of zero is met.
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach())
+    total = (counts * weights).sum(-1, keepdim=True).masked_fill(alone[..., None], 1.0)
+    kept = counts if kept_counts_BHLL is None else kept_counts_BHLL.to(scores)
+    out = torch.einsum("bhij,bjhe->bihe", kept * weights / total, value_BLHE)
+    return torch.where(alone.transpose(1, 2)[..., None], value_BLHE, out) if own_value else out
+
+
+def full_attention_counts(causal: bool, padding_BL: Tensor) -> Tensor:
+    """Counts `[B, 1, L, L]` of exact attention that leaves out a position itself."""
+    length = padding_BL.shape[1]
+    seen = ~torch.eye(length, dtype=torch.bool)
+    if causal:
+        seen = seen.tril()
+    return (seen & ~padding_BL[:, None, None, :].cpu()).double()
+
+
+def normalized_keys(query_BLHD: Tensor) -> Tensor:
+    """Keys of shared query-key attention: queries at unit length, scaled by 1/√D (in-tree epsilon)."""
+    mean_square = query_BLHD.pow(2).mean(-1, keepdim=True)
+    return query_BLHD / torch.sqrt(mean_square + 1e-6) / query_BLHD.shape[-1] ** 0.5

@@ -1,0 +1,48 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Capture and replay of the state that a recomputation must share with the computation: generators and autocast."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+def draw_seed() -> int:
+    """One draw from torch's global CPU generator, to seed a generator of one's own."""
+    return int(torch.randint(2**62, ()))
+
+
+class ReplayState:
+    """
+    Generator states of the CPU and of `device`, and the autocast settings, as they are when this object is made.
+
+    Args:
+        device: The device on which the computation to be replayed runs.
+        generators: Whether the computation draws random numbers. Otherwise the generator states are left out.
+    """
+
+    def __init__(self, device: torch.device, generators: bool = True):
+        self._cpu_state = torch.get_rng_state() if generators else None
+        self._device_state = None
+        if generators and device.type != "cpu":
+            self._device_state = torch.get_device_module(device).get_rng_state(device)
+        self._device = device
+        self._autocasts = [
+            (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+            for device_type in dict.fromkeys(("cpu", device.type))
+            if torch.amp.is_autocast_available(device_type)
+        ]
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Run the body under the captured state, then put the present one back."""
+        with ExitStack() as stack:
+            if self._cpu_state is not None:
+                devices = [] if self._device_state is None else [self._device]
+                stack.enter_context(torch.random.fork_rng(devices, device_type=self._device.type))
+                torch.set_rng_state(self._cpu_state)
+                if self._device_state is not None:
+                    torch.get_device_module(self._device).set_rng_state(self._device_state, self._device)
+            for device_type, enabled, dtype in self._autocasts:
+                stack.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype))
+            yield
