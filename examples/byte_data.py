@@ -1,0 +1,194 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Reading text as one stream of byte tokens: from a file, a folder, a Hub data set or the Python standard library."""
+
+import logging
+import os
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from reformer_hf.tokenization_reformer_hf import FIRST_BYTE_ID, LAST_BYTE_ID, SPECIAL_TOKEN_IDS
+
+logger = logging.getLogger(__name__)
+
+PAD_ID, END_ID = SPECIAL_TOKEN_IDS["<pad>"], SPECIAL_TOKEN_IDS["</s>"]
+
+# Tests would be 60 % of the standard library and are no example of ordinary code.
+_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
+
+
+@dataclass
+class Corpus:
+    """
+    Two streams of token ids (`int16`, the ids of `ReformerHfByteTokenizer`).
+
+    `held_out` starts with one token of context, the last of `train`, so that each of its further tokens is predicted
+    from at least one before it and no byte of the held-out text goes uncounted.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    description: str
+    held_out_description: str
+    dataset_id: str | None = None
+
+    @property
+    def num_train_bytes(self) -> int:
+        """Bytes of the training text, separators left out."""
+        return count_bytes(self.train)
+
+    @property
+    def num_held_out_bytes(self) -> int:
+        """Bytes of the held-out text, separators and the token of context left out."""
+        return count_bytes(self.held_out[1:])
+
+
+def count_bytes(ids: np.ndarray) -> int:
+    """How many of `ids` stand for a byte, not for a special token."""
+    return int(((ids >= FIRST_BYTE_ID) & (ids <= LAST_BYTE_ID)).sum())
+
+
+def load_corpus(
+    data: str | None = None,
+    dataset_config: str | None = None,
+    text_column: str = "text",
+    validation_fraction: float = 0.05,
+    max_bytes: int | None = None,
+) -> Corpus:
+    """
+    Read `data` and split it: the last `validation_fraction` of the stream is held out.
+
+    Args:
+        data (`str`, *optional*): A file (any bytes), a folder (every UTF-8 file below it, in order of path), or the
+            name of a data set on the Hub. `None` reads the standard library's own source files.
+        dataset_config (`str`, *optional*), text_column (`str`): Configuration and column of a Hub data set. Its
+            `validation` split, where it has one, is held out in place of a fraction of `train`.
+        validation_fraction (`float`): Share of the stream that is held out, in (0, 1).
+        max_bytes (`int`, *optional*): Stop reading after so many bytes.
+
+    Raises:
+        `ValueError`: where there is no such data, no text in it, or an argument out of range.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"`validation_fraction` is {validation_fraction}, but must lie between 0 and 1.")
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"`max_bytes` is {max_bytes}, but must be at least 1; leave it out to read everything.")
+    limit = f" (the first {max_bytes:,} bytes)" if max_bytes else ""
+    if data is None:
+        documents = _read_files(Path(sysconfig.get_paths()["stdlib"]), suffix=".py")
+        description = f"the source files of the Python {platform.python_version()} standard library"
+    elif Path(data).is_dir():
+        documents = _read_files(Path(data))
+        description = f"the text files of the folder `{Path(data).resolve().name}`"
+    elif Path(data).is_file():
+        documents = iter([Path(data).read_bytes()])
+        description = f"the file `{Path(data).name}`"
+    else:
+        return _load_hub(data, dataset_config, text_column, validation_fraction, max_bytes)
+    return _split(encode(documents, max_bytes), validation_fraction, description + limit, source=data or description)
+
+
+def encode(documents: Iterable[bytes], max_bytes: int | None = None) -> np.ndarray:
+    """Token ids of all documents in one `int16` array, `</s>` between them, cut after `max_bytes` bytes."""
+    pieces: list[np.ndarray] = []
+    room = max_bytes
+    for document in documents:
+        if room is not None and room <= 0:
+            break
+        if not document:
+            continue
+        if pieces:
+            pieces.append(np.array([END_ID], dtype=np.int16))
+        pieces.append(np.frombuffer(document[:room], dtype=np.uint8).astype(np.int16) + FIRST_BYTE_ID)
+        if room is not None:
+            room -= len(document)
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int16)
+
+
+def cut(stream: np.ndarray, length: int, keep_tail: bool) -> datasets.Dataset:
+    """
+    Sequences of `length` tokens as a data set of one column, `input_ids`.
+
+    Each begins with the last token of the one before, so that, given the usual shift of labels, every token of the
+    stream but the first is predicted exactly once. The shorter sequence at the end is padded, or dropped.
+    """
+    step = length - 1
+    num_targets = len(stream) - 1
+    num_sequences = -(-num_targets // step) if keep_tail else num_targets // step
+    padded = np.full(num_sequences * step + 1, PAD_ID, dtype=np.int16)
+    padded[: len(stream)] = stream[: len(padded)]
+    sequences = np.lib.stride_tricks.sliding_window_view(padded, length)[::step]
+    return datasets.Dataset.from_dict({"input_ids": np.ascontiguousarray(sequences)}).with_format("torch")
+
+
+def _read_files(root: Path, suffix: str = "") -> Iterator[bytes]:
+    """Contents of the UTF-8 files below `root` whose names end with `suffix`, hidden ones and tests left out."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("."))
+        for path in (Path(folder, name) for name in sorted(names)):
+            if path.name.startswith(".") or not path.name.endswith(suffix) or not path.is_file():
+                continue
+            content = path.read_bytes()
+            if _is_text(content):
+                yield content
+            else:
+                logger.info("Skipping %s, which is not UTF-8 text.", path)
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        return "\0" not in content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+
+
+def _split(stream: np.ndarray, validation_fraction: float, description: str, source: str, **kwargs) -> Corpus:
+    if len(stream) < 3:
+        raise ValueError(
+            f"The data {source!r} hold {len(stream)} bytes of text: too few to train on and to hold out. Give a "
+            "non-empty text file, a folder with UTF-8 text files, or the name of a data set."
+        )
+    border = min(max(len(stream) - round(len(stream) * validation_fraction), 2), len(stream) - 1)
+    held_out_description = f"the last {validation_fraction:.1%} of the stream"
+    return Corpus(stream[:border], stream[border - 1 :], description, held_out_description, **kwargs)
+
+
+def _load_hub(
+    name: str, dataset_config: str | None, text_column: str, validation_fraction: float, max_bytes: int | None
+) -> Corpus:
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in {".txt", ".md", ".py", ".json"}:
+        raise ValueError(f"The data {name!r} do not exist: give a text file, a folder, or the name of a data set.")
+    try:
+        splits = datasets.load_dataset(name, dataset_config)
+    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(
+            f"The data {name!r} are neither a file nor a folder, and could not be loaded as a data set of the Hub: "
+            f"{error}"
+        ) from error
+    if "train" not in splits:
+        raise ValueError(f"The data set {name!r} has no split `train`, only {sorted(splits)}.")
+    if text_column not in splits["train"].column_names:
+        raise ValueError(
+            f"The data set {name!r} has no column {text_column!r}: set `text_column` to one of "
+            f"{splits['train'].column_names}."
+        )
+
+    def stream_of(split: str) -> np.ndarray:
+        return encode((text.encode("utf-8") for text in splits[split][text_column]), max_bytes)
+
+    description = f"the data set `{name}`" + (f", configuration `{dataset_config}`" if dataset_config else "")
+    if max_bytes:
+        description += f" (the first {max_bytes:,} bytes of a split)"
+    train = stream_of("train")
+    if "validation" not in splits:
+        return _split(train, validation_fraction, description, source=name, dataset_id=name)
+    context = np.array([END_ID], dtype=np.int16)
+    held_out = np.concatenate([context, stream_of("validation")])
+    if len(train) < 2 or len(held_out) < 2:
+        raise ValueError(f"The data set {name!r} holds no text in column {text_column!r}.")
+    return Corpus(train, held_out, description, "the split `validation`", dataset_id=name)

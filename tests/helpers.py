@@ -1,0 +1,50 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""What tests share: closeness relative to the size of the reference, and small configurations."""
+
+import torch
+from torch import Tensor
+
+from reformer_hf import ReformerHfConfig
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of `expected`. Where that is zero, only zeros are close."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    difference = (actual.double() - expected.double()).square().mean().sqrt().item()
+    size = expected.double().square().mean().sqrt().item()
+    return difference / size if size else float("inf") if difference else 0.0
+
+
+def assert_close(actual: Tensor, expected: Tensor, limit: float, name: str = "output") -> None:
+    """Fail, naming the tensor, where the relative root mean square difference is above `limit`, or not a number."""
+    error = relative_rms(actual, expected)
+    assert error <= limit, f"{name}: relative RMS difference {error:.3g} > {limit:.3g}"
+
+
+def tiny_config(**fields) -> ReformerHfConfig:
+    """A causal model of three kinds of layers that runs in milliseconds."""
+    defaults = {
+        "attn_layers": ["local", "lsh", "full"],
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "attention_head_size": 16,
+        "feed_forward_size": 48,
+        "vocab_size": 60,
+        "max_position_embeddings": 256,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_hashes": 2,
+        "num_buckets": 8,
+        "is_decoder": True,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+        "lsh_attention_probs_dropout_prob": 0.0,
+    }
+    return ReformerHfConfig(**{**defaults, **fields})
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradients of all parameters, by name; each must have one."""
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing, f"without gradient: {missing}"
+    return {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,0 +1,128 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Axial position embeddings against the in-tree ones and their definition, and what dropout drops."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import ReformerConfig
+from transformers.models.reformer.modeling_reformer import AxialPositionEmbeddings as InTreeAxialPositionEmbeddings
+
+from reformer_hf.axial_embeddings import AxialPositionEmbeddings, PositionEmbeddings
+
+from .helpers import assert_close, tiny_config
+
+SHAPES = {1: ((60,), (32,)), 2: ((6, 10), (8, 24)), 3: ((3, 4, 5), (8, 12, 12))}
+
+
+def _embeddings(axes, **fields):
+    shape, dims = SHAPES[axes]
+    config = tiny_config(
+        axial_pos_shape=shape, axial_pos_embds_dim=dims, max_position_embeddings=math.prod(shape), **fields
+    )
+    embeddings = AxialPositionEmbeddings(config)
+    torch.manual_seed(0)
+    for weight in embeddings.weights:
+        torch.nn.init.normal_(weight)
+    return embeddings
+
+
+def _definition(embeddings, position):
+    """Coordinates are the place of the position in the list of all of them, the last axis the fastest."""
+    coordinates = list(itertools.product(*(range(size) for size in embeddings.axes)))[position]
+    tables = [weight.reshape(-1, weight.shape[-1]) for weight in embeddings.weights]
+    return torch.cat([table[i] for table, i in zip(tables, coordinates, strict=True)])
+
+
+def _in_tree(embeddings):
+    shape, dims = SHAPES[2]
+    config = ReformerConfig(
+        axial_pos_shape=shape, axial_pos_embds_dim=dims, hidden_size=32, hidden_dropout_prob=0.0, attn_layers=["local"]
+    )
+    in_tree = InTreeAxialPositionEmbeddings(config)
+    in_tree.load_state_dict(embeddings.state_dict())
+    return in_tree
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("length", [1, 2, 9, 10, 11, 37, 60])
+def test_equals_in_tree(length, training):
+    embeddings = _embeddings(2)
+    # In training, in-tree takes the product of the axes for a length only; without dropout it computes the same.
+    in_tree = _in_tree(embeddings).train(training and length == 60)
+    position_ids = torch.arange(length).expand(2, length)
+    found, expected = embeddings.train(training)(position_ids), in_tree(position_ids)
+    assert torch.equal(found, expected)
+    torch.manual_seed(1)
+    weight = torch.randn_like(found)
+    grads, expected_grads = (
+        torch.autograd.grad((out * weight).sum(), list(module.parameters()))
+        for out, module in ((found, embeddings), (expected, in_tree))
+    )
+    for (name, _), grad, expected_grad in zip(embeddings.named_parameters(), grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, 1e-6, name)
+
+
+def test_equals_in_tree_at_any_positions():
+    embeddings = _embeddings(2).eval()
+    position_ids = torch.tensor([[59, 0, 0, 13], [1, 2, 50, 49]])
+    assert torch.equal(embeddings(position_ids), _in_tree(embeddings).eval()(position_ids))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_equals_definition(axes):
+    embeddings = _embeddings(axes)
+    expected = torch.stack([_definition(embeddings, position) for position in range(60)])
+    assert torch.equal(embeddings(torch.arange(60)[None])[0], expected)
+    shuffled = torch.randperm(60).view(2, 30)
+    assert torch.equal(embeddings(shuffled), expected[shuffled])
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_positions_differ(axes):
+    rows = _embeddings(axes)(torch.arange(60)[None])[0]
+    assert torch.unique(rows, dim=0).shape[0] == 60
+
+
+@pytest.mark.parametrize("length", [1, 23, 60])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_dropout_drops_positions_with_one_last_coordinate_together(axes, length):
+    embeddings = _embeddings(axes, hidden_dropout_prob=0.4)
+    position_ids = torch.arange(length).expand(64, length)
+    whole = embeddings.eval()(position_ids)
+    torch.manual_seed(0)
+    found = embeddings.train()(position_ids)
+    dropped = (found == 0).all(-1)
+    assert_close(found[~dropped], whole[~dropped] / 0.6, 1e-6)
+    last = position_ids[0] % embeddings.axes[-1]
+    for coordinate in last.unique():
+        column = dropped[:, last == coordinate]
+        assert torch.equal(column.any(-1), column.all(-1))
+    by_coordinate = dropped[:, : embeddings.axes[-1]]
+    assert abs(by_coordinate.float().mean() - 0.4) < 0.15
+    # Rows of a batch draw for themselves.
+    assert by_coordinate.any()
+    assert not by_coordinate.all()
+
+
+def test_dropout_takes_part_in_the_gradient():
+    embeddings = _embeddings(2, hidden_dropout_prob=0.4).train()
+    torch.manual_seed(0)
+    out = embeddings(torch.arange(60)[None])
+    kept = (out != 0).any(-1)[0]
+    out.sum().backward()
+    per_column = kept.view(6, 10)[0] * 6 / 0.6
+    assert_close(embeddings.weights[1].grad[0], per_column[:, None].expand(10, 24), 1e-6)
+
+
+def test_learned_positions():
+    torch.manual_seed(0)
+    embeddings = PositionEmbeddings(tiny_config(axial_pos_embds=False, hidden_dropout_prob=0.5))
+    position_ids = torch.tensor([[3, 0, 255]])
+    expected = embeddings.embedding.weight[position_ids]
+    assert torch.equal(embeddings.eval()(position_ids), expected)
+    found = embeddings.train()(position_ids)
+    kept = found != 0
+    assert 0 < kept.sum() < kept.numel()
+    assert_close(found[kept], 2 * expected[kept], 1e-6)

@@ -1,0 +1,499 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Chunk attention against the dense definition: outputs, every gradient, masks, weights, limits and exact cases."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reformer_hf import chunk_attention as op
+from reformer_hf.chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
+from reformer_hf.hashing import hash_vectors, random_rotations, sort_by_bucket
+from reformer_hf.reference import dense_attention, full_attention_counts, key_counts
+
+from .helpers import assert_close, relative_rms
+
+C = 8
+KINDS = ["bucket", "across", "window", "local", "local-sorted", "ring", "ring-far", "ring-local"]
+
+
+def _pattern(kind, causal, once=False, chunk_length=C, length=0):
+    """The pattern of one kind of layer."""
+    fields = {"causal": causal, "each_key_once": once, "chunks_after": 0 if causal else 1}
+    if kind.startswith("ring"):
+        # Longer by some chunks than it need be, as where the chunk length of another layer is.
+        fields["ring_length"] = math.ceil(length / (2 * chunk_length)) * 2 * chunk_length
+        fields["sees_itself"] = kind == "ring-local"
+        if kind == "ring-far":
+            fields["chunks_before"] = 5
+    elif kind == "window":
+        fields |= {"window": True, "chunks_before": 2}
+    elif kind == "bucket":
+        fields["same_bucket"] = True
+    elif kind.startswith("local"):
+        fields |= {"sees_itself": True, "chunks_before": 2}
+    return AttentionPattern(chunk_length, **fields)
+
+
+def _padding(batch_size, length, side):
+    if side is None:
+        return None
+    padding = torch.zeros(batch_size, length, dtype=torch.bool)
+    for b in range(batch_size):
+        count = (3 * b + 1) % length
+        if side == "left":
+            padding[b, :count] = True
+        elif side == "right":
+            padding[b, length - count :] = True
+        elif side == "middle":
+            padding[b, length // 3 : length // 3 + count] = True
+    if side == "whole-row":
+        padding[-1] = True
+    return padding
+
+
+@dataclass
+class _Case:
+    """Inputs of the op, and what the oracle needs."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pattern: AttentionPattern
+    order: torch.Tensor | None
+    padding: torch.Tensor | None
+    counts: torch.Tensor
+    dropout: float = 0.0
+
+    @property
+    def real(self):
+        """Where outputs mean something, `[B, L, 1, 1]`."""
+        if self.padding is None:
+            return torch.ones(*self.query.shape[:2], 1, 1, dtype=torch.bool)
+        return ~self.padding[..., None, None]
+
+    @property
+    def has_no_choice(self):
+        """Whether no query sees two keys, so that all weights are 1 whatever queries and keys are."""
+        return bool((self.counts.count_nonzero(dim=-1) <= 1).all())
+
+    def op(self, dtype=torch.float64):
+        """Output and gradients of the op."""
+        return self._with_gradients(
+            lambda q, k, v: chunk_attention(q, k, v, self.pattern, self.order, self.padding, self.dropout, 7), dtype
+        )
+
+    def oracle(self):
+        """Output and gradients of the definition in fp64, under the same dropout."""
+        kept = self._kept_counts()
+        own_value = not self.pattern.sees_itself
+        return self._with_gradients(
+            lambda q, k, v: dense_attention(q, k, v, self.counts, own_value, kept), torch.float64
+        )
+
+    def _kept_counts(self):
+        """What dropout keeps: queries of zero give equal weights, and one-hot values tell which of them are left."""
+        if not self.dropout:
+            return None
+        batch_size, length, num_heads, _ = self.query.shape
+        zeros = torch.zeros_like(self.query, dtype=torch.float64)
+        one_hot = torch.eye(length, dtype=torch.float64)[None, :, None].expand(batch_size, length, num_heads, length)
+        weights = chunk_attention(zeros, zeros, one_hot, self.pattern, self.order, self.padding, self.dropout, 7)
+        return weights.transpose(1, 2) * self.counts.sum(-1, keepdim=True)
+
+    def _with_gradients(self, function, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (self.query, self.key, self.value)]
+        out = function(*inputs)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        grads = torch.autograd.grad((out * (weight * self.real).to(dtype)).sum(), inputs)
+        names = ("output", "grad of query", "grad of key", "grad of value")
+        return dict(zip(names, (out.detach() * self.real, *grads), strict=True))
+
+
+@lru_cache(maxsize=64)
+def _case(kind, causal, once=False, shape=(2, 37, 2, 8, 5, 2), side=None, dropout=0.0, chunk_length=C, factors=(4, 2)):
+    """Random inputs `shape = (B, L, H, D, E, R)` that hash into buckets, and how often each query meets each key."""
+    batch_size, length, num_heads, head_size, value_size, num_hashes = shape
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (
+        torch.randn(batch_size, length, num_heads, size, generator=generator, dtype=torch.float32).double()
+        for size in (head_size, head_size, value_size)
+    )
+    pattern = _pattern(kind, causal, once, chunk_length, length)
+    padding = _padding(batch_size, length, side)
+    flags = torch.zeros(batch_size, length, dtype=torch.bool) if padding is None else padding
+    local = "local" in kind
+    if local:
+        buckets = torch.zeros(batch_size, num_heads, 1, length, dtype=torch.int32)
+        order = sort_by_bucket(buckets[:, :1], padding) if kind == "local-sorted" else None
+    else:
+        rotations = random_rotations(0, num_heads, head_size, num_hashes, list(factors))
+        buckets = hash_vectors(query, rotations, list(factors))
+        order = sort_by_bucket(buckets, padding)
+
+    def counts(b, h):
+        if local and order is None:
+            # Padding keeps its place in the order of positions.
+            return key_counts(pattern, buckets[b, h].tolist(), [False] * length) * ~flags[b]
+        return key_counts(pattern, buckets[b, h].tolist(), flags[b].tolist())
+
+    heads = range(1 if local else num_heads)
+    all_counts = torch.stack([torch.stack([counts(b, h) for h in heads]) for b in range(batch_size)])
+    all_counts = all_counts.expand(-1, num_heads, -1, -1)
+    return _Case(query, key, value, pattern, order, padding, all_counts, dropout)
+
+
+def _assert_equals_oracle(case, limit=1e-10, dtype=torch.float64):
+    expected = case.oracle()
+    for name, found in case.op(dtype).items():
+        if name in ("grad of query", "grad of key") and case.has_no_choice:
+            # Zero, up to the rounding of what cancels.
+            assert found.norm() <= limit * expected["grad of value"].norm(), name
+        else:
+            assert_close(found, expected[name], limit, name)
+
+
+def _shape_id(shape):
+    return "B{}-L{}-H{}-D{}-E{}-R{}".format(*shape)
+
+
+SHAPES = [
+    (1, 1, 2, 4, 4, 2),
+    (2, 2, 1, 4, 3, 1),
+    (3, 7, 2, 4, 6, 4),
+    (2, 63, 2, 8, 5, 2),
+    (3, 101, 1, 8, 8, 1),
+    (1, 257, 2, 8, 3, 2),
+]
+ONCE = ["bucket", "across", "window"]
+WITH_COUNTING = [(kind, once) for kind in KINDS for once in ((False, True) if kind in ONCE else (False,))]
+each_counting = pytest.mark.parametrize(
+    ("kind", "once"), WITH_COUNTING, ids=[f"{kind}{'-once' if once else ''}" for kind, once in WITH_COUNTING]
+)
+each_direction = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=_shape_id)
+@each_direction
+@each_counting
+def test_equals_oracle(kind, once, causal, shape):
+    _assert_equals_oracle(_case(kind, causal, once, shape))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("side", ["left", "right", "middle", "whole-row"])
+@each_direction
+@each_counting
+def test_equals_oracle_with_padding(kind, once, causal, side, dropout):
+    _assert_equals_oracle(_case(kind, causal, once, (3, 37, 2, 8, 5, 2), side, dropout))
+
+
+@each_direction
+@each_counting
+def test_equals_oracle_with_dropout(kind, once, causal):
+    case = _case(kind, causal, once, (2, 101, 2, 8, 5, 2), None, 0.3)
+    _assert_equals_oracle(case)
+    whole = replace(case, dropout=0.0).op()["output"]
+    assert relative_rms(case.op()["output"], whole) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 1000, 2, 16, 8, 4), (1, 1023, 4, 8, 8, 2)], ids=_shape_id)
+@each_direction
+@each_counting
+def test_equals_oracle_long(kind, once, causal, shape):
+    case = _case.__wrapped__(kind, causal, once, shape, "middle", 0.3, chunk_length=16, factors=(8, 8))
+    _assert_equals_oracle(case)
+
+
+@pytest.mark.parametrize("side", [None, "middle"], ids=["whole", "middle"])
+@each_direction
+@each_counting
+def test_fp32_equals_oracle(kind, once, causal, side):
+    _assert_equals_oracle(_case(kind, causal, once, (2, 101, 2, 8, 5, 2), side), 1e-5, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", [None, "whole-row"], ids=["whole", "whole-row"])
+@each_direction
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_near_and_finite(kind, causal, side, dtype):
+    case = _case(kind, causal, False, (2, 37, 2, 8, 5, 2), side)
+    expected = case.oracle()
+    for name, found in case.op(dtype).items():
+        assert found.dtype == dtype
+        assert found.isfinite().all(), name
+        assert_close(found, expected[name], 0.02, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_rows_hold_no_nan(kind, dtype):
+    """What stands there means nothing, but a NaN would spread through what is multiplied by zero."""
+    case = _case(kind, True, False, (2, 37, 2, 8, 5, 2), "whole-row")
+    inputs = [x.to(dtype).requires_grad_() for x in (case.query, case.key, case.value)]
+    out = chunk_attention(*inputs, case.pattern, case.order, case.padding)
+    assert out.isfinite().all()
+    for grad in torch.autograd.grad(out.sum(), inputs):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+def test_large_scores_do_not_overflow(sign):
+    case = _case("bucket", False, False)
+    # Whole numbers, whose products are exact: the softmax is a maximum then, with ties.
+    key = case.key.round().abs() + 1
+    query = sign * 4096 * (case.query.round().abs() + 1)
+    # Rounds meet through their logsumexp, as exact as fp32 is at its size.
+    largest = torch.einsum("bihd,bjhd->bhij", query, key).abs().max().item()
+    limit = torch.finfo(torch.float32).eps * largest
+    assert limit < 0.1
+    _assert_equals_oracle(replace(case, query=query, key=key, dropout=0.3), limit, torch.float32)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 30], ids=["one-chunk", "some-chunks", "some-heads"])
+@pytest.mark.parametrize("side", [None, "left"], ids=["whole", "left"])
+@each_direction
+@each_counting
+def test_small_slabs_equal_one_slab(monkeypatch, kind, once, causal, side, chunks):
+    case = _case(kind, causal, once, (3, 101, 2, 8, 5, 2), side)
+    expected = case.op()
+    monkeypatch.setitem(op._SLAB_SCORES, "cpu", chunks * C * case.pattern.window_length)
+    for name, found in case.op().items():
+        assert_close(found, expected[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 30], ids=["one-chunk", "some-chunks", "some-heads"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_slabs_replay_dropout(monkeypatch, kind, chunks):
+    case = _case(kind, True, False, (3, 101, 2, 8, 5, 2), "left", 0.3)
+    monkeypatch.setitem(op._SLAB_SCORES, "cpu", chunks * C * case.pattern.window_length)
+    _assert_equals_oracle(case)
+
+
+@pytest.mark.parametrize("slab", [None, 1], ids=["one-slab", "slabs"])
+@pytest.mark.parametrize("num_hashes", [1, 3], ids=["R1", "R3"])
+@pytest.mark.parametrize("once", [False, True], ids=["counted", "once"])
+@pytest.mark.parametrize("side", [None, "left", "whole-row"], ids=["whole", "left", "whole-row"])
+@each_direction
+@pytest.mark.parametrize("length", [1, 2, 29, 32])
+def test_one_bucket_and_a_wide_window_is_full_attention(monkeypatch, length, causal, side, once, num_hashes, slab):
+    if slab:
+        monkeypatch.setitem(op._SLAB_SCORES, "cpu", slab)
+    case = _case("across", causal, False, (2, length, 2, 8, 5, 1), side)
+    chunks = math.ceil(length / C)
+    pattern = AttentionPattern(C, chunks, 0 if causal else chunks, causal, window=True, each_key_once=once)
+    buckets = torch.zeros(2, 2, num_hashes, length, dtype=torch.int32)
+    padding = torch.zeros(2, length, dtype=torch.bool) if case.padding is None else case.padding
+    case = replace(
+        case,
+        pattern=pattern,
+        order=sort_by_bucket(buckets, case.padding),
+        counts=full_attention_counts(causal, padding).expand(-1, 2, -1, -1),
+    )
+    _assert_equals_oracle(case)
+
+
+@each_direction
+def test_many_rounds_approach_full_attention(causal):
+    """Each key once: every pair meets in some round at last, and then the result is exact."""
+    length = 23
+    full = full_attention_counts(causal, torch.zeros(2, length, dtype=torch.bool)).expand(-1, 2, -1, -1)
+    errors = {}
+    for num_hashes in (1, 2, 4, 64):
+        case = _case("bucket", causal, True, (2, length, 2, 8, 5, num_hashes), chunk_length=24, factors=(2,))
+        exact = replace(case, counts=full).oracle()
+        errors[num_hashes] = max(relative_rms(found, exact[name]) for name, found in case.op().items())
+    assert torch.equal(case.counts, full)
+    assert errors[1] > errors[2] > errors[4] > 0.1
+    assert errors[64] <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["", "dropout"])
+@pytest.mark.parametrize("num_hashes", [1, 2], ids=["R1", "R2"])
+@pytest.mark.parametrize("kind", ["bucket", "window"])
+def test_a_position_without_a_key_is_its_own_value(kind, num_hashes, dropout, dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 37, 2, 8).to(dtype).requires_grad_() for _ in range(3))
+    # A bucket of its own for each.
+    buckets = torch.arange(37, dtype=torch.int32).flip(0).expand(2, 2, num_hashes, 37).contiguous()
+    out = chunk_attention(query, key, value, _pattern(kind, False), sort_by_bucket(buckets), None, dropout, 1)
+    assert torch.equal(out, value)
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weight).sum(), [query, key, value])
+    assert not grads[0].any()
+    assert not grads[1].any()
+    assert torch.equal(grads[2], weight)
+
+
+def test_a_position_with_a_key_in_a_later_round_only_leaves_its_own_value_out():
+    value = torch.randn(1, 2, 1, 4)
+    buckets = torch.tensor([[[[0, 1], [0, 0]]]], dtype=torch.int32)
+    query = torch.randn(1, 2, 1, 4)
+    out = chunk_attention(query, query, value, _pattern("bucket", False), sort_by_bucket(buckets))
+    assert_close(out, value.flip(1), 1e-6)
+
+
+def test_the_first_position_of_a_causal_sequence_is_its_own_value():
+    case = _case("across", True)
+    assert torch.equal(case.op()["output"][:, 0], case.value[:, 0])
+
+
+@pytest.mark.parametrize("side", [None, "left", "middle"], ids=["whole", "left", "middle"])
+@each_direction
+@each_counting
+def test_weights(kind, once, causal, side):
+    case = _case(kind, causal, once, (3, 37, 2, 8, 5, 2), side)
+    weights, positions = chunk_attention_weights(case.query, case.key, case.pattern, case.order, case.padding)
+    num_hashes = 1 if case.order is None else case.order.shape[2]
+    assert weights.shape == positions.shape == (3, 2, num_hashes, 37, case.pattern.window_length)
+    assert positions.dtype == torch.int32
+    assert torch.equal(weights > 0, positions >= 0)
+    real = case.real[..., 0].transpose(1, 2).expand(-1, 2, -1)
+    sums = weights.sum((2, 4))
+    lone = case.counts.sum(-1) == 0
+    if case.pattern.sees_itself:
+        real = real & ~lone
+    assert_close(sums[real], torch.ones_like(sums[real]), 1e-12, "sum of weights")
+    dense = _by_key(weights, positions)
+    out = torch.einsum("bhij,bjhe->bihe", dense, case.value)
+    assert_close(out * case.real, case.op()["output"], 1e-12, "output of weights")
+    expected = case.counts if case.pattern.sees_itself else case.counts + torch.eye(37) * lone[..., None]
+    assert torch.equal(_by_key((positions >= 0).double(), positions)[real], expected[real])
+
+
+def _by_key(weights, positions):
+    """Sum of `weights` `[B, H, R, L, W]` by the position of the key, `[B, H, L, L]`."""
+    batch_size, num_heads, num_hashes, length, window = weights.shape
+    flat = positions.transpose(2, 3).flatten(3).long()
+    out = torch.zeros(batch_size, num_heads, length, length + 1, dtype=weights.dtype)
+    out.scatter_add_(-1, torch.where(flat < 0, length, flat), weights.transpose(2, 3).flatten(3))
+    return out[..., :length]
+
+
+@st.composite
+def _random_pattern(draw):
+    length = draw(st.integers(1, 14))
+    num_hashes = draw(st.integers(1, 3))
+    chunk_length = draw(st.integers(1, 5))
+    kind = draw(st.sampled_from(["bucket", "across", "window", "ring"]))
+    padded = math.ceil(length / chunk_length) * chunk_length
+    pattern = AttentionPattern(
+        chunk_length=chunk_length,
+        chunks_before=draw(st.integers(0, 3)),
+        chunks_after=draw(st.integers(0, 2)),
+        causal=draw(st.booleans()),
+        sees_itself=draw(st.booleans()),
+        same_bucket=kind == "bucket",
+        window=kind == "window",
+        each_key_once=kind != "ring" and draw(st.booleans()),
+        ring_length=padded + chunk_length * draw(st.integers(0, 2)) if kind == "ring" else None,
+    )
+    rows = [draw(st.lists(st.integers(0, 3), min_size=length, max_size=length)) for _ in range(num_hashes)]
+    padding = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    slab = draw(st.sampled_from([1 << 19, 1]))
+    return pattern, rows, padding, slab
+
+
+@settings(deadline=None, max_examples=300)
+@given(_random_pattern())
+def test_a_query_sees_exactly_the_keys_of_the_definition(drawn):
+    pattern, buckets, padding, slab = drawn
+    length = len(padding)
+    order = sort_by_bucket(torch.tensor(buckets, dtype=torch.int32)[None, None], torch.tensor([padding]))
+    query = torch.zeros(1, length, 1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(op._SLAB_SCORES, "cpu", slab)
+        _, positions = chunk_attention_weights(query, query, pattern, order, torch.tensor([padding]))
+    seen = _by_key((positions >= 0).double(), positions)[0, 0]
+    expected = key_counts(pattern, buckets, padding)
+    if not pattern.sees_itself:
+        expected += torch.diag((expected.sum(-1) == 0).double())
+    real = ~torch.tensor(padding)
+    assert torch.equal(seen[real], expected[real])
+
+
+_scores = st.lists(st.sampled_from([-math.inf, -50.0, -1.0, 0.0, 0.5, 3.0, 60.0, 800.0]), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(_scores, min_size=2, max_size=4))
+def test_merging_rounds_is_one_softmax_over_all(rounds):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.tensor([row], dtype=torch.float64) for row in rounds]
+    values = [torch.randn(row.shape[1], 3, generator=generator, dtype=torch.float64) for row in scores]
+
+    def softmax(scores, values):
+        weights = scores.softmax(-1).nan_to_num(0.0)
+        return weights @ values, scores.logsumexp(-1)
+
+    out, lse = softmax(scores[0], values[0])
+    for other in zip(scores[1:], values[1:], strict=True):
+        out, lse = op._merge(out, lse, *softmax(*other))
+    expected_out, expected_lse = softmax(torch.cat(scores, -1), torch.cat(values))
+    assert_close(out, expected_out, 1e-12)
+    if expected_lse.isinf():
+        assert torch.equal(lse, expected_lse)
+    else:
+        # An error of a logsumexp is a relative one of the weights.
+        assert (lse - expected_lse).abs() <= 1e-12 * expected_lse.abs().clamp(min=1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("kind", ["bucket", "window", "local", "ring"])
+def test_gradcheck(kind, dropout):
+    case = _case(kind, False, False, (1, 9, 1, 3, 2, 2), "left", dropout, chunk_length=2)
+
+    def function(query, key, value):
+        return chunk_attention(query, key, value, case.pattern, case.order, case.padding, dropout, 7)
+
+    inputs = [x.clone().requires_grad_() for x in (case.query, case.key, case.value)]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_inputs_need_not_be_contiguous():
+    case = _case("bucket", False)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (case.query, case.key, case.value)]
+    expected = case.op()
+    for name, found in replace(case, query=strided[0], key=strided[1], value=strided[2]).op().items():
+        assert_close(found, expected[name], 1e-14, name)
+
+
+def test_dropout_follows_its_seed_and_leaves_the_global_generator():
+    case = _case("bucket", False)
+    inputs = (case.query, case.key, case.value, case.pattern, case.order, None, 0.3)
+    before = torch.get_rng_state()
+    first, again, other = (chunk_attention(*inputs, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert relative_rms(other, first) > 0.1
+
+
+def test_autocast_changes_nothing():
+    case = _case("bucket", False)
+    expected = case.op(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.op(torch.float32)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("kind", ["bucket", "across", "window", "local", "ring"])
+def test_nothing_of_the_size_of_the_scores_is_saved(kind, dropout):
+    chunk_length = 64
+    case = _case(kind, True, False, (2, 257, 2, 8, 5, 2), "left", dropout, chunk_length)
+    inputs = [x.float().requires_grad_() for x in (case.query, case.key, case.value)]
+    out = chunk_attention(*inputs, case.pattern, case.order, case.padding, dropout, 7)
+    saved = [tensor for tensor in out.grad_fn.saved_tensors if tensor is not None]
+    rows = 2 * 257 * 2
+    assert max(tensor.numel() for tensor in saved) <= rows * 8
+    # Queries and keys, values and output, logsumexp, the order of two rounds, padding.
+    assert sum(tensor.numel() for tensor in saved) <= rows * (2 * 8 + 2 * 5 + 1 + 2 + 1) + 1
+    assert {tensor.dtype for tensor in saved} <= {torch.float32, torch.int32, torch.bool}
+    assert not [name for name, x in vars(out.grad_fn).items() if isinstance(x, torch.Tensor)]

@@ -1,0 +1,329 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The configuration: defaults, derived fields, what is refused and how, round trips, and in-tree files."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, ReformerConfig
+
+from reformer_hf import ReformerHfConfig, ReformerHfModel
+
+from .helpers import tiny_config
+
+IN_TREE_BEHAVIOUR = {
+    "lsh_pattern": "chunk",
+    "lsh_across_buckets": True,
+    "lsh_count_duplicates": True,
+    "wrap_chunks": True,
+}
+
+
+def test_defaults():
+    config = ReformerHfConfig()
+    assert config.model_type == "reformer_hf"
+    assert config.vocab_size == 260
+    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 1, 258)
+    assert config.attn_layers == ("local", "lsh") * 3
+    assert config.num_hidden_layers == 6
+    assert (config.num_attention_heads, config.attention_head_size) == (4, 64)
+    assert config.axial_pos_shape == (64, 64)
+    assert config.axial_pos_embds_dim == (64, 192)
+    assert config.lsh_pattern == "window"
+    assert config.reversible
+    assert not (config.is_decoder or config.lsh_across_buckets or config.wrap_chunks or config.tie_word_embeddings)
+    assert config.num_buckets is None
+    assert config.hash_seed is None
+
+
+def test_the_number_of_layers_follows_the_layers():
+    config = ReformerHfConfig(attn_layers=["full", "lsh"], num_hidden_layers=17)
+    assert config.num_hidden_layers == 2
+    assert config.attn_layers == ("full", "lsh")
+
+
+def test_no_head_size_divides_the_width():
+    assert ReformerHfConfig(hidden_size=96, num_attention_heads=6, attention_head_size=None).attention_head_size == 16
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 1 << 20))
+def test_derived_axes_hold_every_position_and_are_balanced(length):
+    rows, columns = ReformerHfConfig(max_position_embeddings=length).axial_pos_shape
+    assert rows * columns >= length
+    assert (rows - 1) * columns < length
+    assert columns & (columns - 1) == 0
+    assert rows <= columns <= 2 * math.isqrt(4 * length)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden_size", "dims"),
+    [((64, 64), 256, (64, 192)), ((4096,), 256, (256,)), ((16, 16, 16), 256, (86, 85, 85)), ((64, 64), 30, (7, 23))],
+)
+def test_derived_axial_widths(shape, hidden_size, dims):
+    config = ReformerHfConfig(axial_pos_shape=shape, hidden_size=hidden_size)
+    assert config.axial_pos_embds_dim == dims
+
+
+def test_three_axes_may_hold_more_than_is_needed():
+    config = ReformerHfConfig(axial_pos_shape=[17, 17, 17], axial_pos_embds_dim=[100, 100, 56])
+    assert config.axial_pos_shape == (17, 17, 17)
+
+
+def test_axes_are_not_looked_at_without_axial_embeddings():
+    ReformerHfConfig(axial_pos_embds=False, axial_pos_shape=(2, 2), axial_pos_embds_dim=(1, 1))
+
+
+BAD_FIELDS = [
+    # Fields, and what the message must say: the field, its value, and what to do.
+    (
+        {"axial_pos_shape": (8, 8), "max_position_embeddings": 65},
+        ["`axial_pos_shape`", "(8, 8)", "64", "65", "(5, 16)"],
+    ),
+    ({"axial_pos_shape": (8, 8, 2)}, ["`axial_pos_shape`", "128", "`max_position_embeddings`", "4096", "enlarge"]),
+    ({"axial_pos_embds_dim": (64, 64)}, ["`axial_pos_embds_dim`", "(64, 64)", "128", "`hidden_size`", "256", "None"]),
+    ({"axial_pos_shape": (64, 8, 8), "axial_pos_embds_dim": (64, 192)}, ["(64, 8, 8)", "(64, 192)", "same number"]),
+    ({"axial_pos_shape": ()}, ["`axial_pos_shape`", "()", "None"]),
+    ({"axial_pos_shape": (-64, -64)}, ["`axial_pos_shape`", "(-64, -64)", "at least 1"]),
+    ({"axial_pos_embds_dim": (0, 256)}, ["`axial_pos_embds_dim`", "(0, 256)", "at least 1"]),
+    ({"attn_layers": []}, ["`attn_layers`", "empty", "'local', 'lsh', 'full'"]),
+    ({"attn_layers": ["lsh", "sparse"]}, ["`attn_layers`", "'sparse'", "'local', 'lsh', 'full'"]),
+    (
+        {"attention_head_size": None, "hidden_size": 256, "num_attention_heads": 3},
+        ["`attention_head_size`", "`hidden_size`", "256", "`num_attention_heads`", "3", "change one"],
+    ),
+    ({"attention_head_size": None, "num_attention_heads": 0}, ["`num_attention_heads`", "0"]),
+    ({"num_buckets": 7}, ["`num_buckets`", "7", "even", "None"]),
+    ({"num_buckets": 0}, ["`num_buckets`", "0", "even", "None"]),
+    ({"num_buckets": -2}, ["`num_buckets`", "-2", "even", "None"]),
+    ({"num_buckets": [4, 3]}, ["`num_buckets`", "[4, 3]", "even", "None"]),
+    ({"num_buckets": [1, 4]}, ["`num_buckets`", "[1, 4]", "even", "None"]),
+    ({"num_buckets": []}, ["`num_buckets`", "[]", "even", "None"]),
+    ({"is_decoder": True, "local_num_chunks_after": 1}, ["`local_num_chunks_after`", "1", "causal", "set it to 0"]),
+    ({"is_decoder": True, "lsh_num_chunks_after": 2}, ["`lsh_num_chunks_after`", "2", "causal", "set it to 0"]),
+    ({"local_num_chunks_before": -1}, ["`local_num_chunks_before`", "-1", "at least 0"]),
+    ({"lsh_num_chunks_after": -1}, ["`lsh_num_chunks_after`", "-1", "at least 0"]),
+    ({"lsh_num_chunks_before": None}, ["`lsh_num_chunks_before`", "None", "at least 0"]),
+    ({"local_attn_chunk_length": 0}, ["`local_attn_chunk_length`", "0", "at least 1"]),
+    ({"lsh_attn_chunk_length": None}, ["`lsh_attn_chunk_length`", "None", "at least 1"]),
+    ({"lsh_pattern": "windows"}, ["`lsh_pattern`", "'windows'", "'chunk', 'window'"]),
+    ({"lsh_across_buckets": True}, ["`lsh_across_buckets`", "True", "False", "`lsh_pattern='chunk'`"]),
+    ({"lsh_num_chunks_before": 0}, ["`lsh_num_chunks_before`", "0", "'window'", "at least 1"]),
+    ({"wrap_chunks": True}, ["`wrap_chunks`", "True", "'window'", "set it to False"]),
+    ({"wrap_chunks": True, "lsh_pattern": "chunk"}, ["`wrap_chunks`", "`lsh_across_buckets=True`", "set it to False"]),
+    (
+        {"wrap_chunks": True, "lsh_pattern": "chunk", "lsh_across_buckets": True, "lsh_count_duplicates": False},
+        ["`wrap_chunks`", "`lsh_count_duplicates=True`", "set it to False"],
+    ),
+    ({"hidden_dropout_prob": 1.0}, ["`hidden_dropout_prob`", "1.0", "[0, 1)"]),
+    ({"local_attention_probs_dropout_prob": -0.1}, ["`local_attention_probs_dropout_prob`", "-0.1", "[0, 1)"]),
+    ({"lsh_attention_probs_dropout_prob": 2}, ["`lsh_attention_probs_dropout_prob`", "2", "[0, 1)"]),
+    ({"hidden_dropout_prob": float("nan")}, ["`hidden_dropout_prob`", "nan", "[0, 1)"]),
+    ({"num_hashes": 0}, ["`num_hashes`", "0", "at least 1"]),
+    ({"vocab_size": 0}, ["`vocab_size`", "0", "at least 1"]),
+    ({"hidden_size": 0}, ["`hidden_size`", "0", "at least 1"]),
+    ({"attention_head_size": 0}, ["`attention_head_size`", "0", "at least 1"]),
+    ({"feed_forward_size": 0}, ["`feed_forward_size`", "0", "at least 1"]),
+    ({"max_position_embeddings": 0}, ["`max_position_embeddings`", "0", "at least 1"]),
+    ({"max_position_embeddings": -5}, ["`max_position_embeddings`", "-5", "at least 1"]),
+    ({"chunk_size_feed_forward": -1}, ["`chunk_size_feed_forward`", "-1", "0 for all"]),
+    ({"chunk_size_lm_head": -3}, ["`chunk_size_lm_head`", "-3", "0 for all"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"), BAD_FIELDS, ids=[",".join(f"{k}={v}" for k, v in fields.items()) for fields, _ in BAD_FIELDS]
+)
+def test_bad_fields_are_refused_with_field_value_and_remedy(fields, said):
+    with pytest.raises(ValueError) as error:
+        ReformerHfConfig(**fields)
+    for part in said:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_buckets": 1},
+        {"num_buckets": 2},
+        {"num_buckets": (4, 8)},
+        {"num_buckets": [64]},
+        {"attn_layers": ["full"], "lsh_num_chunks_after": 3, "is_decoder": True},
+        {"attn_layers": ["local"], "lsh_attn_chunk_length": None},
+        {"attn_layers": ["local"], "lsh_num_chunks_before": 0},
+        {"lsh_num_chunks_after": 1, "local_num_chunks_after": 2},
+        {"lsh_pattern": "chunk", "lsh_num_chunks_before": 0},
+        {"lsh_pattern": "chunk", "lsh_across_buckets": True, "wrap_chunks": True},
+        {"lsh_attention_probs_dropout_prob": None},
+        {"hidden_dropout_prob": 0},
+    ],
+    ids=str,
+)
+def test_accepted(fields):
+    config = ReformerHfConfig(**fields)
+    for name, value in fields.items():
+        found = getattr(config, name)
+        assert (list(found) if isinstance(value, list | tuple) else found) == (
+            list(value) if isinstance(value, list | tuple) else value
+        )
+
+
+def test_a_field_set_later_is_checked_by_the_model():
+    config = tiny_config()
+    config.num_buckets = 7
+    with pytest.raises(ValueError, match="`num_buckets` is 7"):
+        ReformerHfModel(config)
+
+
+FIELDS = [
+    {},
+    {"attn_layers": ["full", "local"], "max_position_embeddings": 1000, "hidden_size": 30},
+    {"num_buckets": [4, 8], "is_decoder": True, "hash_seed": 3, "lsh_count_duplicates": False},
+    {"axial_pos_shape": (16, 16, 16), "lsh_pattern": "chunk", "lsh_across_buckets": True, "wrap_chunks": True},
+    {"axial_pos_embds": False, "reversible": False, "tie_word_embeddings": True, "chunk_size_lm_head": 7},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_round_trip(fields, tmp_path):
+    config = ReformerHfConfig(**fields)
+    config.save_pretrained(tmp_path)
+    for other in (
+        ReformerHfConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        ReformerHfConfig.from_dict(config.to_dict()),
+        ReformerHfConfig.from_json_file(tmp_path / "config.json"),
+        copy.deepcopy(config),
+    ):
+        assert isinstance(other, ReformerHfConfig)
+        for name in ReformerHfConfig.__dataclass_fields__:
+            if name != "transformers_version":
+                assert getattr(other, name) == getattr(config, name), name
+    other = ReformerHfConfig.from_pretrained(tmp_path)
+    other.save_pretrained(tmp_path / "again")
+    first, again = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "again"))
+    assert first == again
+
+
+def _in_tree_folder(tmp_path, **fields):
+    ReformerConfig(**fields).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"attn_layers": ["lsh"], "num_buckets": [64, 32], "num_hashes": 4, "hash_seed": 1, "is_decoder": True},
+        {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "hidden_size": 64, "lsh_num_chunks_after": 1},
+        {"axial_pos_embds": False, "max_position_embeddings": 100, "bos_token_id": 5, "vocab_size": 258},
+    ],
+    ids=str,
+)
+def test_in_tree_config_is_accepted_with_in_tree_behaviour(fields, tmp_path):
+    in_tree = ReformerConfig(**fields)
+    folder = _in_tree_folder(tmp_path, **fields)
+    for config in (ReformerHfConfig.from_pretrained(folder), ReformerHfConfig.from_dict(in_tree.to_dict())):
+        assert config.model_type == "reformer_hf"
+        assert config.to_dict()["model_type"] == "reformer_hf"
+        for name, value in IN_TREE_BEHAVIOUR.items():
+            assert getattr(config, name) == value, name
+        for name in ReformerConfig.__dataclass_fields__:
+            if name.startswith("_") or name in ("model_type", "transformers_version", "max_position_embeddings"):
+                continue
+            found, expected = getattr(config, name), getattr(in_tree, name)
+            assert (list(found) if isinstance(found, tuple) else found) == (
+                list(expected) if isinstance(expected, tuple) else expected
+            ), name
+        held = math.prod(in_tree.axial_pos_shape) if in_tree.axial_pos_embds else in_tree.max_position_embeddings
+        assert config.max_position_embeddings == min(in_tree.max_position_embeddings, held)
+
+
+def test_a_sparse_in_tree_file_means_the_in_tree_defaults(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "reformer"}))
+    config, in_tree = ReformerHfConfig.from_pretrained(tmp_path), ReformerConfig()
+    for name in ("vocab_size", "num_attention_heads", "axial_pos_shape", "axial_pos_embds_dim", "eos_token_id"):
+        assert getattr(config, name) == getattr(in_tree, name), name
+    assert config.bos_token_id is None
+
+
+def test_our_fields_in_an_in_tree_file_win(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "reformer", "wrap_chunks": False}))
+    config = ReformerHfConfig.from_pretrained(tmp_path)
+    assert not config.wrap_chunks
+    assert config.lsh_across_buckets
+
+
+def test_from_dict_leaves_the_dictionary():
+    for given_dict in (ReformerConfig().to_dict(), ReformerHfConfig().to_dict()):
+        kept = copy.deepcopy(given_dict)
+        ReformerHfConfig.from_dict(given_dict, num_hashes=4)
+        assert given_dict == kept
+
+
+@pytest.mark.parametrize("in_tree", [False, True], ids=["ours", "in-tree"])
+def test_overrides(tmp_path, in_tree):
+    (ReformerConfig() if in_tree else ReformerHfConfig()).save_pretrained(tmp_path)
+    config = ReformerHfConfig.from_pretrained(tmp_path, num_hashes=4, num_buckets=[8, 8], is_decoder=True)
+    assert (config.num_hashes, config.num_buckets, config.is_decoder) == (4, [8, 8], True)
+
+
+def test_overrides_come_before_derived_fields_and_checks(tmp_path):
+    ReformerHfConfig().save_pretrained(tmp_path)
+    config = ReformerHfConfig.from_pretrained(
+        tmp_path, max_position_embeddings=65536, axial_pos_shape=None, hidden_size=512, axial_pos_embds_dim=None
+    )
+    assert config.axial_pos_shape == (256, 256)
+    assert config.axial_pos_embds_dim == (128, 384)
+    with pytest.raises(ValueError, match="`axial_pos_shape`.*holds 4096 positions"):
+        ReformerHfConfig.from_pretrained(tmp_path, max_position_embeddings=65536)
+    with pytest.raises(ValueError, match="`num_buckets` is 3"):
+        ReformerHfConfig.from_pretrained(tmp_path, num_buckets=3)
+
+
+def test_overrides_of_in_tree_behaviour(tmp_path):
+    """The pattern of an in-tree file is changed together with what belongs to it, or not at all."""
+    folder = _in_tree_folder(tmp_path)
+    with pytest.raises(ValueError, match="`lsh_across_buckets` is True"):
+        ReformerHfConfig.from_pretrained(folder, lsh_pattern="window")
+    config = ReformerHfConfig.from_pretrained(
+        folder, lsh_pattern="window", lsh_across_buckets=False, wrap_chunks=False
+    )
+    assert config.lsh_pattern == "window"
+
+
+def test_unused_arguments_come_back(tmp_path):
+    ReformerHfConfig().save_pretrained(tmp_path)
+    config, unused = ReformerHfConfig.from_pretrained(tmp_path, num_hashes=2, not_a_field=5, return_unused_kwargs=True)
+    assert config.num_hashes == 2
+    assert unused == {"not_a_field": 5}
+
+
+def test_dtype_survives(tmp_path):
+    ReformerHfConfig(dtype="bfloat16").save_pretrained(tmp_path)
+    assert ReformerHfConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert ReformerHfConfig.from_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("layers", "length", "padded"),
+    [
+        (["local", "lsh"], 3, 3),
+        (["local", "lsh"], 4, 4),
+        (["local", "lsh"], 5, 12),
+        (["local", "lsh"], 12, 12),
+        (["local", "lsh"], 13, 24),
+        (["lsh"], 7, 12),
+        (["local"], 7, 8),
+        (["full"], 7, 7),
+        (["full", "local"], 7, 8),
+    ],
+    ids=str,
+)
+def test_padded_length(layers, length, padded):
+    config = ReformerHfConfig(attn_layers=layers, local_attn_chunk_length=4, lsh_attn_chunk_length=6)
+    assert config.padded_length(length) == padded

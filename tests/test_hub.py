@@ -1,0 +1,222 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""To the Hub and back, with the real client in processes of its own, against a server on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import reformer_hf
+
+from .hub_server import HubServer
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "dummy"
+PACKAGE = pytest.mark.parametrize("package", [True, False], ids=["with-package", "without-package"])
+
+# What each process runs first, with the package and without. Those after it save results as `sys.argv[1]`.
+WITH_PACKAGE = """
+import sys
+import reformer_hf
+
+options = {}
+"""
+
+WITHOUT_PACKAGE = """
+import sys
+
+class NoPackage:
+    # The package may be installed, so an empty PYTHONPATH does not hide it.
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "reformer_hf":
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, NoPackage)
+options = {"trust_remote_code": True}
+"""
+
+SAVE_OUTPUTS = """
+import torch
+
+def save_outputs(causal_lm, model):
+    input_ids = torch.arange(150).view(2, 75)
+    with torch.no_grad():
+        logits = causal_lm.eval()(input_ids).logits
+        last_hidden_state = model.eval()(input_ids).last_hidden_state
+    modules = [type(x).__module__ for x in (causal_lm.config, causal_lm, model)]
+    torch.save({"logits": logits, "last_hidden_state": last_hidden_state, "modules": modules}, sys.argv[1])
+"""
+
+SAVE_TOKENS = """
+import json
+
+def save_tokens(tokenizer):
+    input_ids = tokenizer("Пульхерия Александровна, née R.\\n")["input_ids"]
+    tokens = {"input_ids": input_ids, "text": tokenizer.decode(input_ids), "module": type(tokenizer).__module__}
+    with open(sys.argv[1], "w") as file:
+        json.dump(tokens, file)
+"""
+
+PUSH_MODEL = f"""
+{SAVE_OUTPUTS}
+from tests.helpers import tiny_config
+
+torch.manual_seed(0)
+model = reformer_hf.ReformerHfForCausalLM(tiny_config(vocab_size=260))
+for parameter in model.parameters():
+    # As after training: no bias is zero, so that one that gets lost is missed.
+    torch.nn.init.normal_(parameter, std=0.2)
+model.push_to_hub("user/tiny-reformer")
+save_outputs(model, model.reformer)
+"""
+
+PUSH_TOKENIZER = f"""
+{SAVE_TOKENS}
+tokenizer = reformer_hf.ReformerHfByteTokenizer()
+tokenizer.push_to_hub("user/tiny-reformer")
+save_tokens(tokenizer)
+"""
+
+LOAD_MODEL = f"""
+{SAVE_OUTPUTS}
+from transformers import AutoModel, AutoModelForCausalLM
+
+causal_lm = AutoModelForCausalLM.from_pretrained("user/tiny-reformer", **options)
+save_outputs(causal_lm, AutoModel.from_pretrained("user/tiny-reformer", **options))
+"""
+
+LOAD_TOKENIZER = f"""
+{SAVE_TOKENS}
+from transformers import AutoTokenizer
+
+save_tokens(AutoTokenizer.from_pretrained("user/tiny-reformer", **options))
+"""
+
+FAIL = """
+import json
+from huggingface_hub import hf_hub_download
+from tests.helpers import tiny_config
+
+load = reformer_hf.ReformerHfForCausalLM.from_pretrained
+model = reformer_hf.ReformerHfForCausalLM(tiny_config())
+attempts = {
+    "repository": lambda: load("user/missing"),
+    "revision": lambda: load("user/tiny-reformer", revision="missing"),
+    "file": lambda: hf_hub_download("user/tiny-reformer", "missing.txt"),
+    "token": lambda: model.push_to_hub("user/another", token="wrong"),
+}
+errors = {}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except Exception as error:
+        errors[name] = [type(error).__name__, type(error.__cause__).__name__, str(error)]
+with open(sys.argv[1], "w") as file:
+    json.dump(errors, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer(TOKEN) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory):
+    """Outputs of the model that was pushed as `user/tiny-reformer`."""
+    return torch.load(_run(PUSH_MODEL, hub, tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def pushed_tokens(hub, pushed, tmp_path_factory):
+    """What the tokenizer makes of a text that was pushed beside the model."""
+    if not hasattr(reformer_hf, "ReformerHfByteTokenizer"):
+        pytest.skip("there is no tokenizer yet")
+    return json.loads(_run(PUSH_TOKENIZER, hub, tmp_path_factory.mktemp("tokenizer")).read_text())
+
+
+def _run(script: str, hub: HubServer, folder: Path, package: bool = True) -> Path:
+    """Run `script` in a new process whose cache is empty. Returns where it saved its results."""
+    dropped = ("HF_", "TRANSFORMERS_", "PYTHONPATH")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    env.update(
+        HF_ENDPOINT=hub.url,
+        HF_HOME=str(folder / "hf_home"),
+        HF_TOKEN=TOKEN,
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_DISABLE_XET="1",
+        # Else, where weights are missing, a service on the internet would be asked to convert others.
+        DISABLE_SAFETENSORS_CONVERSION="1",
+        NO_PROXY="127.0.0.1",
+        no_proxy="127.0.0.1",
+    )
+    if package:
+        env["PYTHONPATH"] = str(ROOT)
+    script = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + script
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(folder / "results")],
+        env=env,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        # Far above what it takes: a client that waits for an answer fails the test, and does not hang it.
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    return folder / "results"
+
+
+def _is_home(module: str, package: bool) -> bool:
+    """Whether a class of this module is from the package, or else from the code that was pushed."""
+    return module.startswith("reformer_hf." if package else "transformers_modules.user.tiny_hyphen_reformer.")
+
+
+def test_push(hub, pushed):
+    files = hub.repos["user/tiny-reformer"].files
+    assert {"README.md", "config.json", "model.safetensors", "modeling_reformer_hf.py"} <= files.keys()
+    assert "lfs_upload" in hub.calls, "the weights did not go the way that they go on the Hub"
+    for path in (path for path in files if path.endswith(".py")):
+        assert files[path] == (ROOT / "reformer_hf" / path).read_bytes(), path
+    assert json.loads(files["config.json"])["auto_map"] == {
+        "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
+        "AutoModel": "modeling_reformer_hf.ReformerHfModel",
+        "AutoModelForCausalLM": "modeling_reformer_hf.ReformerHfForCausalLM",
+    }
+
+
+@PACKAGE
+def test_loaded_model_equals_pushed(hub, pushed, tmp_path, package):
+    loaded = torch.load(_run(LOAD_MODEL, hub, tmp_path, package))
+    assert all(_is_home(module, package) for module in loaded["modules"]), loaded["modules"]
+    for name in ("logits", "last_hidden_state"):
+        assert torch.equal(loaded[name], pushed[name]), name
+
+
+@PACKAGE
+def test_loaded_tokenizer_equals_pushed(hub, pushed_tokens, tmp_path, package):
+    loaded = json.loads(_run(LOAD_TOKENIZER, hub, tmp_path, package).read_text())
+    assert _is_home(loaded["module"], package), loaded["module"]
+    for name in ("input_ids", "text"):
+        assert loaded[name] == pushed_tokens[name], name
+
+
+def test_errors_are_those_of_the_client(hub, pushed, tmp_path):
+    errors = json.loads(_run(FAIL, hub, tmp_path).read_text())
+    expected = {
+        "repository": ("OSError", "RepositoryNotFoundError", "user/missing is not a local folder and is not a valid"),
+        "revision": ("OSError", "RevisionNotFoundError", "missing is not a valid git identifier"),
+        "file": ("RemoteEntryNotFoundError", "HTTPStatusError", "missing.txt does not exist on main"),
+        "token": ("HfHubHTTPError", "HTTPStatusError", "401 Unauthorized"),
+    }
+    assert errors.keys() == expected.keys()
+    for name, (error, cause, message) in expected.items():
+        assert errors[name][:2] == [error, cause], errors[name]
+        assert message in errors[name][2]
+    assert "user/another" not in hub.repos

@@ -1,0 +1,340 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""In-tree checkpoints load as they are and give in-tree outputs and gradients; where in-tree is wrong, ours is not."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import ReformerConfig, ReformerModel, ReformerModelWithLMHead
+from transformers.models.reformer import modeling_reformer
+
+from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+
+from .helpers import assert_close, gradients, relative_rms
+
+# Training of the in-tree model takes the product of its axes for a length, no other.
+AXES = (8, 32)
+TRAINING_LENGTH = 256
+
+LAYERS = {"local": ["local"], "lsh": ["lsh"], "mixed": ["local", "lsh", "local", "lsh"]}
+each_direction = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+each_padding = pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+each_length = pytest.mark.parametrize("length", [5, 13, 100, 128, TRAINING_LENGTH], ids=lambda length: f"L{length}")
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+class _TorchWithRotationsOfFp32:
+    """What the in-tree module sees as `torch`: it draws in fp32, in which ours are drawn too, whatever it asks for."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def randn(*size, dtype=None, **kwargs):
+        return torch.randn(*size, **kwargs).to(dtype or torch.float32)
+
+
+@pytest.fixture
+def rotations_of_fp32(monkeypatch):
+    monkeypatch.setattr(modeling_reformer, "torch", _TorchWithRotationsOfFp32())
+
+
+def _in_tree(causal, layers="mixed", bias=False, **fields):
+    """An in-tree model whose parameters are all random, the bias of the head too if wanted."""
+    torch.manual_seed(0)
+    after = 0 if causal else 1
+    defaults = {
+        "attn_layers": LAYERS[layers],
+        "num_hashes": 2,
+        "num_buckets": 8,
+        "axial_pos_shape": AXES,
+        "axial_pos_embds_dim": (8, 24),
+        "max_position_embeddings": TRAINING_LENGTH,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "attention_head_size": 16,
+        "feed_forward_size": 48,
+        "is_decoder": causal,
+        "local_num_chunks_after": after,
+        "lsh_num_chunks_after": after,
+        "lsh_attn_chunk_length": 16,
+        "local_attn_chunk_length": 8,
+        "vocab_size": 50,
+        "hash_seed": 3,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+    }
+    config = ReformerConfig(**{**defaults, **fields})
+    model = (ReformerModelWithLMHead if causal else ReformerModel)(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    if causal and not bias:
+        # In-tree never adds it.
+        model.lm_head.bias.data.zero_()
+    return model.eval()
+
+
+def _ours(in_tree, folder):
+    """What in-tree saved, loaded by our class."""
+    in_tree.save_pretrained(folder)
+    cls = ReformerHfForCausalLM if in_tree.config.is_decoder else ReformerHfModel
+    ours, info = cls.from_pretrained(folder, dtype=in_tree.dtype, output_loading_info=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[what], (what, info[what])
+    return ours.eval()
+
+
+def _inputs(length, padded):
+    torch.manual_seed(1)
+    attention_mask = torch.ones(2, length, dtype=torch.long)
+    if padded:
+        attention_mask[1, -3:] = 0
+    return {"input_ids": torch.randint(0, 50, (2, length)), "attention_mask": attention_mask}
+
+
+def _assert_equal_outputs(in_tree, ours, inputs, limit):
+    """Last hidden states, or logits, where there is no padding."""
+    with torch.no_grad():
+        expected, found = in_tree(**inputs)[0], ours(**inputs)[0]
+    real = inputs["attention_mask"].bool()
+    assert_close(found[real], expected[real], limit)
+
+
+def _gradients(model, inputs):
+    model.train()
+    model.zero_grad()
+    out = model(**inputs)[0]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
+    (out * weight * inputs["attention_mask"][..., None]).sum().backward()
+    model.eval()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _assert_equal_gradients(in_tree, ours, inputs, limit):
+    expected, found = _gradients(in_tree, inputs), _gradients(ours, inputs)
+    # In-tree leaves its bias out of the computation.
+    names = {name for name, _ in in_tree.named_parameters()} - {"lm_head.bias"}
+    assert set(expected) - {"lm_head.bias"} == names
+    for name in sorted(names):
+        assert_close(found[name], expected[name], limit, name)
+
+
+def _assert_equal(in_tree, folder, length, padded, output_limit, gradient_limit):
+    ours = _ours(in_tree, folder)
+    inputs = _inputs(length, padded)
+    _assert_equal_outputs(in_tree, ours, inputs, output_limit)
+    if length == TRAINING_LENGTH:
+        _assert_equal_gradients(in_tree, ours, inputs, gradient_limit)
+
+
+@each_length
+@each_padding
+@each_direction
+def test_local_fp64(tmp_path, causal, padded, length):
+    _assert_equal(_in_tree(causal, "local").double(), tmp_path, length, padded, 1e-9, 1e-9)
+
+
+@each_length
+@each_padding
+@each_direction
+@pytest.mark.parametrize("num_hashes", [1, 2, 4], ids=lambda rounds: f"R{rounds}")
+@pytest.mark.parametrize("layers", ["lsh", "mixed"])
+def test_lsh_fp64(tmp_path, rotations_of_fp32, layers, num_hashes, causal, padded, length):
+    in_tree = _in_tree(causal, layers, num_hashes=num_hashes).double()
+    _assert_equal(in_tree, tmp_path, length, padded, 1e-9, 1e-9)
+
+
+# The number of buckets for 120 is another than that for 128, to which in-tree pads.
+@pytest.mark.parametrize("length", [120, TRAINING_LENGTH], ids=lambda length: f"L{length}")
+@each_padding
+@each_direction
+@pytest.mark.parametrize("num_hashes", [1, 4], ids=lambda rounds: f"R{rounds}")
+@pytest.mark.parametrize("num_buckets", [None, [4, 8]], ids=["buckets-of-the-length", "factorised"])
+def test_bucket_counts_fp64(tmp_path, rotations_of_fp32, num_buckets, num_hashes, causal, padded, length):
+    in_tree = _in_tree(causal, num_hashes=num_hashes, num_buckets=num_buckets).double()
+    _assert_equal(in_tree, tmp_path, length, padded, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lsh_num_chunks_before": 3, "local_num_chunks_before": 2},
+        {"lsh_num_chunks_before": 0, "local_num_chunks_before": 0},
+        {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 32},
+        {"lsh_attn_chunk_length": 16, "local_attn_chunk_length": 64, "num_hashes": 3},
+        {"axial_pos_embds": False},
+        {"chunk_size_feed_forward": 32, "chunk_size_lm_head": 32},
+        {"hidden_act": "gelu"},
+        {"tie_word_embeddings": False, "layer_norm_eps": 1e-3},
+    ],
+    ids=lambda fields: ",".join(f"{name}={value}" for name, value in fields.items()),
+)
+@each_padding
+@each_direction
+def test_other_fields_fp64(tmp_path, rotations_of_fp32, fields, causal, padded):
+    in_tree = _in_tree(causal, **fields).double()
+    _assert_equal(in_tree, tmp_path, TRAINING_LENGTH, padded, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("chunks_before", [2, 3], ids=lambda before: f"before{before}")
+@pytest.mark.parametrize(("layers", "length"), [("local", 13), ("lsh", 13), ("lsh", 29)])
+@each_direction
+def test_more_chunks_before_than_there_are_fp64(tmp_path, rotations_of_fp32, causal, layers, length, chunks_before):
+    """Chunks of 8 (local) and 16 (LSH). In-tree, a chunk farther away than the ring is long is the query's own one."""
+    fields = {"lsh_num_chunks_before": chunks_before, "local_num_chunks_before": chunks_before}
+    in_tree = _in_tree(causal, layers, num_hashes=1, **fields).double()
+    _assert_equal(in_tree, tmp_path, length, False, 1e-9, 1e-9)
+
+
+def _soften_self_mask(in_tree):
+    """
+    Score a position itself at -100 instead of -1e5.
+
+    It is the same rule, since exp(-100) counts nothing beside real scores. But a logsumexp of -1e5 has a step of 1/128
+    in fp32: rows that see only themselves in several rounds lose that much, and what follows may hash elsewhere.
+    """
+    for module in in_tree.modules():
+        if isinstance(module, modeling_reformer.LSHSelfAttention):
+            module.self_mask_value_float32.fill_(-100.0)
+    return in_tree
+
+
+@pytest.mark.parametrize("length", [13, 100, TRAINING_LENGTH], ids=lambda length: f"L{length}")
+@each_padding
+@each_direction
+@pytest.mark.parametrize(
+    ("layers", "num_hashes", "num_buckets"),
+    [
+        ("local", 1, 8),
+        ("lsh", 1, 8),
+        ("lsh", 2, [4, 8]),
+        ("lsh", 4, None),
+        ("mixed", 1, None),
+        ("mixed", 2, [4, 8]),
+        ("mixed", 4, 8),
+    ],
+)
+def test_fp32(tmp_path, layers, num_hashes, num_buckets, causal, padded, length):
+    in_tree = _soften_self_mask(_in_tree(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets))
+    _assert_equal(in_tree, tmp_path, length, padded, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("num_hashes", [2, 4], ids=lambda rounds: f"R{rounds}")
+@each_padding
+def test_fp32_is_nearer_to_in_tree_fp64_than_in_tree_fp32_is(tmp_path, rotations_of_fp32, num_hashes, padded):
+    in_tree = _in_tree(True, "lsh", num_hashes=num_hashes)
+    ours = _ours(in_tree, tmp_path)
+    inputs = _inputs(TRAINING_LENGTH, padded)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        found, single = ours(**inputs)[0][real], in_tree(**inputs)[0][real]
+        exact = copy.deepcopy(in_tree).double()(**inputs)[0][real]
+    assert relative_rms(found, exact) < relative_rms(single, exact) / 5
+    assert_close(found, exact, 1e-6)
+
+
+def test_another_hash_seed_differs(tmp_path):
+    """The measure tells models apart: another hash seed moves the output by much more than any limit above."""
+    in_tree = _in_tree(True, "lsh")
+    ours = _ours(in_tree, tmp_path)
+    ours.config.hash_seed = 4
+    inputs = _inputs(TRAINING_LENGTH, False)
+    with torch.no_grad():
+        assert relative_rms(ours(**inputs)[0], in_tree(**inputs)[0]) > 0.01
+
+
+def test_the_bias_of_the_head_is_applied(tmp_path, rotations_of_fp32):
+    in_tree = _in_tree(True, bias=True).double()
+    ours = _ours(in_tree, tmp_path)
+    inputs = _inputs(100, False)
+    bias = in_tree.lm_head.bias
+    assert bias.all()
+    with torch.no_grad():
+        assert_close(ours(**inputs).logits, in_tree(**inputs).logits + bias, 1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_forward_writes_nothing(tmp_path, training):
+    """In-tree, the first length fixes the number of buckets, in the config too."""
+    ours = _ours(_in_tree(True, num_buckets=None), tmp_path).train(training)
+    before = copy.deepcopy(ours.config.to_dict())
+    fresh = copy.deepcopy(ours)
+    ours(**_inputs(TRAINING_LENGTH, True))
+    ours(**_inputs(17, False))
+    assert ours.config.to_dict() == before
+    inputs = _inputs(100, False)
+    assert torch.equal(ours(**inputs)[0], fresh(**inputs)[0])
+
+
+def test_num_hashes_of_a_call_in_training(tmp_path):
+    """In-tree, backward fails."""
+    ours = _ours(_in_tree(True, num_hashes=1), tmp_path).train()
+    other = copy.deepcopy(ours)
+    other.config.num_hashes = 4
+    inputs = _inputs(TRAINING_LENGTH, True)
+    found, expected = _gradients(ours, {**inputs, "num_hashes": 4}), _gradients(other, inputs)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+    name = "reformer.encoder.layers.1.attention.self_attention.query_key.weight"
+    assert relative_rms(_gradients(ours, inputs)[name], expected[name]) > 0.01
+
+
+def test_backward_in_eval_and_at_any_length(tmp_path):
+    """In-tree asserts in the one and refuses the other."""
+    ours = _ours(_in_tree(True), tmp_path)
+    inputs = _inputs(77, True)
+    grads = []
+    for training in (False, True):
+        ours.train(training).zero_grad()
+        ours(**inputs, labels=inputs["input_ids"]).loss.backward()
+        grads.append({name: grad.clone() for name, grad in gradients(ours).items()})
+    for name, grad in grads[0].items():
+        assert grad.any()
+        assert torch.equal(grads[1][name], grad), name
+
+
+def test_the_global_generator_is_not_reseeded(tmp_path):
+    """In-tree, a layer with a hash seed reseeds it, and one in training always does."""
+    ours = _ours(_in_tree(True), tmp_path)
+    inputs = _inputs(100, False)
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    ours(**inputs)
+    ours.train()(**inputs)[0].sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_hash_seed_equal_forwards_are_equal_and_a_seed_fixes_training(tmp_path):
+    ours = _ours(_in_tree(True, hash_seed=None), tmp_path)
+    inputs = _inputs(100, False)
+    assert torch.equal(ours(**inputs)[0], ours(**inputs)[0])
+    ours.train()
+    outs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        outs.append(ours(**inputs)[0].detach())
+    assert torch.equal(outs[0], outs[1])
+    assert relative_rms(outs[2], outs[0]) > 0.01
+
+
+def test_frozen_embeddings_leave_the_encoder_its_gradients(tmp_path):
+    """In-tree, all weights of the encoder then go without."""
+    ours = _ours(_in_tree(True), tmp_path)
+    inputs = _inputs(TRAINING_LENGTH, False)
+    expected = _gradients(ours, inputs)
+    ours.reformer.embeddings.requires_grad_(False)
+    ours.zero_grad()
+    found = _gradients(ours, inputs)
+    assert set(found) == {name for name in expected if ".embeddings." not in name}
+    for name, grad in found.items():
+        assert torch.equal(grad, expected[name]), name

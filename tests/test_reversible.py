@@ -1,0 +1,180 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Reversible layers against the same function computed plainly: gradients, memory, and what is refused."""
+
+import pytest
+import torch
+
+from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+
+from .helpers import assert_close, gradients, tiny_config
+
+DEEP = ["local", "lsh", "full"] * 4
+DROPOUT = {
+    "hidden_dropout_prob": 0.1,
+    "local_attention_probs_dropout_prob": 0.1,
+    "lsh_attention_probs_dropout_prob": 0.1,
+}
+
+
+def _pair(dtype=torch.float32, **fields):
+    """The same weights in a reversible and in a plain model, both in training."""
+    torch.manual_seed(0)
+    reversible = ReformerHfForCausalLM(tiny_config(**fields)).to(dtype).train()
+    plain = ReformerHfForCausalLM(tiny_config(**fields, reversible=False)).to(dtype).train()
+    plain.load_state_dict(reversible.state_dict())
+    return reversible, plain
+
+
+def _loss(model, length=77, **inputs):
+    torch.manual_seed(1)
+    input_ids = torch.randint(0, model.config.vocab_size, (2, length))
+    torch.manual_seed(2)
+    return model(input_ids, labels=input_ids, **inputs)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("chunk_size", [0, 10], ids=["ff-whole", "ff-chunks"])
+def test_gradients_equal_plain(dtype, limit, padded, chunk_size):
+    reversible, plain = _pair(dtype, attn_layers=DEEP, chunk_size_feed_forward=chunk_size, **DROPOUT)
+    inputs = {}
+    if padded:
+        inputs["attention_mask"] = torch.ones(2, 77, dtype=torch.long)
+        inputs["attention_mask"][0, :30] = 0
+    outputs = [_loss(model, **inputs) for model in (reversible, plain)]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.loss.backward()
+    expected = gradients(plain)
+    for name, grad in gradients(reversible).items():
+        assert_close(grad, expected[name], limit, name)
+
+
+def test_gradcheck_of_the_stack():
+    torch.manual_seed(0)
+    config = tiny_config(hidden_size=8, attention_head_size=4, feed_forward_size=8, hash_seed=1, vocab_size=11)
+    model = ReformerHfModel(config).double().train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    embeds = torch.randn(1, 11, 8, dtype=torch.float64, requires_grad=True)
+    # A step small enough not to move a vector into another bucket.
+    assert torch.autograd.gradcheck(
+        lambda x: model(inputs_embeds=x).last_hidden_state, (embeds,), eps=1e-7, atol=1e-5, rtol=1e-4
+    )
+
+
+def _saved_elements(model) -> int:
+    """Elements of activations that the graph of a training step keeps, parameters apart."""
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    sizes = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters and tensor.is_floating_point():
+            sizes[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = _loss(model).loss
+    assert loss.requires_grad
+    return sum(sizes.values())
+
+
+def test_saved_activations_do_not_grow_with_depth():
+    shallow, deep = (_pair(attn_layers=["local", "lsh", "full"] * n, **DROPOUT) for n in (1, 4))
+    assert _saved_elements(shallow[0]) == _saved_elements(deep[0])
+    assert _saved_elements(deep[1]) > 3 * _saved_elements(shallow[1])
+
+
+def test_nothing_is_kept_without_gradient():
+    model, _ = _pair(attn_layers=DEEP)
+    with torch.no_grad():
+        assert _loss(model).logits.grad_fn is None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert _loss(model).logits.grad_fn is None
+
+
+@pytest.mark.parametrize("layer", [0, 1, 5, 12])
+def test_loss_on_an_inner_hidden_state(layer):
+    """Layers after it have no backward pass of their own and must be inverted on the way."""
+    reversible, plain = _pair(torch.float64, attn_layers=DEEP, **DROPOUT)
+    for model in (reversible, plain):
+        _loss(model, output_hidden_states=True).hidden_states[layer].square().sum().backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in reversible.named_parameters() if p.grad is not None and p.grad.any()}
+    assert set(found) == {name for name, grad in expected.items() if grad.any()}
+    for name, grad in found.items():
+        assert_close(grad, expected[name], 1e-11, name)
+
+
+def test_frozen_embeddings_leave_every_encoder_gradient():
+    reversible, plain = _pair(**DROPOUT)
+    for model in (reversible, plain):
+        model.reformer.embeddings.requires_grad_(False)
+        _loss(model).loss.backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    for name, parameter in reversible.named_parameters():
+        if parameter.requires_grad:
+            assert_close(parameter.grad, expected[name], 1e-5, name)
+        else:
+            assert parameter.grad is None
+
+
+def test_some_layers_frozen():
+    reversible, plain = _pair(attn_layers=DEEP)
+    for model in (reversible, plain):
+        model.requires_grad_(False)
+        model.reformer.encoder.layers[4].attention.self_attention.query_key.requires_grad_(True)
+        _loss(model).loss.backward()
+    name = "reformer.encoder.layers.4.attention.self_attention.query_key.weight"
+    found, expected = (dict(model.named_parameters())[name].grad for model in (reversible, plain))
+    assert_close(found, expected, 1e-5, name)
+
+
+def test_gradient_of_inputs_embeds():
+    grads = []
+    for model in _pair():
+        embeds = torch.randn(2, 33, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        torch.manual_seed(2)
+        model(inputs_embeds=embeds).logits.square().sum().backward()
+        grads.append(embeds.grad)
+    assert_close(*grads, 1e-5)
+
+
+def test_backward_twice_is_refused():
+    model, _ = _pair()
+    loss = _loss(model).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up by an earlier backward pass.*reversible=False"):
+        loss.backward()
+
+
+def test_second_derivative_is_refused():
+    model, _ = _pair()
+    with pytest.raises(RuntimeError, match="create_graph=True.*reversible=False"):
+        _loss(model).loss.backward(create_graph=True)
+
+
+def test_two_forward_passes_before_backward():
+    """As in gradient accumulation by hand: each pass has a tape of its own."""
+    reversible, plain = _pair(torch.float64, **DROPOUT)
+    for model in (reversible, plain):
+        first, second = _loss(model).loss, _loss(model, length=50).loss
+        (first + 2 * second).backward()
+    expected = gradients(plain)
+    for name, grad in gradients(reversible).items():
+        assert_close(grad, expected[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_streams_stay_in_fp32_under_autocast(dtype):
+    """Recomputed under the same autocast, the reversible gradient is the plain one up to the dtype's noise."""
+    reversible, plain = _pair(attn_layers=DEEP, **DROPOUT)
+    for model in (reversible, plain):
+        with torch.autocast("cpu", dtype):
+            output = _loss(model, output_hidden_states=True)
+        assert {state.dtype for state in output.hidden_states} == {torch.float32}
+        output.loss.backward()
+    expected = gradients(plain)
+    for name, grad in gradients(reversible).items():
+        assert_close(grad, expected[name], 0.05, name)
