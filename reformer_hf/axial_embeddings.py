@@ -28,7 +28,7 @@ class AxialPositionEmbeddings(nn.Module):
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """Embeddings `[B, L, E]` of positions `[B, L]`, each below the product of the axes."""
-        coordinates = []
+        coordinates: list[Tensor] = []
         rest = position_ids
         for size in reversed(self.axes):
             coordinates.insert(0, rest % size)

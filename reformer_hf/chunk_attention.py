@@ -111,9 +111,7 @@ def chunk_attention(
         `[B, L, H, E]` in the dtype of the values. Rows without a key are their own value, or zero where a position
         that is not padding would see itself.
     """
-    return _ChunkAttention.apply(
-        query_BLHD, key_BLHD, value_BLHE, pattern, order, padding_BL, dropout, dropout_seed
-    )
+    return _ChunkAttention.apply(query_BLHD, key_BLHD, value_BLHE, pattern, order, padding_BL, dropout, dropout_seed)
 
 
 def chunk_attention_weights(
@@ -154,7 +152,8 @@ def chunk_attention_weights(
             positions[slab.round].index_copy_(0, rows, slab_positions.flatten(0, 2))
     batch_size, length, num_heads, _ = query_BLHD.shape
     shape = (layout.num_rounds, batch_size, length, num_heads, -1)
-    return tuple(x[:, :-1].reshape(shape).permute(1, 3, 0, 2, 4) for x in (weights, positions))
+    weights, positions = (x[:, :-1].reshape(shape).permute(1, 3, 0, 2, 4) for x in (weights, positions))
+    return weights, positions
 
 
 class _ChunkAttention(torch.autograd.Function):
@@ -281,7 +280,7 @@ class _Layout:
                 earlier_codes.append(by_position.scatter_(-1, positions[:, round].long(), codes[:, round]))
 
     def _slots(self, sorted_gRL: Tensor, round: int, empty: int) -> Tensor:
-        """`[g, S]` of one round: its chunks and the ones that they look at beyond the ends, `empty` where is nothing."""
+        """`[g, S]` of one round: its chunks and those that they look at beyond the ends, `empty` in empty slots."""
         pattern = self.pattern
         chunk_length, before, after = pattern.chunk_length, pattern.chunks_before, pattern.chunks_after
         filled = self.num_chunks * chunk_length - self.length
@@ -343,7 +342,9 @@ def _forward(query, key, value, layout: _Layout, drop: _Dropout | None) -> tuple
     out = torch.empty((layout.num_rows + 1, value_rows.shape[1]), dtype=dtype, device=value.device)
     lse = torch.empty(layout.num_rows + 1, dtype=dtype, device=value.device)
     for slab in layout:
-        slab_out, slab_lse = _attend(slab.queries_of(query), slab.windows_of(key), slab.windows_of(value_rows), slab, drop)
+        slab_out, slab_lse = _attend(
+            slab.queries_of(query), slab.windows_of(key), slab.windows_of(value_rows), slab, drop
+        )
         rows, slab_out, slab_lse = slab.query_rows.flatten(), slab_out.flatten(0, 2), slab_lse.flatten()
         if slab.round > 0:
             slab_out, slab_lse = _merge(out.index_select(0, rows), lse.index_select(0, rows), slab_out, slab_lse)
@@ -399,7 +400,7 @@ def _scores(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
 
 
 def _attend(query, key, value, slab: _Slab, drop: _Dropout | None) -> tuple[Tensor, Tensor]:
-    """Output `[g, n, C, E]` and logsumexp `[g, n, C]` of one slab; zero and minus infinity where a query has no key."""
+    """Output `[g, n, C, E]` and logsumexp `[g, n, C]` of one slab; zero and -inf where a query has no key."""
     scores = _scores(query, key, slab.visible)
     peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
     weights = scores.sub_(peak).exp_()

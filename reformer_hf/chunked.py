@@ -45,7 +45,8 @@ def vjp_chunked(
     Returns:
         The output, the gradient of `hidden_states`, and those of `parameters` (`None` where not used).
     """
-    outs, grads, grad_parameters = [], [], [None] * len(parameters)
+    outs, grads = [], []
+    grad_parameters: list[Tensor | None] = [None] * len(parameters)
     chunk_size = chunk_size or max(hidden_states.shape[1], 1)
     for chunk, grad_chunk in zip(
         hidden_states.split(chunk_size, dim=1), grad_out.split(chunk_size, dim=1), strict=True

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 ATTENTION_LAYER_TYPES = ("local", "lsh", "full")
@@ -14,6 +15,7 @@ LSH_PATTERNS = ("chunk", "window")
 _IN_TREE_DEFAULTS: dict[str, Any] = {
     "axial_pos_shape": (64, 64),
     "axial_pos_embds_dim": (64, 192),
+    "axial_norm_std": 1.0,
     "bos_token_id": None,
     "eos_token_id": 2,
     "num_attention_heads": 12,
@@ -53,12 +55,13 @@ class ReformerHfConfig(PreTrainedConfig):
             embeddings and branches, and of the attention weights. `"full"` layers take the rate of `"lsh"` ones.
         is_decoder (`bool`, defaults to `False`): Whether attention is causal.
         max_position_embeddings (`int`, defaults to 4096): Longest input, in tokens.
-        axial_pos_embds (`bool`, defaults to `True`): Axial position embeddings; otherwise one learned vector a position.
+        axial_pos_embds (`bool`, defaults to `True`): Axial position embeddings, else one learned vector a position.
         axial_pos_shape (`list[int]`, *optional*): Sizes of the axes, at least `max_position_embeddings` in product;
             any number of axes. `None` takes two of about equal size.
         axial_pos_embds_dim (`list[int]`, *optional*): Widths of the axes' embeddings, `hidden_size` in sum. `None`
             gives the first axis a quarter (two axes) or splits evenly.
-        axial_norm_std (`float`, defaults to 1.0): Standard deviation at which axial embeddings start.
+        axial_norm_std (`float`, defaults to 0.02): Standard deviation at which axial embeddings start. In-tree it
+            is 1, which drowns the word embeddings for a long time.
         local_attn_chunk_length, local_num_chunks_before, local_num_chunks_after (`int`): A position of a local layer
             sees its own chunk and so many before and after it.
         lsh_attn_chunk_length, lsh_num_chunks_before, lsh_num_chunks_after (`int`): The same in sorted order, see
@@ -79,7 +82,8 @@ class ReformerHfConfig(PreTrainedConfig):
             (in-tree) or once in all (the paper's equation 4).
         wrap_chunks (`bool`, defaults to `False`): Whether the first chunk sees the last one, as in-tree: the chunks of
             a local layer form a ring, and so do the chunks of all rounds of an LSH layer, over the length padded to a
-            multiple of every chunk length. Needs the pattern `"chunk"` across buckets with duplicates counted.
+            multiple of every chunk length. (A ring shorter than a query's reach is walked again, where in-tree takes
+            the query's own chunk.) Needs the pattern `"chunk"` across buckets with duplicates counted.
         reversible (`bool`, defaults to `True`): Whether training recomputes activations from the layer's output.
             `False` computes the same function and stores them.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0): Positions that the feed-forward and the
@@ -116,7 +120,7 @@ class ReformerHfConfig(PreTrainedConfig):
     axial_pos_embds: bool = True
     axial_pos_shape: list[int] | tuple[int, ...] | None = None
     axial_pos_embds_dim: list[int] | tuple[int, ...] | None = None
-    axial_norm_std: float | int = 1.0
+    axial_norm_std: float | int = 0.02
     local_attn_chunk_length: int | None = 64
     local_num_chunks_before: int = 1
     local_num_chunks_after: int = 0
@@ -233,8 +237,12 @@ class ReformerHfConfig(PreTrainedConfig):
         for name in ("chunk_size_feed_forward", "chunk_size_lm_head"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give a number of positions, or 0 for all.")
+        if not self.layer_norm_eps > 0.0:
+            raise ValueError(f"`layer_norm_eps` is {self.layer_norm_eps}, but must be above 0, such as 1e-12.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r}, but must be one of {sorted(ACT2FN)}.")
         rates = ("hidden_dropout_prob", "local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
-        for name in rates:
+        for name in (*rates, "classifier_dropout"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but a dropout rate lies in [0, 1).")
 

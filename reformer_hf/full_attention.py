@@ -49,7 +49,7 @@ class FullSelfAttention(SharedQueryKeyAttention):
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Queries 1, 2, … over keys 0, 1, …: causal attention without the diagonal. The first position is its own value."""
+    """Queries 1, 2, … over keys 0, 1, …: causal attention without the diagonal. The first is its own value."""
     first = value[:, :, :1]
     if query.shape[2] == 1:
         return first

@@ -5,6 +5,8 @@ Locality-sensitive hashing: which bucket a vector falls into, and positions sort
 Shapes: B batch, L length, H heads, D head size, R hash rounds, N buckets. Pure functions, no global state is touched.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ _HASH_SLAB_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def bucket_factors(
-    num_buckets: int | list[int] | None, length: int, chunk_length: int, max_position_embeddings: int
+    num_buckets: int | Sequence[int] | None, length: int, chunk_length: int, max_position_embeddings: int
 ) -> list[int]:
     """
     Factors of the number of buckets for an input of `length` positions.

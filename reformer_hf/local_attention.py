@@ -45,7 +45,7 @@ class LocalSelfAttention(nn.Module):
         return out.flatten(2), weights
 
     def _order(self, padding: Tensor | None) -> Tensor | None:
-        """Padding after all else, so that chunks begin with the first real position. In-tree, padding has its place."""
+        """Padding after all else, so that chunks begin with the first token. In-tree, padding has its place."""
         if padding is None or self.config.wrap_chunks:
             return None
         one_bucket = torch.zeros((padding.shape[0], 1, 1, padding.shape[1]), dtype=torch.int32, device=padding.device)

@@ -59,7 +59,7 @@ class LSHSelfAttention(SharedQueryKeyAttention):
         factors = bucket_factors(
             config.num_buckets, length, config.lsh_attn_chunk_length, config.max_position_embeddings
         )
-        rotations = random_rotations(seed, *query.shape[2:], num_hashes, factors)
+        rotations = random_rotations(seed, query.shape[2], query.shape[3], num_hashes, factors)
         return sort_by_bucket(hash_vectors(query.detach(), rotations, factors), padding)
 
     def _pattern(self, length: int) -> AttentionPattern | None:

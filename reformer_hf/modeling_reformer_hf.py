@@ -162,7 +162,9 @@ class ReformerHfLayer(nn.Module):
 
         def attend(hidden_states: Tensor) -> Tensor:
             # Called again in the backward pass, where nobody asks for weights.
-            added, attentions = self.attention(hidden_states, padding, num_hashes, memo, output_attentions and not weights)
+            added, attentions = self.attention(
+                hidden_states, padding, num_hashes, memo, output_attentions and not weights
+            )
             if not weights:
                 weights.append(attentions)
             return added
@@ -171,9 +173,7 @@ class ReformerHfLayer(nn.Module):
             x1,
             x2,
             Branch(attend, attention_parameters, draws=self.training),
-            Branch(
-                self.feed_forward, feed_forward_parameters, self.feed_forward.chunk_size, draws=self.training
-            ),
+            Branch(self.feed_forward, feed_forward_parameters, self.feed_forward.chunk_size, draws=self.training),
             tape,
         )
         return y1, y2, weights[0]
@@ -217,13 +217,16 @@ class ReformerHfEncoder(nn.Module):
 class ReformerHfLMHead(nn.Module):
     """Scores of tokens. Its bias goes by two names: `bias`, in in-tree checkpoints, is `decoder.bias`."""
 
+    # Read when a model is saved; see `ReformerHfForCausalLM.get_expanded_tied_weights_keys` for all else.
+    _tied_weights_keys = {"decoder.bias": "bias"}
+
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.chunk_size = config.chunk_size_lm_head
         self.tied = config.tie_word_embeddings
         in_features = config.hidden_size if self.tied else 2 * config.hidden_size
         self.decoder = nn.Linear(in_features, config.vocab_size)
-        self.bias = self.decoder.bias
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits of hidden states `[B, L, 2 * hidden_size]`, in chunks of positions."""
@@ -240,6 +243,7 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     config: ReformerHfConfig
     base_model_prefix = "reformer"
     supports_gradient_checkpointing = False
+    _input_embed_layer = "word_embeddings"
     _no_split_modules = ["ReformerHfEmbeddings", "ReformerHfLayer"]
     _supports_context_parallel = False
     # What a saved folder says of the classes in the files that are shipped with it.
@@ -257,8 +261,9 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, AxialPositionEmbeddings):
-            for weight in module.weights:
+        # The axial embeddings. Not by their owner: Transformers passes over modules without parameters of their own.
+        if isinstance(module, nn.ParameterList):
+            for weight in module:
                 initialization.normal_(weight, std=self.config.axial_norm_std)
 
     def gradient_checkpointing_enable(self, *args, **kwargs):
@@ -283,12 +288,6 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         self.embeddings = ReformerHfEmbeddings(config)
         self.encoder = ReformerHfEncoder(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embeddings.word_embeddings = value
 
     @can_return_tuple
     def forward(
@@ -391,8 +390,8 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         """
         if past_key_values is not None:
             raise ValueError(
-                f"`past_key_values` is a {type(past_key_values).__name__}, but this model keeps no decoding state: pass "
-                "the whole sequence and `past_key_values=None`."
+                f"`past_key_values` is a {type(past_key_values).__name__}, but this model keeps no decoding state: "
+                "pass the whole sequence and `past_key_values=None`."
             )
         outputs = self.reformer(
             input_ids=input_ids,
@@ -448,7 +447,9 @@ def _check_inputs(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be {shape}, one entry for each token."
         )
     if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
-        raise ValueError(f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {shape} or {(1, shape[1])}.")
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {shape} or {(1, shape[1])}."
+        )
     if num_hashes is not None and num_hashes < 1:
         raise ValueError(f"`num_hashes` is {num_hashes}, but must be at least 1; leave it None for the config's.")
     # Looking at values would break what is compiled or exported.

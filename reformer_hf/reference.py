@@ -26,7 +26,7 @@ def key_counts(pattern: AttentionPattern, buckets: Sequence[Sequence[int]], padd
     length = len(padding)
     counts = torch.zeros(length, length, dtype=torch.float64)
     # The places of all rounds, one after the other: the position there, or None where the last chunk is not full.
-    orders = [sorted(range(length), key=lambda i, r=r: (padding[i], buckets[r][i], i)) for r in range(len(buckets))]
+    orders = [[i for *_, i in sorted(zip(padding, of_round, range(length), strict=True))] for of_round in buckets]
     slots_of_round = -(-(pattern.ring_length or length) // pattern.chunk_length) * pattern.chunk_length
     rounds = [order + [None] * (slots_of_round - length) for order in orders]
     ring = [position for order in rounds for position in order]

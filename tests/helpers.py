@@ -30,6 +30,7 @@ def tiny_config(**fields) -> ReformerHfConfig:
         "attention_head_size": 16,
         "feed_forward_size": 48,
         "vocab_size": 60,
+        "bos_token_id": 2,
         "max_position_embeddings": 256,
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,

@@ -186,14 +186,22 @@ def test_other_fields_fp64(tmp_path, rotations_of_fp32, fields, causal, padded):
     _assert_equal(in_tree, tmp_path, TRAINING_LENGTH, padded, 1e-9, 1e-9)
 
 
-@pytest.mark.parametrize("chunks_before", [2, 3], ids=lambda before: f"before{before}")
 @pytest.mark.parametrize(("layers", "length"), [("local", 13), ("lsh", 13), ("lsh", 29)])
 @each_direction
-def test_more_chunks_before_than_there_are_fp64(tmp_path, rotations_of_fp32, causal, layers, length, chunks_before):
-    """Chunks of 8 (local) and 16 (LSH). In-tree, a chunk farther away than the ring is long is the query's own one."""
-    fields = {"lsh_num_chunks_before": chunks_before, "local_num_chunks_before": chunks_before}
-    in_tree = _in_tree(causal, layers, num_hashes=1, **fields).double()
+def test_as_many_chunks_before_as_there_are_fp64(tmp_path, rotations_of_fp32, causal, layers, length):
+    """Rings of two chunks: of 8 (local) and 16 (LSH)."""
+    in_tree = _in_tree(causal, layers, num_hashes=1, lsh_num_chunks_before=2, local_num_chunks_before=2).double()
     _assert_equal(in_tree, tmp_path, length, False, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize(("layers", "length"), [("local", 13), ("lsh", 29)])
+@each_direction
+def test_more_chunks_before_than_there_are_differ(tmp_path, rotations_of_fp32, causal, layers, length):
+    """In-tree, a chunk farther away than the ring is long is the query's own; ours, the ring is walked once more."""
+    in_tree = _in_tree(causal, layers, num_hashes=1, lsh_num_chunks_before=3, local_num_chunks_before=3).double()
+    ours, inputs = _ours(in_tree, tmp_path), _inputs(length, False)
+    with torch.no_grad():
+        assert relative_rms(ours(**inputs)[0], in_tree(**inputs)[0]) > 1e-3
 
 
 def _soften_self_mask(in_tree):
