@@ -48,19 +48,12 @@ logger = logging.getLogger(__name__)
 
 PROMPT_LENGTH = 128
 
-# At 1.0, the config's default and that of the in-tree model, positions drown the bytes for thousands of steps.
-AXIAL_NORM_STD = 0.02
-
 _CONFIG_FIELDS = {config_field.name for config_field in fields(ReformerHfConfig)}
 
 
 @dataclass
 class ModelArguments:
-    """
-    Fields of `ReformerHfConfig`.
-
-    What is left out has the loaded model's value, or the config's default (but see `AXIAL_NORM_STD`).
-    """
+    """Fields of `ReformerHfConfig`. What is left out has the loaded model's value, or the config's default."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub name of a byte-level model to fine-tune, instead of a new one."}
@@ -155,8 +148,7 @@ def build_config(args: ModelArguments) -> ReformerHfConfig:
     if args.sequence_length < 2:
         raise ValueError(f"`sequence_length` is {args.sequence_length}, but a sequence needs at least 2 tokens.")
     if args.model_name_or_path is None:
-        defaults = {"max_position_embeddings": args.sequence_length, "axial_norm_std": AXIAL_NORM_STD}
-        config = ReformerHfConfig(**{**defaults, **given, "is_decoder": True})
+        config = ReformerHfConfig(**{"max_position_embeddings": args.sequence_length, **given, "is_decoder": True})
     else:
         config = ReformerHfConfig.from_pretrained(args.model_name_or_path, **given, is_decoder=True)
     if config.max_position_embeddings < args.sequence_length:

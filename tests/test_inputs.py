@@ -1,0 +1,272 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""What an output depends on: no later token, no padding, only the inputs given; and inputs that are refused."""
+
+import pytest
+import torch
+
+from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf.hashing import bucket_factors
+
+from .helpers import assert_close, relative_rms, tiny_config
+
+CHUNK = {"lsh_pattern": "chunk"}
+ACROSS = {"lsh_pattern": "chunk", "lsh_across_buckets": True}
+ONCE = {"lsh_count_duplicates": False}
+LAYERS = {
+    "lsh": ["lsh"],
+    "mixed": ["local", "lsh", "full"],
+    "deep": ["full", "lsh", "local", "lsh", "lsh", "local"],
+}
+
+each_rule = pytest.mark.parametrize("rule", [{}, ONCE], ids=["duplicates", "once"])
+each_layers = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+
+
+def _model(dtype=torch.float64, cls=ReformerHfModel, **fields):
+    """Weights so large that the hashes of tokens vary."""
+    torch.manual_seed(0)
+    config = tiny_config(**{"initializer_range": 0.5, "axial_norm_std": 0.5, **fields})
+    return cls(config).to(dtype).eval()
+
+
+def _random_ids(batch_size, length):
+    return torch.randint(0, 60, (batch_size, length), generator=torch.Generator().manual_seed(length))
+
+
+def _with_other_ends(input_ids, cuts):
+    """Row b with other tokens from position `cuts[b]` on, and what is left as it was, `[B, L]`."""
+    same = torch.arange(input_ids.shape[1]) < torch.tensor(cuts)[:, None]
+    return torch.where(same, input_ids, (input_ids + 1 + _random_ids(*input_ids.shape) % 59) % 60), same
+
+
+@each_layers
+@pytest.mark.parametrize("num_hashes", [1, 2, 4], ids=lambda rounds: f"R{rounds}")
+@each_rule
+@pytest.mark.parametrize("length", [2, 7, 33, 64, 101, 200], ids=lambda length: f"L{length}")
+@torch.no_grad()
+def test_no_later_token_changes_an_earlier_output(length, rule, num_hashes, layers):
+    """
+    A query sees the very same keys. Their sum is the same up to its last digits, since later tokens move the slots
+    of earlier ones and so the order of the summands: hence fp64.
+    """
+    model = _model(attn_layers=layers, num_hashes=num_hashes, **rule)
+    input_ids = _random_ids(4, length)
+    other_ids, same = _with_other_ends(input_ids, [1, max(length // 3, 1), max(length // 2, 1), length - 1])
+    outputs, others = (model(ids, output_attentions=True) for ids in (input_ids, other_ids))
+    assert_close(others[0][same], outputs[0][same], 1e-14)
+    assert relative_rms(others[0][~same], outputs[0][~same]) > 0.1
+    for seen, others_seen in zip(outputs.attention_positions, others.attention_positions, strict=True):
+        # [B, L, H, R, W], the keys of a query in order.
+        seen, others_seen = (x.sort(-1).values.permute(0, 3, 1, 2, 4) for x in (seen, others_seen))
+        assert torch.equal(others_seen[same], seen[same])
+        assert (seen <= torch.arange(length)[:, None, None, None]).all()
+
+
+@each_layers
+@each_rule
+@torch.no_grad()
+def test_a_prefix_has_the_outputs_of_the_whole(rule, layers):
+    model = _model(attn_layers=layers, **rule)
+    input_ids = _random_ids(2, 101)
+    whole = model(input_ids)[0]
+    for length in (1, 2, 8, 9, 50, 100):
+        assert_close(model(input_ids[:, :length])[0], whole[:, :length], 1e-14, f"prefix of {length}")
+
+
+@pytest.mark.parametrize("num_hashes", [1, 2, 4], ids=lambda rounds: f"R{rounds}")
+@pytest.mark.parametrize("fields", [CHUNK, ACROSS, {**ACROSS, "wrap_chunks": True}], ids=["bucket", "across", "ring"])
+@torch.no_grad()
+def test_the_chunk_pattern_leaks(fields, num_hashes):
+    """
+    Later tokens move the borders of chunks, and with them what earlier queries see. LEAK
+    """
+    model = _model(attn_layers=["lsh"], num_hashes=num_hashes, **fields)
+    input_ids = _random_ids(32, 128)
+    other_ids, same = _with_other_ends(input_ids, [64] * 32)
+    leak = relative_rms(model(other_ids)[0][same], model(input_ids)[0][same])
+    print("LEAK", fields, num_hashes, leak)
+    assert leak > 0.01
+
+
+PATTERNS = {
+    "window": {},
+    "window-once": ONCE,
+    "bucket": CHUNK,
+    "bucket-once": {**CHUNK, **ONCE},
+    "across": ACROSS,
+    "across-once": {**ACROSS, **ONCE},
+}
+BIDIRECTIONAL = {"is_decoder": False, "lsh_num_chunks_after": 1, "local_num_chunks_after": 1}
+each_direction = pytest.mark.parametrize("direction", [{}, BIDIRECTIONAL], ids=["causal", "bidirectional"])
+
+
+def _mask(side):
+    """Of three rows of 50 tokens, the second and third are padded, by 5 and by 33."""
+    attention_mask = torch.ones(3, 50, dtype=torch.long)
+    for row, count in ((1, 5), (2, 33)):
+        first = {"left": 0, "middle": 10, "right": 50 - count}[side]
+        attention_mask[row, first : first + count] = 0
+    return attention_mask
+
+
+@pytest.mark.parametrize("layers", [*([kind] * 2 for kind in ("local", "lsh", "full")), LAYERS["deep"]], ids="-".join)
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("side", ["left", "middle", "right"])
+@each_direction
+@torch.no_grad()
+def test_padding_changes_nothing(direction, side, pattern, layers):
+    """Given `num_buckets`. Chunks that close to a ring are another matter: in-tree, padding has a place in it."""
+    if "lsh" not in layers and pattern:
+        pytest.skip("no LSH layer")
+    model = _model(attn_layers=layers, **direction, **pattern)
+    input_ids, attention_mask = _random_ids(3, 50), _mask(side)
+    found = model(input_ids, attention_mask=attention_mask)[0]
+    for row, real in enumerate(attention_mask.bool()):
+        assert_close(found[row, real], model(input_ids[row : row + 1, real])[0][0], 1e-12, f"row {row}")
+
+
+@each_direction
+@torch.no_grad()
+def test_a_mask_of_ones_is_no_mask(direction):
+    model, input_ids = _model(torch.float32, **direction), _random_ids(2, 50)
+    expected = model(input_ids)[0]
+    for dtype in (torch.long, torch.bool, torch.float32):
+        assert torch.equal(model(input_ids, attention_mask=torch.ones(2, 50, dtype=dtype))[0], expected)
+
+
+@each_direction
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_a_row_of_padding_is_finite(pattern, direction):
+    model = _model(torch.float32, attn_layers=LAYERS["deep"], hidden_dropout_prob=0.1, **direction, **pattern).train()
+    attention_mask = torch.ones(2, 50)
+    attention_mask[0] = 0
+    outputs = model(_random_ids(2, 50), attention_mask=attention_mask, output_attentions=True)
+    assert outputs[0].isfinite().all()
+    assert all(weights.isfinite().all() for weights in outputs.attentions)
+    outputs[0][1].square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_without_num_buckets_the_count_follows_the_padded_length():
+    model = _model(attn_layers=["lsh"], num_buckets=None)
+    input_ids = torch.zeros(2, 128, dtype=torch.long)
+    input_ids[:, :64] = _random_ids(2, 64)
+    attention_mask = torch.zeros(2, 128)
+    attention_mask[:, :64] = 1
+
+    def given(num_buckets):
+        return _model(attn_layers=["lsh"], num_buckets=num_buckets)
+
+    assert (bucket_factors(None, 64, 8, 256), bucket_factors(None, 128, 8, 256)) == ([16], [4, 8])
+    short = model(input_ids[:, :64])[0]
+    padded = model(input_ids, attention_mask=attention_mask)[0][:, :64]
+    assert torch.equal(short, given(16)(input_ids[:, :64])[0])
+    assert torch.equal(padded, given([4, 8])(input_ids, attention_mask=attention_mask)[0][:, :64])
+    assert relative_rms(padded, short) > 0.1
+
+
+@torch.no_grad()
+def test_inputs_embeds_stand_for_input_ids():
+    model, input_ids = _model(torch.float32, ReformerHfForCausalLM), _random_ids(2, 50)
+    embeds = model.get_input_embeddings()(input_ids)
+    for attention_mask in (None, _mask("left")[1:]):
+        expected = model(input_ids, attention_mask=attention_mask, labels=input_ids)
+        found = model(inputs_embeds=embeds, attention_mask=attention_mask, labels=input_ids)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.loss, expected.loss)
+
+
+@torch.no_grad()
+def test_position_ids():
+    model, input_ids = _model(torch.float32), _random_ids(2, 50)
+    expected, positions = model(input_ids)[0], torch.arange(50)[None]
+    for position_ids in (positions, positions.expand(2, 50), positions.int()):
+        assert torch.equal(model(input_ids, position_ids=position_ids)[0], expected)
+    shifted = model(input_ids, position_ids=positions + 100)[0]
+    assert relative_rms(shifted, expected) > 0.1
+    assert torch.equal(model(input_ids, position_ids=(positions + 100).expand(2, 50))[0], shifted)
+    each_row = model(input_ids, position_ids=positions + torch.tensor([[0], [100]]))[0]
+    assert_close(each_row, torch.stack([expected[0], shifted[1]]), 1e-5)
+
+
+@torch.no_grad()
+def test_positions_are_counted_without_padding():
+    model, input_ids, attention_mask = _model(torch.float32), _random_ids(3, 50), _mask("left")
+    position_ids = torch.zeros(3, 50, dtype=torch.long)
+    for row, count in enumerate((0, 5, 33)):
+        position_ids[row, count:] = torch.arange(50 - count)
+    found = model(input_ids, attention_mask=attention_mask)[0]
+    assert torch.equal(found, model(input_ids, attention_mask=attention_mask, position_ids=position_ids)[0])
+
+
+IDS = torch.ones(2, 5, dtype=torch.long)
+BAD_INPUTS = {
+    "id-too-large": (
+        {"input_ids": torch.tensor([[1, 60]])},
+        r"`input_ids` holds 60.*\[0, 59\] \(`vocab_size` is 60\).*resize_token_embeddings",
+    ),
+    "id-negative": ({"input_ids": torch.tensor([[1, -1]])}, r"`input_ids` holds -1.*\[0, 59\].*use the tokenizer"),
+    "too-long": (
+        {"input_ids": torch.ones(1, 257, dtype=torch.long)},
+        r"257 tokens long.* 1 to 256 \(`max_position_embeddings`\): cut the input",
+    ),
+    "embeds-too-long": ({"inputs_embeds": torch.ones(1, 257, 32)}, r"257 tokens long.*`max_position_embeddings`"),
+    "empty": ({"input_ids": IDS[:, :0]}, r"0 tokens long.* takes 1 to 256"),
+    "ids-of-one-axis": ({"input_ids": IDS[0]}, r"`input_ids` has shape \(5,\).*must be \[B, L\]"),
+    "mask-too-short": (
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 4)},
+        r"`attention_mask` has shape \(2, 4\).*must be \(2, 5\), one entry for each token",
+    ),
+    "mask-of-four-axes": (
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 5, 5)},
+        r"`attention_mask` has shape \(2, 1, 5, 5\).*must be \(2, 5\)",
+    ),
+    "positions-too-many": (
+        {"input_ids": IDS, "position_ids": torch.arange(6)[None]},
+        r"`position_ids` has shape \(1, 6\).*must be \(2, 5\) or \(1, 5\)",
+    ),
+    "positions-of-one-axis": ({"input_ids": IDS, "position_ids": torch.arange(5)}, r"`position_ids` has shape \(5,\)"),
+    "position-too-large": (
+        {"input_ids": IDS, "position_ids": torch.arange(252, 257)[None]},
+        r"`position_ids` holds 256.*\[0, 255\] \(`max_position_embeddings` is 256\)",
+    ),
+    "position-negative": ({"input_ids": IDS, "position_ids": -IDS}, r"`position_ids` holds -1.*\[0, 255\]"),
+    "both": (
+        {"input_ids": IDS, "inputs_embeds": torch.ones(2, 5, 32)},
+        "Give one of `input_ids` and `inputs_embeds`, not both",
+    ),
+    "neither": ({}, "Give one of `input_ids` and `inputs_embeds`, not neither"),
+    "embeds-too-narrow": (
+        {"inputs_embeds": torch.ones(2, 5, 31)},
+        r"`inputs_embeds` has shape \(2, 5, 31\).*\[B, L, 32\] \(`hidden_size`\)",
+    ),
+    "embeds-of-two-axes": ({"inputs_embeds": torch.ones(2, 32)}, r"`inputs_embeds` has shape \(2, 32\)"),
+    "no-rounds": ({"input_ids": IDS, "num_hashes": 0}, "`num_hashes` is 0.*at least 1; leave it None"),
+    "cache": (
+        {"input_ids": IDS, "past_key_values": ()},
+        "`past_key_values` is a tuple.*pass the whole sequence and `past_key_values=None`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("inputs", "said"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_inputs_are_refused_with_value_and_remedy(inputs, said):
+    model = ReformerHfForCausalLM(tiny_config())
+    with pytest.raises(ValueError, match=said):
+        model(**inputs)
+
+
+def test_bad_models_are_refused():
+    with pytest.raises(ValueError, match="`is_decoder` is False.*set `is_decoder=True`"):
+        ReformerHfForCausalLM(tiny_config(is_decoder=False))
+    config = tiny_config()
+    config.lsh_num_chunks_after = 1
+    for cls in (ReformerHfModel, ReformerHfForCausalLM):
+        with pytest.raises(ValueError, match="`lsh_num_chunks_after` is 1.*set it to 0, or `is_decoder=False`"):
+            cls(config)
+
+
+def test_gradient_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="`gradient_checkpointing` is True.*leave it False.*chunk_size_feed_forward"):
+        ReformerHfForCausalLM(tiny_config()).gradient_checkpointing_enable()
