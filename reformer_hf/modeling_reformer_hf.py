@@ -265,6 +265,8 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.ParameterList):
             for weight in module:
                 initialization.normal_(weight, std=self.config.axial_norm_std)
+        elif isinstance(module, ReformerHfLMHead):
+            initialization.zeros_(module.bias)
 
     def gradient_checkpointing_enable(self, *args, **kwargs):
         """Refused: reversible layers keep no activations that a checkpoint could save."""
@@ -362,6 +364,19 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         self.lm_head.decoder = new_embeddings
         self.lm_head.bias = new_embeddings.bias
 
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
+    ):
+        """As in Transformers, but there is no decoding state: every step takes the whole sequence."""
+        if inputs_embeds is not None:
+            # What was generated follows a prompt that was given as embeddings.
+            num_new = kwargs["attention_mask"].shape[1] - inputs_embeds.shape[1]
+            new_ids = input_ids[:, input_ids.shape[1] - num_new :]
+            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(new_ids)], dim=1)
+            kwargs["is_first_iteration"] = True
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
+        return super().prepare_inputs_for_generation(**inputs)  # type: ignore[misc]
+
     @can_return_tuple
     def forward(
         self,
@@ -401,6 +416,7 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
             num_hashes=num_hashes,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

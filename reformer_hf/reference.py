@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .chunk_attention import AttentionPattern
+from .attention_layout import AttentionPattern
 
 
 def key_counts(pattern: AttentionPattern, buckets: Sequence[Sequence[int]], padding: Sequence[bool]) -> Tensor:

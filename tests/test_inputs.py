@@ -54,7 +54,7 @@ def test_no_later_token_changes_an_earlier_output(length, rule, num_hashes, laye
     other_ids, same = _with_other_ends(input_ids, [1, max(length // 3, 1), max(length // 2, 1), length - 1])
     outputs, others = (model(ids, output_attentions=True) for ids in (input_ids, other_ids))
     assert_close(others[0][same], outputs[0][same], 1e-14)
-    assert relative_rms(others[0][~same], outputs[0][~same]) > 0.1
+    assert relative_rms(others[0][~same], outputs[0][~same]) > 0.01
     for seen, others_seen in zip(outputs.attention_positions, others.attention_positions, strict=True):
         # [B, L, H, R, W], the keys of a query in order.
         seen, others_seen = (x.sort(-1).values.permute(0, 3, 1, 2, 4) for x in (seen, others_seen))
@@ -78,14 +78,27 @@ def test_a_prefix_has_the_outputs_of_the_whole(rule, layers):
 @torch.no_grad()
 def test_the_chunk_pattern_leaks(fields, num_hashes):
     """
-    Later tokens move the borders of chunks, and with them what earlier queries see. LEAK
+    Later tokens move the borders of chunks, and with them what earlier queries see: other tokens in the second half
+    change the first by 13, 7, 7 % (1, 2, 4 rounds, the bucket alone), 31, 22, 14 % (across buckets), 32, 23, 15 %
+    (in a ring, as in-tree).
     """
     model = _model(attn_layers=["lsh"], num_hashes=num_hashes, **fields)
     input_ids = _random_ids(32, 128)
     other_ids, same = _with_other_ends(input_ids, [64] * 32)
     leak = relative_rms(model(other_ids)[0][same], model(input_ids)[0][same])
-    print("LEAK", fields, num_hashes, leak)
-    assert leak > 0.01
+    assert 0.03 < leak < 0.6
+
+
+@pytest.mark.parametrize("fields", [{}, CHUNK, ACROSS], ids=["window", "bucket", "across"])
+@each_rule
+@torch.no_grad()
+def test_a_key_counts_once_or_in_every_round(rule, fields):
+    model = _model(attn_layers=["lsh"], num_hashes=4, **rule, **fields)
+    (positions,) = model(_random_ids(2, 101), output_attentions=True).attention_positions
+    # [B, H, L, R * W], the keys of a query in order.
+    positions = positions.transpose(2, 3).flatten(3).sort(-1).values
+    twice = (positions[..., 1:] == positions[..., :-1]) & (positions[..., 1:] >= 0)
+    assert bool(twice.any()) == (rule != ONCE)
 
 
 PATTERNS = {
@@ -100,6 +113,15 @@ BIDIRECTIONAL = {"is_decoder": False, "lsh_num_chunks_after": 1, "local_num_chun
 each_direction = pytest.mark.parametrize("direction", [{}, BIDIRECTIONAL], ids=["causal", "bidirectional"])
 
 
+# Layers and pattern; layers other than LSH know no patterns.
+PADDED = {
+    "local": (["local", "local"], {}),
+    "full": (["full", "full"], {}),
+    **{f"lsh-{name}": (["lsh", "lsh"], pattern) for name, pattern in PATTERNS.items()},
+    **{f"deep-{name}": (LAYERS["deep"], pattern) for name, pattern in PATTERNS.items()},
+}
+
+
 def _mask(side):
     """Of three rows of 50 tokens, the second and third are padded, by 5 and by 33."""
     attention_mask = torch.ones(3, 50, dtype=torch.long)
@@ -109,15 +131,12 @@ def _mask(side):
     return attention_mask
 
 
-@pytest.mark.parametrize("layers", [*([kind] * 2 for kind in ("local", "lsh", "full")), LAYERS["deep"]], ids="-".join)
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize(("layers", "pattern"), PADDED.values(), ids=PADDED)
 @pytest.mark.parametrize("side", ["left", "middle", "right"])
 @each_direction
 @torch.no_grad()
-def test_padding_changes_nothing(direction, side, pattern, layers):
+def test_padding_changes_nothing(direction, side, layers, pattern):
     """Given `num_buckets`. Chunks that close to a ring are another matter: in-tree, padding has a place in it."""
-    if "lsh" not in layers and pattern:
-        pytest.skip("no LSH layer")
     model = _model(attn_layers=layers, **direction, **pattern)
     input_ids, attention_mask = _random_ids(3, 50), _mask(side)
     found = model(input_ids, attention_mask=attention_mask)[0]

@@ -1,0 +1,336 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The models: randomness, training, options that change nothing, outputs on request, loss, generation."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments, set_seed
+
+from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf.rng import draw_seed
+
+from .helpers import assert_close, gradients, relative_rms, tiny_config
+
+DEEP = ["local", "lsh", "full", "lsh"]
+DROPOUT = {
+    "hidden_dropout_prob": 0.1,
+    "local_attention_probs_dropout_prob": 0.1,
+    "lsh_attention_probs_dropout_prob": 0.1,
+}
+
+each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+
+
+def _model(dtype=torch.float32, cls=ReformerHfForCausalLM, **fields):
+    """A model in evaluation, all of whose parameters are random, so that none that gets lost is missed."""
+    torch.manual_seed(0)
+    model = cls(tiny_config(**fields)).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def _twin(model, **fields):
+    """The same weights under a config that differs in some fields."""
+    twin = type(model)(type(model.config)(**{**model.config.to_dict(), **fields})).to(model.dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin.train(model.training)
+
+
+def _ids(length=50, batch_size=2):
+    return torch.randint(0, 50, (batch_size, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def input_ids():
+    return _ids()
+
+
+@pytest.mark.parametrize("layers", [["local"], ["lsh"], ["full"], DEEP], ids="-".join)
+def test_evaluation_draws_nothing_and_repeats(layers, input_ids):
+    model = _model(attn_layers=layers, **DROPOUT)
+    state = torch.get_rng_state()
+    logits = model(input_ids).logits
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert torch.equal(model(input_ids).logits, logits)
+    assert torch.equal(_twin(model, hash_seed=0)(input_ids).logits, logits)
+    assert torch.equal(_twin(model, hash_seed=1)(input_ids).logits, logits) == ("lsh" not in layers)
+
+
+def test_training_draws_one_seed_for_each_lsh_layer(input_ids):
+    model = _model(attn_layers=DEEP).train()
+    torch.manual_seed(5)
+    loss = model(input_ids, labels=input_ids).loss
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    for _ in range(DEEP.count("lsh")):
+        draw_seed()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_hashes_anew_without_a_hash_seed_only(input_ids):
+    model = _model(attn_layers=DEEP)
+    seeded = _twin(model, hash_seed=3)
+    expected = seeded(input_ids).logits
+    seeded.train()
+    state = torch.get_rng_state()
+    assert torch.equal(seeded(input_ids).logits, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    model.train()
+    first, second = model(input_ids).logits, model(input_ids).logits
+    assert relative_rms(first, second) > 1e-3
+    torch.set_rng_state(state)
+    assert torch.equal(model(input_ids).logits, first)
+
+
+class _RecordingTrainer(Trainer):
+    """Keeps every loss to the last bit."""
+
+    losses = ()
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.losses = (*self.losses, loss)
+        return loss
+
+
+def _trained(seed, folder):
+    """Losses and weights of twenty steps."""
+    set_seed(seed)
+    model = ReformerHfForCausalLM(tiny_config(attn_layers=DEEP, **DROPOUT))
+    args = TrainingArguments(
+        output_dir=folder,
+        seed=seed,
+        max_steps=20,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    data = [{"input_ids": row, "labels": row} for row in _ids(40, 12)]
+    trainer = _RecordingTrainer(model=model, args=args, train_dataset=data)
+    trainer.train()
+    return torch.stack(trainer.losses), model.state_dict()
+
+
+def test_a_seed_fixes_a_training_run(tmp_path):
+    (losses, weights), (again, weights_again), (others, _) = (_trained(seed, tmp_path) for seed in (0, 0, 1))
+    assert len(losses) == 20 and losses[-5:].mean() < 0.95 * losses[:5].mean()
+    assert torch.equal(again, losses)
+    for name, weight in weights.items():
+        assert torch.equal(weights_again[name], weight), name
+    assert not torch.equal(others, losses)
+
+
+@pytest.fixture(scope="module")
+def long_model():
+    """As `num_buckets` is not given, all lengths in turn go through one model without leaving a trace."""
+    sizes = {"hidden_size": 8, "attention_head_size": 4, "feed_forward_size": 8, "max_position_embeddings": 4096}
+    chunks = {"local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64}
+    return _model(attn_layers=["local", "lsh"], num_buckets=None, **sizes, **chunks).train()
+
+
+@pytest.mark.parametrize("length", [1, 63, 1000, 4096, 65], ids=lambda length: f"L{length}")
+def test_any_length_trains(long_model, length):
+    fields = long_model.config.to_dict()
+    long_model.zero_grad()
+    torch.manual_seed(0)
+    input_ids = _ids(length, 1)
+    # A single token has no successor to be scored on.
+    labels = {} if length == 1 else {"labels": input_ids}
+    outputs = long_model(input_ids, **labels)
+    (outputs.logits.square().mean() if length == 1 else outputs.loss).backward()
+    for name, grad in gradients(long_model).items():
+        assert grad.isfinite().all(), name
+        # The attention of a single token is its own value, whatever queries and keys are.
+        no_effect = length == 1 and name.endswith((".query.weight", ".key.weight", ".query_key.weight"))
+        assert bool(grad.any()) != no_effect, name
+    assert long_model.config.to_dict() == fields
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "no-grad"])
+def test_reversible_and_plain_models_agree(mode, input_ids):
+    reversible = _model(attn_layers=DEEP, **DROPOUT).train(mode == "training")
+    plain = _twin(reversible, reversible=False)
+    logits = []
+    for model in (reversible, plain):
+        torch.manual_seed(2)
+        with torch.set_grad_enabled(mode != "no-grad"):
+            logits.append(model(input_ids).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("num_hashes", [1, 3], ids=lambda rounds: f"R{rounds}")
+def test_num_hashes_of_a_call(num_hashes, training, input_ids):
+    model = _model(attn_layers=DEEP, **DROPOUT).train(training)
+    configured = _twin(model, num_hashes=num_hashes)
+    results = []
+    for each, given in ((model, num_hashes), (configured, None)):
+        torch.manual_seed(2)
+        outputs = each(input_ids, labels=input_ids, num_hashes=given)
+        outputs.loss.backward()
+        results.append((outputs.logits, gradients(each)))
+    (logits, grads), (expected, expected_grads) = results
+    assert torch.equal(logits, expected)
+    for name, grad in grads.items():
+        assert torch.equal(grad, expected_grads[name]), name
+    torch.manual_seed(2)
+    assert relative_rms(model(input_ids).logits, logits) > 1e-3
+
+
+def test_nothing_writes_to_the_config(input_ids):
+    model = _model(num_buckets=None, **DROPOUT)
+    fields = model.config.to_dict()
+    for training in (False, True):
+        model.train(training)
+        for length in (50, 7, 33):
+            model(input_ids[:, :length], labels=input_ids[:, :length], num_hashes=3).loss.backward()
+    assert model.config.to_dict() == fields
+    assert model.config.num_buckets is None
+
+
+@each_tie
+@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
+@pytest.mark.parametrize("sizes", [(7, 0), (0, 7), (1, 64), (50, 13)], ids=str)
+def test_chunks_of_positions_change_nothing(sizes, reversible, tied, input_ids):
+    whole = _model(torch.float64, attn_layers=DEEP, reversible=reversible, tie_word_embeddings=tied)
+    chunked = _twin(whole, chunk_size_feed_forward=sizes[0], chunk_size_lm_head=sizes[1])
+    outputs = [model(input_ids, labels=input_ids) for model in (whole, chunked)]
+    assert_close(outputs[1].logits, outputs[0].logits, 1e-12)
+    for output in outputs:
+        output.loss.backward()
+    expected = gradients(whole)
+    for name, grad in gradients(chunked).items():
+        assert_close(grad, expected[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_hidden_states_and_attentions(causal, input_ids):
+    after = 0 if causal else 1
+    fields = {"local_num_chunks_after": after, "lsh_num_chunks_after": after, "is_decoder": causal}
+    model = _model(cls=ReformerHfModel, attn_layers=DEEP, **fields)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones(2, 50)}
+    inputs["attention_mask"][1, :9] = 0
+    plain = model(**inputs)
+    assert list(plain) == ["last_hidden_state"] and plain.last_hidden_state.shape == (2, 50, 64)
+    streams = []
+    for layer in model.encoder.layers:
+        layer.register_forward_hook(lambda _, args, returned: streams.append((args[1], returned[1])))
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    assert torch.equal(outputs.last_hidden_state, plain.last_hidden_state)
+
+    assert len(outputs.hidden_states) == len(DEEP) + 1
+    for state, (before, _) in zip(outputs.hidden_states, streams, strict=False):
+        assert state.shape == (2, 50, 32) and torch.equal(state, before)
+    assert torch.equal(outputs.hidden_states[-1], streams[-1][1])
+
+    real = inputs["attention_mask"].bool()
+    window = 8 * (2 + after)
+    sizes = {"local": (1, window), "lsh": (2, window), "full": (1, 50)}
+    for kind, weights, positions in zip(DEEP, outputs.attentions, outputs.attention_positions, strict=True):
+        rounds, window = sizes[kind]
+        assert weights.shape == positions.shape == (2, 2, rounds, 50, window)
+        assert weights.dtype == torch.float32 and not weights.requires_grad
+        # [queries, H, R, W] where there is no padding.
+        weights, positions = (x.permute(0, 3, 1, 2, 4)[real] for x in (weights, positions))
+        assert_close(weights.sum((2, 3)), torch.ones(91, 2), 1e-6, f"sum of {kind} weights")
+        seen = positions >= 0
+        assert not weights[~seen].any() and (positions[~seen] == -1).all()
+        batch_rows, queries = real.nonzero().T[..., None, None, None]
+        assert real[batch_rows.expand_as(positions)[seen], positions[seen]].all()
+        assert bool((positions > queries).any()) != causal
+
+
+@pytest.mark.parametrize("where", ["config", "call"])
+@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
+def test_what_is_requested_in_training_leaves_the_gradient(reversible, where, input_ids):
+    model = _model(attn_layers=DEEP, reversible=reversible, **DROPOUT).train()
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    asked, inputs = (_twin(model, **wanted), {}) if where == "config" else (_twin(model), wanted)
+    for each, given in ((model, {}), (asked, inputs)):
+        torch.manual_seed(2)
+        outputs = each(input_ids, labels=input_ids, **given)
+        outputs.loss.backward()
+    assert len(outputs.hidden_states) == len(DEEP) + 1
+    assert len(outputs.attentions) == len(outputs.attention_positions) == len(DEEP)
+    expected = gradients(model)
+    for name, grad in gradients(asked).items():
+        assert torch.equal(grad, expected[name]), name
+
+
+def test_a_call_overrules_the_config(input_ids):
+    model = _model(output_hidden_states=True, output_attentions=True)
+    outputs = model(input_ids, output_hidden_states=False, output_attentions=False)
+    assert list(outputs) == ["logits"]
+
+
+@torch.no_grad()
+def test_tuples_instead_of_named_outputs(input_ids):
+    model = _model()
+    expected = model(input_ids, labels=input_ids, output_hidden_states=True)
+    for found in (
+        model(input_ids, labels=input_ids, output_hidden_states=True, return_dict=False),
+        _twin(model, return_dict=False)(input_ids, labels=input_ids, output_hidden_states=True),
+    ):
+        assert isinstance(found, tuple) and len(found) == 3
+        assert torch.equal(found[0], expected.loss) and torch.equal(found[1], expected.logits)
+        assert len(found[2]) == len(expected.hidden_states)
+    assert isinstance(model.reformer(input_ids, return_dict=False), tuple)
+
+
+@each_tie
+@pytest.mark.parametrize("chunk_size", [0, 7], ids=["whole", "chunks"])
+@torch.no_grad()
+def test_logits_to_keep(chunk_size, tied, input_ids):
+    model = _model(chunk_size_lm_head=chunk_size, tie_word_embeddings=tied)
+    logits = model(input_ids).logits
+    assert logits.shape == (2, 50, 60)
+    for kept in (0, 1, 5, 50):
+        assert_close(model(input_ids, logits_to_keep=kept).logits, logits[:, -kept:], 1e-6)
+    positions = torch.tensor([3, 0, 49])
+    assert_close(model(input_ids, logits_to_keep=positions).logits, logits[:, positions], 1e-6)
+
+
+def test_loss(input_ids):
+    model = _model()
+    logits = model(input_ids).logits
+    scores = logits[:, :-1].flatten(0, 1)
+    labels = input_ids.clone()
+    labels[0, :20] = -100
+    for each in (input_ids, labels):
+        expected = cross_entropy(scores, each[:, 1:].flatten())
+        assert_close(model(input_ids, labels=each).loss, expected, 1e-6)
+        counted = (each[:, 1:] != -100).sum()
+        for items in (7, torch.tensor(7)):
+            found = model(input_ids, labels=each, num_items_in_batch=items).loss
+            assert_close(found, expected * counted / 7, 1e-6)
+    # Already where the loss wants them: position i scores label i.
+    expected = cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert_close(model(input_ids, shift_labels=labels).loss, expected, 1e-6)
+    assert_close(model(input_ids, labels=input_ids, shift_labels=labels).loss, expected, 1e-6)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3], ids=lambda beams: f"beams{beams}")
+@torch.no_grad()
+def test_generation_computes_each_prefix_anew(num_beams, input_ids):
+    """Without a decoding state: what `use_cache` says, which is True by default, means nothing. Nor does padding."""
+    model = _model()
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, :9] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "num_beams": num_beams}
+    expected = model.generate(input_ids[1:, 9:], **options, use_cache=False)[0, -12:]
+    if num_beams == 1:
+        sequence = input_ids[1:, 9:]
+        for _ in range(12):
+            sequence = torch.cat([sequence, model(sequence).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(expected, sequence[0, -12:])
+    for use_cache in ({}, {"use_cache": True}, {"use_cache": False}):
+        found = model.generate(input_ids, attention_mask=attention_mask, **options, **use_cache)
+        assert torch.equal(found[1, -12:], expected)

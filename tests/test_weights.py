@@ -1,0 +1,211 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Weights: the bias of the head, tying, resizing, initialisation, checkpoints that lack some, bf16."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+
+from .helpers import assert_close, gradients, relative_rms, tiny_config
+
+DEEP = ["local", "lsh", "full", "lsh"]
+
+each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+
+
+def _model(dtype=torch.float32, cls=ReformerHfForCausalLM, **fields):
+    """A model in evaluation, all of whose parameters are random, so that none that gets lost is missed."""
+    torch.manual_seed(0)
+    model = cls(tiny_config(**fields)).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def input_ids():
+    return torch.randint(0, 50, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+@each_tie
+def test_the_bias_of_the_head_is_added(tied, input_ids):
+    model = _model(tie_word_embeddings=tied)
+    logits = model(input_ids).logits
+    added = torch.randn(60)
+    with torch.no_grad():
+        model.lm_head.bias += added
+    assert_close(model(input_ids).logits - logits, added.expand_as(logits), 1e-6)
+    assert model.get_output_embeddings().bias is model.lm_head.bias
+    model.set_output_embeddings(torch.nn.Linear(32 if tied else 64, 60))
+    assert model.get_output_embeddings().bias is model.lm_head.bias
+
+
+@torch.no_grad()
+def test_a_tied_head_reads_the_mean_of_both_streams(input_ids):
+    model = _model(tie_word_embeddings=True)
+    mean = model.reformer(input_ids)[0].unflatten(-1, (2, 32)).mean(-2)
+    expected = linear(mean, model.get_input_embeddings().weight, model.lm_head.bias)
+    assert_close(model(input_ids).logits, expected, 1e-6)
+
+
+@each_tie
+def test_tied_weights_are_one(tied, input_ids):
+    model = _model(torch.float64, tie_word_embeddings=tied)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (embedding is head) == tied
+    assert head.shape == (60, 32 if tied else 64)
+    model(input_ids, labels=input_ids).loss.backward()
+    found = embedding.grad.clone()
+    model.zero_grad()
+    embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+    model(inputs_embeds=embeds, labels=input_ids).loss.backward()
+    expected = torch.zeros_like(found).index_add_(0, input_ids.flatten(), embeds.grad.flatten(0, 1))
+    if tied:
+        assert relative_rms(found, expected) > 0.1
+        expected = expected + embedding.grad
+    assert_close(found, expected, 1e-12)
+
+
+@each_tie
+@pytest.mark.parametrize("vocab_size", [71, 40], ids=["larger", "smaller"])
+def test_resized_vocabulary(vocab_size, tied, input_ids, tmp_path):
+    model = _model(tie_word_embeddings=tied)
+    input_ids = input_ids % 40
+    with torch.no_grad():
+        expected = model(input_ids).logits
+    model.resize_token_embeddings(vocab_size)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert len(embedding.weight) == len(head.weight) == len(head.bias) == vocab_size
+    assert model.config.vocab_size == embedding.num_embeddings == head.out_features == vocab_size
+    assert (embedding.weight is head.weight) == tied
+    assert model.lm_head.bias is head.bias
+    shared = min(vocab_size, 60)
+    assert_close(model(input_ids).logits[..., :shared], expected[..., :shared], 1e-6)
+
+    labels = (input_ids + vocab_size - 40).clamp(min=0)
+    outputs = model.train()(labels, labels=labels)
+    assert outputs.logits.shape == (2, 50, vocab_size)
+    outputs.loss.backward()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+    with pytest.raises(ValueError, match=f"`input_ids` holds {vocab_size}"):
+        model(labels.clone().fill_(vocab_size))
+
+    model.eval().save_pretrained(tmp_path)
+    loaded = ReformerHfForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(labels).logits, model(labels).logits)
+
+
+def test_resized_base_model(input_ids):
+    model = _model(cls=ReformerHfModel)
+    expected = model(input_ids)[0]
+    model.resize_token_embeddings(71)
+    assert model.config.vocab_size == 71
+    assert torch.equal(model(input_ids)[0], expected)
+    assert model(input_ids + 21)[0].isfinite().all()
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    """What would else depend on what stood there before: zeros, often."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+AXIAL = {"axial_norm_std": 0.3, "axial_pos_shape": (64, 64), "max_position_embeddings": 4096}
+
+
+def _assert_axial_embeddings_are_drawn(model):
+    for weight in model.base_model.embeddings.position_embeddings.weights:
+        assert weight.device.type == "cpu"
+        assert abs(weight.std().item() / 0.3 - 1) < 0.1
+        assert abs(weight.mean().item()) < 0.03
+
+
+@pytest.mark.parametrize("cls", [ReformerHfModel, ReformerHfForCausalLM])
+def test_axial_embeddings_are_drawn(cls, tmp_path, uninitialised_memory_is_nan):
+    """Also where a checkpoint lacks them."""
+    model = cls(tiny_config(**AXIAL))
+    _assert_axial_embeddings_are_drawn(model)
+    weights = {name: weight for name, weight in model.state_dict().items() if "position_embeddings" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert len(info["missing_keys"]) == 2
+    _assert_axial_embeddings_are_drawn(loaded)
+
+
+def test_other_parameters_are_drawn_by_the_config():
+    model = ReformerHfForCausalLM(tiny_config(initializer_range=0.1))
+    for name, parameter in model.named_parameters():
+        if "position_embeddings" in name:
+            continue
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "layer_norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert abs(parameter.std().item() / 0.1 - 1) < 0.15, name
+
+
+@each_tie
+def test_a_checkpoint_without_a_head_gets_one(tied, input_ids, tmp_path, uninitialised_memory_is_nan):
+    base = _model(cls=ReformerHfModel, tie_word_embeddings=tied)
+    base.save_pretrained(tmp_path)
+    model, info = ReformerHfForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert all("lm_head" in name for name in info["missing_keys"])
+    bias = model.lm_head.bias
+    assert bias is model.lm_head.decoder.bias
+    assert bias.device.type == "cpu"
+    assert not bias.any(), f"bias {bias[:3].tolist()}"
+    head = model.lm_head.decoder.weight
+    assert (head is model.get_input_embeddings().weight) == tied
+    if not tied:
+        assert abs(head.std().item() / model.config.initializer_range - 1) < 0.1
+    assert torch.equal(model.reformer(input_ids)[0], base(input_ids)[0])
+    outputs = model.train()(input_ids, labels=input_ids)
+    outputs.loss.backward()
+    gradients(model)
+
+
+@each_tie
+def test_a_checkpoint_loses_its_head_in_the_base_model(tied, input_ids, tmp_path):
+    model = _model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    base, info = ReformerHfModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(base(input_ids)[0], model.reformer(input_ids)[0])
+    loaded = ReformerHfForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+@each_tie
+@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
+def test_bf16_weights(reversible, tied, input_ids):
+    fields = {"attn_layers": DEEP, "num_buckets": 1, "reversible": reversible, "tie_word_embeddings": tied}
+    exact = _model(**fields)
+    model = copy.deepcopy(exact).to(torch.bfloat16)
+    outputs = [each(input_ids, labels=input_ids, output_hidden_states=True) for each in (exact, model)]
+    assert {state.dtype for state in outputs[1].hidden_states} == {torch.float32}
+    assert outputs[1].logits.dtype == torch.bfloat16
+    assert_close(outputs[1].logits, outputs[0].logits, 0.03)
+    for output in outputs:
+        output.loss.backward()
+    expected = gradients(exact)
+    for name, grad in gradients(model).items():
+        assert grad.dtype == torch.bfloat16
+        assert_close(grad, expected[name], 0.2, name)
+
+
+def test_bf16_weights_train_with_dropout_and_hashing(input_ids):
+    model = _model(
+        torch.bfloat16, attn_layers=DEEP, chunk_size_feed_forward=7, chunk_size_lm_head=9, hidden_dropout_prob=0.1
+    )
+    outputs = model.train()(input_ids, labels=input_ids, output_hidden_states=True)
+    assert {state.dtype for state in outputs.hidden_states} == {torch.float32}
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+    assert all(grad.isfinite().all() and grad.any() for grad in gradients(model).values())
