@@ -6,6 +6,8 @@ matrix products elsewhere.
 Shapes: g heads, n chunks, C queries in a chunk, W keys in its window, D size of queries and keys, E size of values.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,18 @@ def attend_backward(
     delta = torch.linalg.vecdot(grad_out.to(weights.dtype), out.to(weights.dtype))
     grad_scores = weights.mul_(grad_weights.sub_(delta[..., None])).to(query.dtype)
     return torch.matmul(grad_scores, key), torch.matmul(grad_scores.transpose(-1, -2), query), grad_value
+
+
+def key_scale(query: Tensor) -> Tensor:
+    """Factor `[…]`, in fp32 at least, that makes a key of each query `[…, D]`: see `normalized_keys`."""
+    wide = query.to(torch.promote_types(query.dtype, torch.float32))
+    mean_square = torch.linalg.vecdot(wide, wide) / query.shape[-1]
+    return torch.rsqrt(mean_square + 1e-6) / math.sqrt(query.shape[-1])
+
+
+def normalized_keys(query: Tensor) -> Tensor:
+    """Keys of shared query-key attention: `q / |q|` with the scale `1 / sqrt(D)`, and the in-tree epsilon."""
+    return (query * key_scale(query)[..., None]).to(query.dtype)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 # Scores that exist at a time: few enough for the cache of a CPU, many enough to fill a GPU.
-SLAB_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
+SLAB_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 # What stands between visible and hidden is a *clearance*, a small number of slots or positions, positive where a key
 # is visible. Scaled by this power of two, which keeps it exact, and cut off at zero it is the mask.
@@ -106,26 +106,45 @@ class Slab:
     # [g, n, C, W], to be added to scores: 0 where a query sees a key, hugely negative where it does not.
     mask: Tensor
 
+    def slots_of(self, rows: Tensor) -> Tensor:
+        """`[g, S, …]` of rows `[B * L * H, …]`; anything in empty slots."""
+        return rows.index_select(0, self.key_rows.flatten()).unflatten(0, self.key_rows.shape)
+
     def queries_of(self, rows: Tensor) -> Tensor:
-        """`[g, n, C, D]` of rows `[B * L * H, D]`; anything in empty slots."""
+        """`[g, n, C, …]` of rows `[B * L * H, …]`; anything in empty slots."""
         return rows.index_select(0, self.query_rows.flatten()).unflatten(0, self.query_rows.shape)
 
-    def windows_of(self, rows: Tensor) -> Tensor:
-        """`[g, n, W, D]` of rows `[B * L * H, D]`; windows of neighbours overlap in memory."""
-        slots = rows.index_select(0, self.key_rows.flatten()).unflatten(0, self.key_rows.shape)
+    def targets_of(self, rows: Tensor) -> Tensor:
+        """`[g, n, C, …]` of what was written to the target rows, `[B * L * H + 1, …]`."""
+        return rows.index_select(0, self.target_rows.flatten()).unflatten(0, self.target_rows.shape)
+
+    def own(self, slots: Tensor) -> Tensor:
+        """The slots `[g, n, C, D]` of the slab's own chunks, of `[g, S, D]`; shares memory with it."""
+        num_chunks, chunk_length = self.query_rows.shape[1:]
+        start = chunk_length * self.pattern.chunks_before
+        return slots[:, start : start + num_chunks * chunk_length].unflatten(1, (num_chunks, chunk_length))
+
+    def windows(self, slots: Tensor) -> Tensor:
+        """The windows `[g, n, W, D]` of `[g, S, D]`; shares memory with it, as neighbours do with each other."""
         return slots.unfold(1, self.pattern.window_length, self.pattern.chunk_length).transpose(-1, -2)
+
+    def fold(self, windows: Tensor) -> Tensor:
+        """Sums `[g, S, D]` of what stands for the same slot in `[g, n, W, D]`: the transpose of `windows`."""
+        (heads, num_chunks, _, size), chunk_length = windows.shape, self.pattern.chunk_length
+        slots = windows.new_empty(heads, self.key_rows.shape[1] // chunk_length, chunk_length, size)
+        slots[:, num_chunks:] = 0
+        for offset, part in enumerate(windows.split(chunk_length, dim=2)):
+            target = slots[:, offset : offset + num_chunks]
+            target.add_(part) if offset else target.copy_(part)
+        return slots.flatten(1, 2)
+
+    def add_slots(self, rows: Tensor, slots: Tensor) -> None:
+        """Add `[g, S, D]` to rows `[B * L * H, D]`: the transpose of `slots_of`."""
+        rows.index_add_(0, self.key_rows.flatten(), slots.flatten(0, 1).to(rows.dtype))
 
     def add_queries(self, rows: Tensor, queries: Tensor) -> None:
         """Add `[g, n, C, D]` to rows `[B * L * H, D]`: the transpose of `queries_of`."""
         rows.index_add_(0, self.query_rows.flatten(), queries.flatten(0, 2).to(rows.dtype))
-
-    def add_windows(self, rows: Tensor, windows: Tensor) -> None:
-        """Add `[g, n, W, D]` to rows `[B * L * H, D]`: the transpose of `windows_of`."""
-        (heads, num_chunks, _, size), chunk_length = windows.shape, self.pattern.chunk_length
-        slots = windows.new_zeros(heads, self.key_rows.shape[1] // chunk_length, chunk_length, size)
-        for offset, part in enumerate(windows.split(chunk_length, dim=2)):
-            slots[:, offset : offset + num_chunks] += part
-        rows.index_add_(0, self.key_rows.flatten(), slots.view(-1, size).to(rows.dtype))
 
 
 @dataclass

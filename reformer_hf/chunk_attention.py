@@ -10,17 +10,18 @@ position, head).
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .attention_kernels import Dropout, attend, attend_backward, merge, scores_of
-from .attention_layout import NO_KEY, AttentionPattern, Layout
+from .attention_kernels import Dropout, attend, attend_backward, key_scale, merge, scores_of
+from .attention_layout import NO_KEY, AttentionPattern, Layout, Slab
 
 
 def chunk_attention(
     query_BLHD: Tensor,
-    key_BLHD: Tensor,
+    key_BLHD: Tensor | None,
     value_BLHE: Tensor,
     pattern: AttentionPattern,
     order: Tensor | None = None,
@@ -34,7 +35,8 @@ def chunk_attention(
     Queries meet keys as they are: any scale is part of one of them.
 
     Args:
-        query_BLHD, key_BLHD, value_BLHE: All of one floating dtype.
+        query_BLHD, key_BLHD, value_BLHE: All of one floating dtype. No keys stand for those of shared query-key
+            attention, `normalized_keys(query_BLHD)`, which never exist as a whole.
         pattern: Which keys a query sees.
         order: The order of each round as `hashing.sort_by_bucket` returns it, `[B or 1, H or 1, R, L]`. `None` stands
             for one round in the order of positions.
@@ -51,7 +53,7 @@ def chunk_attention(
 
 def chunk_attention_weights(
     query_BLHD: Tensor,
-    key_BLHD: Tensor,
+    key_BLHD: Tensor | None,
     pattern: AttentionPattern,
     order: Tensor | None = None,
     padding_BL: Tensor | None = None,
@@ -65,27 +67,26 @@ def chunk_attention_weights(
     """
     with torch.no_grad(), torch.autocast(query_BLHD.device.type, enabled=False):
         layout = Layout(pattern, order, padding_BL, query_BLHD)
-        _, lse = _forward(query_BLHD, key_BLHD, key_BLHD, layout, None)
-        query, key = _rows(query_BLHD), _rows(key_BLHD)
+        rows = _Rows.of(query_BLHD, key_BLHD, query_BLHD)
+        _, lse = _forward(rows, layout, None)
         size = (layout.num_rounds, layout.num_rows + 1, pattern.window_length)
         weights = lse.new_zeros(size)
         positions = torch.full(size, -1, dtype=torch.int32, device=lse.device)
         offsets = torch.arange(pattern.chunk_length, device=lse.device)
         itself = (..., offsets, offsets + pattern.chunk_length * pattern.chunks_before)
         for slab in layout:
+            loaded = rows.load(slab)
             visible = slab.mask == 0
-            slab_lse = lse[slab.target_rows]
-            slab_weights = torch.exp(
-                scores_of(slab.queries_of(query), slab.windows_of(key), slab.mask) - slab_lse[..., None]
-            )
+            slab_lse = slab.targets_of(lse)
+            slab_weights = torch.exp(scores_of(loaded.query, loaded.key, slab.mask) - slab_lse[..., None])
             slab_positions = torch.where(visible, layout.key_positions(slab), -1)
             if slab.round == 0 and not pattern.sees_itself:
                 alone = slab_lse == math.inf
                 slab_weights[itself] = torch.where(alone, 1.0, slab_weights[itself])
                 slab_positions[itself] = torch.where(alone, layout.query_positions(slab), slab_positions[itself])
-            rows = slab.target_rows.flatten()
-            weights[slab.round].index_copy_(0, rows, slab_weights.flatten(0, 2))
-            positions[slab.round].index_copy_(0, rows, slab_positions.flatten(0, 2))
+            target_rows = slab.target_rows.flatten()
+            weights[slab.round].index_copy_(0, target_rows, slab_weights.flatten(0, 2))
+            positions[slab.round].index_copy_(0, target_rows, slab_positions.flatten(0, 2))
     batch_size, length, num_heads, _ = query_BLHD.shape
     shape = (layout.num_rounds, batch_size, length, num_heads, -1)
     weights, positions = (x[:, :-1].reshape(shape).permute(1, 3, 0, 2, 4) for x in (weights, positions))
@@ -99,7 +100,9 @@ class _ChunkAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, pattern, order, padding, dropout, dropout_seed):
         with torch.autocast(query.device.type, enabled=False):
             layout = Layout(pattern, order, padding, query)
-            out, lse = _forward(query, key, value, layout, Dropout.of(dropout, dropout_seed, query.device))
+            drop = Dropout.of(dropout, dropout_seed, query.device)
+            out, lse = _forward(_Rows.of(query, key, value), layout, drop)
+        out = out.to(value.dtype).view(value.shape)
         ctx.save_for_backward(query, key, value, out, lse, order, padding)
         ctx.pattern, ctx.dropout, ctx.dropout_seed = pattern, dropout, dropout_seed
         return out
@@ -110,60 +113,111 @@ class _ChunkAttention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             layout = Layout(ctx.pattern, order, padding, query)
             drop = Dropout.of(ctx.dropout, ctx.dropout_seed, query.device)
-            grads = _backward(query, key, value, out, lse, grad_out, layout, drop)
+            grads = _backward(_Rows.of(query, key, value), _rows(out), lse, _rows(grad_out), layout, drop)
+        grads = [
+            None if grad is None else grad.to(x.dtype).view(x.shape)
+            for grad, x in zip(grads, (query, key, value), strict=True)
+        ]
         return *grads, None, None, None, None, None
 
 
-def _forward(query, key, value, layout: Layout, drop: Dropout | None) -> tuple[Tensor, Tensor]:
-    """Output `[B, L, H, E]`, and logsumexp of all rows and one more, infinite where a row has no key."""
-    query, key, value_rows = _rows(query), _rows(key), _rows(value)
+@dataclass
+class _Rows:
+    """Inputs by row `[B * L * H, …]`, and where queries serve as keys the factor that makes a key of each."""
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor
+    key_scale: Tensor | None
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor | None, value: Tensor) -> "_Rows":
+        query = _rows(query)
+        return cls(query, None if key is None else _rows(key), _rows(value), key_scale(query) if key is None else None)
+
+    def load(self, slab: Slab) -> "_SlabInputs":
+        value = slab.windows(slab.slots_of(self.value))
+        if self.key is not None:
+            return _SlabInputs(slab.queries_of(self.query), slab.windows(slab.slots_of(self.key)), value)
+        query, scale = slab.slots_of(self.query), slab.slots_of(self.key_scale)[..., None]
+        key = (query * scale).to(query.dtype)
+        return _SlabInputs(slab.own(query), slab.windows(key), value, key, scale)
+
+
+@dataclass
+class _SlabInputs:
+    """What one slab attends with."""
+
+    query: Tensor  # [g, n, C, D]
+    key: Tensor  # [g, n, W, D]
+    value: Tensor  # [g, n, W, E]
+    # Where queries serve as keys: the keys `[g, S, D]` and their factors `[g, S, 1]`.
+    slot_keys: Tensor | None = None
+    slot_scales: Tensor | None = None
+
+    def add_grads(self, slab: Slab, grads: list[Tensor | None], query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Add the gradients of this slab's inputs to those of the rows."""
+        slab.add_slots(grads[2], slab.fold(value))
+        if self.slot_keys is None:
+            slab.add_queries(grads[0], query)
+            slab.add_slots(grads[1], slab.fold(key))
+            return
+        # A key k = s q has a fixed length, so that dq = s (dk - k (k · dk)); the epsilon included.
+        keys, grad = self.slot_keys.to(grads[0].dtype), slab.fold(key).to(grads[0].dtype)
+        grad.addcmul_(keys, torch.linalg.vecdot(keys, grad)[..., None], value=-1.0).mul_(self.slot_scales)
+        slab.own(grad).add_(query)
+        slab.add_slots(grads[0], grad)
+
+
+def _forward(inputs: _Rows, layout: Layout, drop: Dropout | None) -> tuple[Tensor, Tensor]:
+    """Output `[B * L * H, E]`, and logsumexp of all rows and one more, infinite where a row has no key."""
     # One row more than there are takes what is computed for empty slots.
-    out = torch.empty((layout.num_rows + 1, value_rows.shape[1]), dtype=layout.mask_dtype, device=value.device)
-    lse = torch.full((layout.num_rows + 1,), NO_KEY, dtype=layout.mask_dtype, device=value.device)
+    size = (layout.num_rows + 1, inputs.value.shape[1])
+    out = torch.empty(size, dtype=layout.mask_dtype, device=inputs.value.device)
+    lse = torch.empty(size[0], dtype=layout.mask_dtype, device=inputs.value.device)
     for slab in layout:
-        part, part_lse = attend(
-            slab.queries_of(query), slab.windows_of(key), slab.windows_of(value_rows), slab.mask, drop
-        )
+        loaded = inputs.load(slab)
+        part, part_lse = attend(loaded.query, loaded.key, loaded.value, slab.mask, drop)
         rows = slab.target_rows.flatten()
         part, part_lse = part.flatten(0, 2).to(out.dtype), part_lse.flatten()
-        # Merged with what earlier rounds found, in place of which the first one has the value of the query itself.
         if slab.round > 0:
-            found = out.index_select(0, rows)
-        elif not layout.pattern.sees_itself:
-            found = slab.queries_of(value_rows).flatten(0, 2).to(out.dtype)
-        else:
-            found = part
-        merged, merged_lse = merge(found, lse.index_select(0, rows), part, part_lse)
-        out.index_copy_(0, rows, merged)
-        lse.index_copy_(0, rows, merged_lse)
-    lse.masked_fill_(lse <= NO_KEY, math.inf)
+            part, part_lse = merge(out.index_select(0, rows), lse.index_select(0, rows), part, part_lse)
+        out.index_copy_(0, rows, part)
+        lse.index_copy_(0, rows, part_lse)
+    out, without_key = out[:-1], lse <= NO_KEY
+    lse.masked_fill_(without_key, math.inf)
     lse[-1] = math.inf
-    return out[:-1].to(value.dtype).view(value.shape), lse
+    rows = without_key[:-1].nonzero()[:, 0]
+    own_value = inputs.value.index_select(0, rows).to(out.dtype)
+    out.index_copy_(0, rows, torch.zeros_like(own_value) if layout.pattern.sees_itself else own_value)
+    return out, lse
 
 
-def _backward(query, key, value, out, lse, grad_out, layout: Layout, drop: Dropout | None) -> list[Tensor]:
-    """Gradients of queries, keys and values."""
-    inputs = [_rows(x) for x in (query, key, value)]
-    out, grad_out = _rows(out), _rows(grad_out)
-    grads = [torch.zeros(x.shape, dtype=layout.mask_dtype, device=x.device) for x in inputs]
+def _backward(
+    inputs: _Rows, out: Tensor, lse: Tensor, grad_out: Tensor, layout: Layout, drop: Dropout | None
+) -> list[Tensor | None]:
+    """Gradients of queries, keys and values by row."""
+    grads = [
+        None if x is None else torch.zeros(x.shape, dtype=layout.mask_dtype, device=x.device)
+        for x in (inputs.query, inputs.key, inputs.value)
+    ]
     if not layout.pattern.sees_itself:
-        alone = (lse[:-1] == math.inf).nonzero()[:, 0]
-        grads[2].index_copy_(0, alone, grad_out.index_select(0, alone).to(layout.mask_dtype))
+        rows = (lse[:-1] == math.inf).nonzero()[:, 0]
+        grads[2].index_copy_(0, rows, grad_out.index_select(0, rows).to(layout.mask_dtype))
     for slab in layout:
-        grad_query, grad_key, grad_value = attend_backward(
+        loaded = inputs.load(slab)
+        slab_grads = attend_backward(
             slab.queries_of(grad_out),
-            slab.queries_of(inputs[0]),
-            slab.windows_of(inputs[1]),
-            slab.windows_of(inputs[2]),
+            loaded.query,
+            loaded.key,
+            loaded.value,
             slab.mask,
             slab.queries_of(out),
-            lse[slab.target_rows],
+            slab.targets_of(lse),
             drop,
         )
-        slab.add_queries(grads[0], grad_query)
-        slab.add_windows(grads[1], grad_key)
-        slab.add_windows(grads[2], grad_value)
-    return [grad.to(x.dtype).view(x.shape) for grad, x in zip(grads, (query, key, value), strict=True)]
+        loaded.add_grads(slab, grads, *slab_grads)
+    return grads
 
 
 def _rows(x_BLHD: Tensor) -> Tensor:

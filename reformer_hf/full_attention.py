@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .attention_kernels import normalized_keys
 from .shared_query_key import SharedQueryKeyAttention
 
 
@@ -21,7 +22,8 @@ class FullSelfAttention(SharedQueryKeyAttention):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """As `LSHSelfAttention.forward`, in one round whose window is all positions; `num_hashes` and `memo` mean
         nothing here."""
-        query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states))
+        query, value = (x.transpose(1, 2) for x in self.project(hidden_states))
+        key = normalized_keys(query)
         if self.config.is_decoder and padding is None:
             out = _causal_attention(query, key, value, self.dropout)
         else:

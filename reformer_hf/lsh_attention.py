@@ -31,7 +31,7 @@ class LSHSelfAttention(SharedQueryKeyAttention):
         Returns:
             `[B, L, H * D]`, and weights with their keys' positions or `None`.
         """
-        query, key, value = self.project(hidden_states)
+        query, value = self.project(hidden_states)
         pattern = self._pattern(hidden_states.shape[1])
 
         seed = self._hash_seed()
@@ -42,8 +42,8 @@ class LSHSelfAttention(SharedQueryKeyAttention):
                 memo["order"] = order
         pattern = pattern or self._short_pattern(hidden_states.shape[1])
         dropout_seed = draw_seed() if self.dropout else 0
-        out = chunk_attention(query, key, value, pattern, order, padding, self.dropout, dropout_seed)
-        weights = chunk_attention_weights(query, key, pattern, order, padding) if output_attentions else None
+        out = chunk_attention(query, None, value, pattern, order, padding, self.dropout, dropout_seed)
+        weights = chunk_attention_weights(query, None, pattern, order, padding) if output_attentions else None
         return out.flatten(2), weights
 
     def _hash_seed(self) -> int:

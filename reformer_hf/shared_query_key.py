@@ -1,19 +1,9 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """What LSH and full attention share: one projection that serves queries and keys."""
 
-import math
-
-import torch
 from torch import Tensor, nn
 
 from .configuration_reformer_hf import ReformerHfConfig
-
-
-def normalize_keys(query: Tensor) -> Tensor:
-    """Keys of shared query-key attention: `q / |q|` with the scale `1 / sqrt(D)`, and the in-tree epsilon."""
-    wide = query.to(torch.promote_types(query.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) / math.sqrt(query.shape[-1])
-    return (wide * scale).to(query.dtype)
 
 
 class SharedQueryKeyAttention(nn.Module):
@@ -31,9 +21,9 @@ class SharedQueryKeyAttention(nn.Module):
         """Rate at which attention weights are dropped in this mode."""
         return (self.config.lsh_attention_probs_dropout_prob or 0.0) if self.training else 0.0
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, L, H, D]` of hidden states `[B, L, E]`."""
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, which serve as keys too, and values `[B, L, H, D]` of hidden states `[B, L, E]`."""
         head_shape = (self.config.num_attention_heads, self.config.attention_head_size)
         query = self.query_key(hidden_states).unflatten(-1, head_shape)
         value = self.value(hidden_states).unflatten(-1, head_shape)
-        return query, normalize_keys(query), value
+        return query, value

@@ -15,7 +15,7 @@ from reformer_hf import attention_layout as op
 from reformer_hf.attention_kernels import merge
 from reformer_hf.chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
 from reformer_hf.hashing import hash_vectors, random_rotations, sort_by_bucket
-from reformer_hf.reference import dense_attention, full_attention_counts, key_counts
+from reformer_hf.reference import dense_attention, full_attention_counts, key_counts, normalized_keys
 
 from .helpers import assert_close, relative_rms
 
@@ -70,6 +70,8 @@ class _Case:
     padding: torch.Tensor | None
     counts: torch.Tensor
     dropout: float = 0.0
+    # Whether queries serve as keys.
+    shared: bool = False
 
     @property
     def real(self):
@@ -85,16 +87,18 @@ class _Case:
 
     def op(self, dtype=torch.float64):
         """Output and gradients of the op."""
-        return self._with_gradients(
-            lambda q, k, v: chunk_attention(q, k, v, self.pattern, self.order, self.padding, self.dropout, 7), dtype
-        )
+        rest = (self.pattern, self.order, self.padding, self.dropout, 7)
+        return self._with_gradients(lambda q, k, v: chunk_attention(q, None if self.shared else k, v, *rest), dtype)
 
     def oracle(self):
         """Output and gradients of the definition in fp64, under the same dropout."""
         kept = self._kept_counts()
         own_value = not self.pattern.sees_itself
         return self._with_gradients(
-            lambda q, k, v: dense_attention(q, k, v, self.counts, own_value, kept), torch.float64
+            lambda q, k, v: dense_attention(
+                q, normalized_keys(q) if self.shared else k, v, self.counts, own_value, kept
+            ),
+            torch.float64,
         )
 
     def _kept_counts(self):
@@ -111,9 +115,10 @@ class _Case:
         inputs = [x.detach().to(dtype).requires_grad_() for x in (self.query, self.key, self.value)]
         out = function(*inputs)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        grads = torch.autograd.grad((out * (weight * self.real).to(dtype)).sum(), inputs)
+        grads = torch.autograd.grad((out * (weight * self.real).to(dtype)).sum(), inputs, allow_unused=self.shared)
         names = ("output", "grad of query", "grad of key", "grad of value")
-        return dict(zip(names, (out.detach() * self.real, *grads), strict=True))
+        found = dict(zip(names, (out.detach() * self.real, *grads), strict=True))
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @lru_cache(maxsize=64)
@@ -276,6 +281,21 @@ def test_fused_equals_plain(monkeypatch, kind, once, causal, side, sizes):
         if expected[name].abs().max() > 1e-12:
             assert_close(found, plain[name], 1e-5, name)
             assert_close(found, expected[name], 1e-5, name)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("sizes", [(3, 101, 2, 8, 5, 2), (2, 37, 3, 16, 16, 4)], ids=str)
+@pytest.mark.parametrize("side", [None, "left", "whole-row"], ids=["whole", "left", "whole-row"])
+@each_direction
+@each_counting
+def test_shared_query_key_equals_oracle(kind, once, causal, side, sizes, dropout):
+    """Keys that are made of queries slab by slab."""
+    case = replace(_case(kind, causal, once, sizes, side, dropout), shared=True)
+    expected = case.oracle()
+    assert set(expected) == {"output", "grad of query", "grad of value"}
+    for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        for name, found in case.op(dtype).items():
+            assert_close(found, expected[name], limit, f"{name}, {dtype}")
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 30], ids=["one-chunk", "some-chunks", "some-heads"])
