@@ -87,7 +87,7 @@ class ReformerHfConfig(PreTrainedConfig):
         reversible (`bool`, defaults to `True`): Whether training recomputes activations from the layer's output.
             `False` computes the same function and stores them.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0): Positions that the feed-forward and the
-            head process at a time; 0 means all.
+            head process at a time. 0 means all, or for the feed-forward as many as suit the caches of a CPU.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the word embeddings. It then reads
             the mean of both streams instead of the two side by side.
 

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .axial_embeddings import AxialPositionEmbeddings, PositionEmbeddings
-from .chunked import apply_chunked
+from .chunked import apply_chunked, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .feed_forward import ReformerHfFeedForward
 from .full_attention import FullSelfAttention
@@ -151,10 +151,13 @@ class ReformerHfLayer(nn.Module):
         needs_grad = torch.is_grad_enabled() and bool(
             x1.requires_grad or x2.requires_grad or attention_parameters or feed_forward_parameters
         )
+        chunk_size = self.feed_forward.chunk_size or suitable_chunk_size(x1)
         if tape is None or not needs_grad:
             added, attentions = self.attention(x2, padding, num_hashes, output_attentions=output_attentions)
             y1 = x1 + added
-            added = apply_chunked(self.feed_forward, y1, self.feed_forward.chunk_size, feed_forward_parameters)
+            added = apply_chunked(
+                self.feed_forward, y1, chunk_size, feed_forward_parameters, recompute=self.feed_forward.chunk_size > 0
+            )
             return y1, x2 + added, attentions
 
         memo: dict[str, Tensor] = {}
@@ -173,7 +176,7 @@ class ReformerHfLayer(nn.Module):
             x1,
             x2,
             Branch(attend, attention_parameters, draws=self.training),
-            Branch(self.feed_forward, feed_forward_parameters, self.feed_forward.chunk_size, draws=self.training),
+            Branch(self.feed_forward, feed_forward_parameters, chunk_size, draws=self.training),
             tape,
         )
         return y1, y2, weights[0]

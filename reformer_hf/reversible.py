@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunked import vjp_chunked
+from .chunked import chunks_of, vjp_chunks
 from .rng import ReplayState
 
 Streams = tuple[Tensor, Tensor]
@@ -40,10 +40,31 @@ class Branch:
     chunk_size: int = 0
     draws: bool = False
 
-    def __call__(self, stream: Tensor) -> Tensor:
-        if not self.chunk_size:
-            return self.function(stream)
-        return torch.cat([self.function(chunk) for chunk in stream.split(self.chunk_size, dim=1)], dim=1)
+    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
+        """The other stream with the branch of `stream` added, or taken away where the sign is -1."""
+        out = torch.empty_like(other)
+        for positions in chunks_of(stream, self.chunk_size):
+            torch.add(other[:, positions], self.function(stream[:, positions]), alpha=sign, out=out[:, positions])
+        return out
+
+    def go_back(
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """
+        Take the branch of `stream` away from `total`, and carry the gradient through it.
+
+        Returns:
+            What is left of `total`, the gradient of `stream` with what came through the branch added to `grad_stream`,
+            and the gradients of the parameters.
+        """
+        rest, grad_sum = torch.empty_like(total), torch.empty_like(grad_stream)
+        grad_parameters: list[Tensor | None] = [None] * len(self.parameters)
+        for positions, added, grad in vjp_chunks(
+            self.function, stream, grad_total, self.chunk_size, self.parameters, grad_parameters
+        ):
+            torch.sub(total[:, positions], added, out=rest[:, positions])
+            torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
+        return rest, grad_sum, grad_parameters
 
 
 @dataclass
@@ -111,9 +132,9 @@ class _ReversibleLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attention, feed_forward, tape, x1, x2, *parameters):
         attention_state = ReplayState(x1.device, generators=attention.draws)
-        y1 = x1 + attention(x2)
+        y1 = attention.add_to(x1, x2)
         feed_forward_state = ReplayState(x1.device, generators=feed_forward.draws)
-        y2 = x2 + feed_forward(y1)
+        y2 = feed_forward.add_to(x2, y1)
         record = _Record((attention, feed_forward), (attention_state, feed_forward_state))
         ctx.tape, ctx.place = tape, tape.push(record, (y1.detach(), y2.detach()))
         return y1, y2
@@ -129,16 +150,11 @@ class _ReversibleLayer(torch.autograd.Function):
         attention, feed_forward = record.branches
         attention_state, feed_forward_state = record.states
         with feed_forward_state.replay():
-            added, grad, feed_forward_grads = vjp_chunked(
-                feed_forward.function, y1, grad_y2, feed_forward.chunk_size, feed_forward.parameters
-            )
-        x2, grad_x1 = y2 - added, grad_y1 + grad
+            x2, grad_x1, feed_forward_grads = feed_forward.go_back(y2, y1, grad_y2, grad_y1)
         with attention_state.replay():
-            added, grad, attention_grads = vjp_chunked(
-                attention.function, x2, grad_x1, attention.chunk_size, attention.parameters
-            )
-        ctx.tape.put_back((y1 - added, x2))
-        return None, None, None, grad_x1, grad_y2 + grad, *attention_grads, *feed_forward_grads
+            x1, grad_x2, attention_grads = attention.go_back(y1, x2, grad_x1, grad_y2)
+        ctx.tape.put_back((x1, x2))
+        return None, None, None, grad_x1, grad_x2, *attention_grads, *feed_forward_grads
 
 
 def _invert(record: _Record, streams: Streams) -> Streams:
@@ -147,6 +163,6 @@ def _invert(record: _Record, streams: Streams) -> Streams:
     attention, feed_forward = record.branches
     attention_state, feed_forward_state = record.states
     with feed_forward_state.replay():
-        x2 = y2 - feed_forward(y1)
+        x2 = feed_forward.add_to(y2, y1, sign=-1)
     with attention_state.replay():
-        return y1 - attention(x2), x2
+        return attention.add_to(y1, x2, sign=-1), x2

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from reformer_hf.chunked import apply_chunked, vjp_chunked
+from reformer_hf.chunked import apply_chunked, vjp_chunks
 
 from .helpers import assert_close
 
@@ -168,7 +168,10 @@ def test_vjp_equals_autograd(chunk_size):
     torch.manual_seed(2)
     grad_out = torch.randn_like(out)
     expected = out, *torch.autograd.grad(out, [hidden_states, *parameters], grad_out)
-    found, grad, grad_parameters = vjp_chunked(module, hidden_states, grad_out, chunk_size, parameters)
+    grad_parameters = [None] * len(parameters)
+    chunks = list(vjp_chunks(module, hidden_states, grad_out, chunk_size, parameters, grad_parameters))
+    assert [i for positions, *_ in chunks for i in range(*positions.indices(17))] == list(range(17))
+    found, grad = (torch.cat(pieces, dim=1) for pieces in list(zip(*chunks, strict=True))[1:])
     assert not found.requires_grad
     for name, a, b in zip(
         ("output", "hidden states", *dict(module.named_parameters())),
