@@ -1,11 +1,24 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Position embeddings: axial ones of any number of axes (Kitaev et al. 2020, section 4), and plain learned ones."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from .configuration_reformer_hf import ReformerHfConfig
+
+
+class AxialTables(nn.ParameterList):
+    """The tables of all axes: a list, for the names of its parameters, and a module that computes with them, for what
+    looks for the module that owns parameters (initialisation, and weights that wait on a disk until it is called)."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, coordinates: Sequence[Tensor]) -> Tensor:
+        """Embeddings `[B, L, E]` of the coordinates `[B, L]` on each axis."""
+        return torch.cat([table.flatten(0, -2)[i] for table, i in zip(self, coordinates, strict=True)], dim=-1)
 
 
 class AxialPositionEmbeddings(nn.Module):
@@ -20,7 +33,7 @@ class AxialPositionEmbeddings(nn.Module):
         super().__init__()
         self.axes = tuple(config.axial_pos_shape)
         self.dropout = config.hidden_dropout_prob
-        self.weights = nn.ParameterList()
+        self.weights = AxialTables()
         for axis, dim in enumerate(config.axial_pos_embds_dim):
             shape = [1] * len(self.axes)
             shape[axis] = self.axes[axis]
@@ -33,8 +46,7 @@ class AxialPositionEmbeddings(nn.Module):
         for size in reversed(self.axes):
             coordinates.insert(0, rest % size)
             rest = rest.div(size, rounding_mode="floor")
-        tables = [weight.reshape(size, -1) for weight, size in zip(self.weights, self.axes, strict=True)]
-        embeddings = torch.cat([table[index] for table, index in zip(tables, coordinates, strict=True)], dim=-1)
+        embeddings = self.weights(coordinates)
         if not (self.training and self.dropout):
             return embeddings
         # Positions that share their last coordinate are dropped together, as by dropout2d in-tree.

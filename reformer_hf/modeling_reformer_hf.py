@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .axial_embeddings import AxialPositionEmbeddings, PositionEmbeddings
+from .axial_embeddings import AxialPositionEmbeddings, AxialTables, PositionEmbeddings
 from .chunked import apply_chunked, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .feed_forward import ReformerHfFeedForward
@@ -264,8 +264,7 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # The axial embeddings. Not by their owner: Transformers passes over modules without parameters of their own.
-        if isinstance(module, nn.ParameterList):
+        if isinstance(module, AxialTables):
             for weight in module:
                 initialization.normal_(weight, std=self.config.axial_norm_std)
         elif isinstance(module, ReformerHfLMHead):
@@ -372,8 +371,8 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
     ):
         """As in Transformers, but there is no decoding state: every step takes the whole sequence."""
         if inputs_embeds is not None:
-            # What was generated follows a prompt that was given as embeddings.
-            num_new = kwargs["attention_mask"].shape[1] - inputs_embeds.shape[1]
+            # What was generated follows a prompt that was given as embeddings. A mask of ones is not handed on.
+            num_new = kwargs["position_ids"].shape[-1] - inputs_embeds.shape[1]
             new_ids = input_ids[:, input_ids.shape[1] - num_new :]
             inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(new_ids)], dim=1)
             kwargs["is_first_iteration"] = True

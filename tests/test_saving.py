@@ -342,6 +342,19 @@ def test_state_dict_through_torch(tmp_path):
     assert torch.equal(_outputs(loaded), _outputs(model))
 
 
+@pytest.mark.parametrize("axial", [True, False], ids=["axial", "learned"])
+def test_weights_that_wait_on_the_disk(axial, tmp_path):
+    """Each module takes its weights from there when it is called."""
+    model = _model(axial_pos_embds=axial)
+    model.save_pretrained(tmp_path / "model")
+    expected = _outputs(model)
+    waiting = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "disk"
+    )
+    assert {parameter.device.type for parameter in waiting.parameters()} == {"meta"}
+    assert torch.equal(_outputs(waiting), expected)
+
+
 def test_an_in_tree_folder_loads_and_becomes_ours(tmp_path):
     fields = {
         "attn_layers": ["local", "lsh"],
