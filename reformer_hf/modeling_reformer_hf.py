@@ -366,9 +366,14 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         self.lm_head.decoder = new_embeddings
         self.lm_head.bias = new_embeddings.bias
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
-    ):
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        """As in Transformers. Of a checkpoint that has both names of the head's bias, the decoder's is the one that
+        counts: in-tree, where they are two since 5.24, the other is not used."""
+        if missing_keys is not None and not missing_keys & {"lm_head.bias", "lm_head.decoder.bias"}:
+            self.lm_head.bias = self.lm_head.decoder.bias
+        super().tie_weights(missing_keys, recompute_mapping)
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
         """As in Transformers, but there is no decoding state: every step takes the whole sequence."""
         if inputs_embeds is not None:
             # What was generated follows a prompt that was given as embeddings. A mask of ones is not handed on.
@@ -377,7 +382,7 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
             inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(new_ids)], dim=1)
             kwargs["is_first_iteration"] = True
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
-        return super().prepare_inputs_for_generation(**inputs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(**inputs)
 
     @can_return_tuple
     def forward(
@@ -388,6 +393,7 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         num_hashes: int | None = None,
         labels: Tensor | None = None,
+        cache: object | None = None,
         past_key_values: object | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -398,18 +404,20 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         """
         Args:
             labels (`[B, L]`, *optional*): The tokens, -100 where no loss is wanted; shifted inside.
-            past_key_values, use_cache: There is no decoding state yet: generation computes each prefix anew.
+            cache, past_key_values, use_cache: There is no decoding state yet: generation computes each prefix anew.
+                (`past_key_values` is what Transformers before 5.24 calls `cache`.)
             logits_to_keep (`int` or `Tensor`, defaults to 0): Compute the logits of so many last positions, or of
                 these positions; 0 means all.
             **kwargs: What the loss takes, such as `num_items_in_batch` and `shift_labels`.
 
         The other arguments, and what is raised, are those of `ReformerHfModel.forward`.
         """
-        if past_key_values is not None:
-            raise ValueError(
-                f"`past_key_values` is a {type(past_key_values).__name__}, but this model keeps no decoding state: "
-                "pass the whole sequence and `past_key_values=None`."
-            )
+        for name, state in (("cache", cache), ("past_key_values", past_key_values)):
+            if state is not None:
+                raise ValueError(
+                    f"`{name}` is a {type(state).__name__}, but this model keeps no decoding state: pass the whole "
+                    f"sequence and `{name}=None`."
+                )
         outputs = self.reformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
