@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from reformer_hf import ReformerHfConfig
+from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -42,6 +42,15 @@ def tiny_config(**fields) -> ReformerHfConfig:
         "lsh_attention_probs_dropout_prob": 0.0,
     }
     return ReformerHfConfig(**{**defaults, **fields})
+
+
+def random_model(dtype=torch.float32, cls=ReformerHfForCausalLM, **fields) -> torch.nn.Module:
+    """A tiny model in evaluation, all of whose parameters are random, so that none that gets lost is missed."""
+    torch.manual_seed(0)
+    model = cls(tiny_config(**fields)).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:

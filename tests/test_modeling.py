@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
 from reformer_hf.rng import draw_seed
 
-from .helpers import assert_close, gradients, relative_rms, tiny_config
+from .helpers import assert_close, gradients, random_model, relative_rms, tiny_config
 
 DEEP = ["local", "lsh", "full", "lsh"]
 DROPOUT = {
@@ -19,15 +19,6 @@ DROPOUT = {
 }
 
 each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-
-
-def _model(dtype=torch.float32, cls=ReformerHfForCausalLM, **fields):
-    """A model in evaluation, all of whose parameters are random, so that none that gets lost is missed."""
-    torch.manual_seed(0)
-    model = cls(tiny_config(**fields)).to(dtype).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def _twin(model, **fields):
@@ -48,7 +39,7 @@ def input_ids():
 
 @pytest.mark.parametrize("layers", [["local"], ["lsh"], ["full"], DEEP], ids="-".join)
 def test_evaluation_draws_nothing_and_repeats(layers, input_ids):
-    model = _model(attn_layers=layers, **DROPOUT)
+    model = random_model(attn_layers=layers, **DROPOUT)
     state = torch.get_rng_state()
     logits = model(input_ids).logits
     assert torch.equal(torch.get_rng_state(), state)
@@ -59,7 +50,7 @@ def test_evaluation_draws_nothing_and_repeats(layers, input_ids):
 
 
 def test_training_draws_one_seed_for_each_lsh_layer(input_ids):
-    model = _model(attn_layers=DEEP).train()
+    model = random_model(attn_layers=DEEP).train()
     torch.manual_seed(5)
     loss = model(input_ids, labels=input_ids).loss
     state = torch.get_rng_state()
@@ -72,7 +63,7 @@ def test_training_draws_one_seed_for_each_lsh_layer(input_ids):
 
 
 def test_training_hashes_anew_without_a_hash_seed_only(input_ids):
-    model = _model(attn_layers=DEEP)
+    model = random_model(attn_layers=DEEP)
     seeded = _twin(model, hash_seed=3)
     expected = seeded(input_ids).logits
     seeded.train()
@@ -133,7 +124,7 @@ def long_model():
     """As `num_buckets` is not given, all lengths in turn go through one model without leaving a trace."""
     sizes = {"hidden_size": 8, "attention_head_size": 4, "feed_forward_size": 8, "max_position_embeddings": 4096}
     chunks = {"local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64}
-    return _model(attn_layers=["local", "lsh"], num_buckets=None, **sizes, **chunks).train()
+    return random_model(attn_layers=["local", "lsh"], num_buckets=None, **sizes, **chunks).train()
 
 
 @pytest.mark.parametrize("length", [1, 63, 1000, 4096, 65], ids=lambda length: f"L{length}")
@@ -156,7 +147,7 @@ def test_any_length_trains(long_model, length):
 
 @pytest.mark.parametrize("mode", ["training", "evaluation", "no-grad"])
 def test_reversible_and_plain_models_agree(mode, input_ids):
-    reversible = _model(attn_layers=DEEP, **DROPOUT).train(mode == "training")
+    reversible = random_model(attn_layers=DEEP, **DROPOUT).train(mode == "training")
     plain = _twin(reversible, reversible=False)
     logits = []
     for model in (reversible, plain):
@@ -169,7 +160,7 @@ def test_reversible_and_plain_models_agree(mode, input_ids):
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("num_hashes", [1, 3], ids=lambda rounds: f"R{rounds}")
 def test_num_hashes_of_a_call(num_hashes, training, input_ids):
-    model = _model(attn_layers=DEEP, **DROPOUT).train(training)
+    model = random_model(attn_layers=DEEP, **DROPOUT).train(training)
     configured = _twin(model, num_hashes=num_hashes)
     results = []
     for each, given in ((model, num_hashes), (configured, None)):
@@ -186,7 +177,7 @@ def test_num_hashes_of_a_call(num_hashes, training, input_ids):
 
 
 def test_nothing_writes_to_the_config(input_ids):
-    model = _model(num_buckets=None, **DROPOUT)
+    model = random_model(num_buckets=None, **DROPOUT)
     fields = model.config.to_dict()
     for training in (False, True):
         model.train(training)
@@ -200,7 +191,7 @@ def test_nothing_writes_to_the_config(input_ids):
 @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
 @pytest.mark.parametrize("sizes", [(7, 0), (0, 7), (1, 64), (50, 13)], ids=str)
 def test_chunks_of_positions_change_nothing(sizes, reversible, tied, input_ids):
-    whole = _model(torch.float64, attn_layers=DEEP, reversible=reversible, tie_word_embeddings=tied)
+    whole = random_model(torch.float64, attn_layers=DEEP, reversible=reversible, tie_word_embeddings=tied)
     chunked = _twin(whole, chunk_size_feed_forward=sizes[0], chunk_size_lm_head=sizes[1])
     outputs = [model(input_ids, labels=input_ids) for model in (whole, chunked)]
     assert_close(outputs[1].logits, outputs[0].logits, 1e-12)
@@ -215,7 +206,7 @@ def test_chunks_of_positions_change_nothing(sizes, reversible, tied, input_ids):
 def test_hidden_states_and_attentions(causal, input_ids):
     after = 0 if causal else 1
     fields = {"local_num_chunks_after": after, "lsh_num_chunks_after": after, "is_decoder": causal}
-    model = _model(cls=ReformerHfModel, attn_layers=DEEP, **fields)
+    model = random_model(cls=ReformerHfModel, attn_layers=DEEP, **fields)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones(2, 50)}
     inputs["attention_mask"][1, :9] = 0
     plain = model(**inputs)
@@ -251,7 +242,7 @@ def test_hidden_states_and_attentions(causal, input_ids):
 @pytest.mark.parametrize("where", ["config", "call"])
 @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
 def test_what_is_requested_in_training_leaves_the_gradient(reversible, where, input_ids):
-    model = _model(attn_layers=DEEP, reversible=reversible, **DROPOUT).train()
+    model = random_model(attn_layers=DEEP, reversible=reversible, **DROPOUT).train()
     wanted = {"output_hidden_states": True, "output_attentions": True}
     asked, inputs = (_twin(model, **wanted), {}) if where == "config" else (_twin(model), wanted)
     for each, given in ((model, {}), (asked, inputs)):
@@ -266,14 +257,14 @@ def test_what_is_requested_in_training_leaves_the_gradient(reversible, where, in
 
 
 def test_a_call_overrules_the_config(input_ids):
-    model = _model(output_hidden_states=True, output_attentions=True)
+    model = random_model(output_hidden_states=True, output_attentions=True)
     outputs = model(input_ids, output_hidden_states=False, output_attentions=False)
     assert list(outputs) == ["logits"]
 
 
 @torch.no_grad()
 def test_tuples_instead_of_named_outputs(input_ids):
-    model = _model()
+    model = random_model()
     expected = model(input_ids, labels=input_ids, output_hidden_states=True)
     for found in (
         model(input_ids, labels=input_ids, output_hidden_states=True, return_dict=False),
@@ -289,7 +280,7 @@ def test_tuples_instead_of_named_outputs(input_ids):
 @pytest.mark.parametrize("chunk_size", [0, 7], ids=["whole", "chunks"])
 @torch.no_grad()
 def test_logits_to_keep(chunk_size, tied, input_ids):
-    model = _model(chunk_size_lm_head=chunk_size, tie_word_embeddings=tied)
+    model = random_model(chunk_size_lm_head=chunk_size, tie_word_embeddings=tied)
     logits = model(input_ids).logits
     assert logits.shape == (2, 50, 60)
     for kept in (0, 1, 5, 50):
@@ -299,7 +290,7 @@ def test_logits_to_keep(chunk_size, tied, input_ids):
 
 
 def test_loss(input_ids):
-    model = _model()
+    model = random_model()
     logits = model(input_ids).logits
     scores = logits[:, :-1].flatten(0, 1)
     labels = input_ids.clone()
@@ -321,7 +312,7 @@ def test_loss(input_ids):
 @torch.no_grad()
 def test_generation_computes_each_prefix_anew(num_beams, input_ids):
     """Without a decoding state: what `use_cache` says, which is True by default, means nothing. Nor does padding."""
-    model = _model()
+    model = random_model()
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, :9] = 0
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "num_beams": num_beams}

@@ -28,7 +28,7 @@ from transformers.models.auto import modeling_auto
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
 
-from .helpers import tiny_config
+from .helpers import random_model, tiny_config
 from .test_flat_files import FLAT_FILES
 from .test_hub import ROOT, WITH_PACKAGE, WITHOUT_PACKAGE
 
@@ -80,15 +80,6 @@ torch.save([outputs, load(again)[0]], results)
 """
 
 
-def _model(cls=ReformerHfForCausalLM, **fields):
-    """A model in evaluation, all of whose parameters are random, so that none that gets lost is missed."""
-    torch.manual_seed(0)
-    model = cls(tiny_config(**fields)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
 @torch.no_grad()
 def _outputs(model, length=77):
     input_ids = torch.randint(0, 60, (2, length), generator=torch.Generator().manual_seed(1))
@@ -128,7 +119,7 @@ def _assert_ties(model):
 
 @each_kind
 def test_round_trip(fields, tmp_path):
-    model = _model(**fields)
+    model = random_model(**fields)
     expected = _outputs(model)
     model.save_pretrained(tmp_path)
     for cls in (ReformerHfForCausalLM, AutoModelForCausalLM):
@@ -141,7 +132,7 @@ def test_round_trip(fields, tmp_path):
 
 @each_kind
 def test_round_trip_of_the_base_model(fields, tmp_path):
-    model = _model(ReformerHfModel, **fields)
+    model = random_model(cls=ReformerHfModel, **fields)
     expected = _outputs(model)
     model.save_pretrained(tmp_path)
     for cls in (ReformerHfModel, AutoModel):
@@ -150,7 +141,7 @@ def test_round_trip_of_the_base_model(fields, tmp_path):
 
 @each_tie
 def test_bf16_is_kept_unless_another_dtype_is_given(tied, tmp_path):
-    model = _model(tie_word_embeddings=tied).to(torch.bfloat16)
+    model = random_model(tie_word_embeddings=tied).to(torch.bfloat16)
     expected = _outputs(model)
     model.save_pretrained(tmp_path)
     loaded = _assert_loads(AutoModelForCausalLM, tmp_path, expected)
@@ -165,7 +156,7 @@ def test_bf16_is_kept_unless_another_dtype_is_given(tied, tmp_path):
 @each_tie
 @pytest.mark.parametrize("max_shard_size", ["1GB", "10kB"], ids=["whole", "shards"])
 def test_each_tensor_is_written_once(max_shard_size, tied, tmp_path):
-    model = _model(tie_word_embeddings=tied)
+    model = random_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     sizes = _tensors(tmp_path)
     assert "lm_head.bias" in sizes and "lm_head.decoder.bias" not in sizes
@@ -175,7 +166,7 @@ def test_each_tensor_is_written_once(max_shard_size, tied, tmp_path):
 
 @each_tie
 def test_round_trip_in_shards(tied, tmp_path):
-    model = _model(tie_word_embeddings=tied)
+    model = random_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size="10kB")
     shards = {path.name for path in tmp_path.glob("model-*.safetensors")}
     assert len(shards) > 3
@@ -189,7 +180,7 @@ def test_round_trip_in_shards(tied, tmp_path):
 def saved(tmp_path_factory):
     """A folder with a model and a tokenizer."""
     folder = tmp_path_factory.mktemp("folder") / "saved"
-    _model(vocab_size=260).save_pretrained(folder)
+    random_model(vocab_size=260).save_pretrained(folder)
     ReformerHfByteTokenizer(padding_side="left").save_pretrained(folder)
     return folder
 
@@ -226,7 +217,7 @@ def test_a_folder_names_every_head(saved):
 
 
 def test_the_base_model_names_the_same_heads(saved, tmp_path):
-    _model(ReformerHfModel).save_pretrained(tmp_path)
+    random_model(cls=ReformerHfModel).save_pretrained(tmp_path)
     assert _json(tmp_path / "config.json")["auto_map"] == _json(saved / "config.json")["auto_map"]
 
 
@@ -263,7 +254,7 @@ def test_auto_classes(saved):
     assert type(tokenizer) is ReformerHfByteTokenizer
     assert tokenizer.padding_side == "left"
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
-    model = _model(vocab_size=260)
+    model = random_model(vocab_size=260)
     # The package is preferred to the code in the folder.
     for options in ({}, {"trust_remote_code": True}):
         loaded = _assert_loads(AutoModelForCausalLM, saved, _outputs(model), **options)
@@ -286,12 +277,12 @@ def test_from_config(auto_class):
 
 
 def test_a_field_given_while_loading(tmp_path):
-    model = _model()
+    model = random_model()
     model.save_pretrained(tmp_path)
     for cls in (ReformerHfForCausalLM, AutoModelForCausalLM):
         loaded = cls.from_pretrained(tmp_path, num_hashes=4)
         assert loaded.config.num_hashes == 4
-        assert torch.equal(_outputs(loaded), _outputs(_model(num_hashes=4)))
+        assert torch.equal(_outputs(loaded), _outputs(random_model(num_hashes=4)))
         assert not torch.equal(_outputs(loaded), _outputs(model))
     with pytest.raises(ValueError, match="`num_hashes` is 0"):
         ReformerHfForCausalLM.from_pretrained(tmp_path, num_hashes=0)
@@ -299,7 +290,7 @@ def test_a_field_given_while_loading(tmp_path):
 
 
 def test_another_vocabulary_is_refused_unless_asked_for(tmp_path):
-    _model().save_pretrained(tmp_path)
+    random_model().save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         ReformerHfForCausalLM.from_pretrained(tmp_path, vocab_size=70)
     model = ReformerHfForCausalLM.from_pretrained(tmp_path, vocab_size=70, ignore_mismatched_sizes=True)
@@ -313,7 +304,7 @@ def test_another_vocabulary_is_refused_unless_asked_for(tmp_path):
     "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
 def test_copies(how, tied):
-    model = _model(tie_word_embeddings=tied)
+    model = random_model(tie_word_embeddings=tied)
     copied = how(model)
     _assert_ties(copied)
     expected = _outputs(model)
@@ -334,7 +325,7 @@ def test_pickled_config(fields):
 
 
 def test_state_dict_through_torch(tmp_path):
-    model = _model(tie_word_embeddings=True)
+    model = random_model(tie_word_embeddings=True)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     loaded = ReformerHfForCausalLM(tiny_config(tie_word_embeddings=True))
     loaded.load_state_dict(torch.load(tmp_path / "weights.pt"))
@@ -345,7 +336,7 @@ def test_state_dict_through_torch(tmp_path):
 @pytest.mark.parametrize("axial", [True, False], ids=["axial", "learned"])
 def test_weights_that_wait_on_the_disk(axial, tmp_path):
     """Each module takes its weights from there when it is called."""
-    model = _model(axial_pos_embds=axial)
+    model = random_model(axial_pos_embds=axial)
     model.save_pretrained(tmp_path / "model")
     expected = _outputs(model)
     waiting = AutoModelForCausalLM.from_pretrained(

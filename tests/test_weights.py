@@ -9,20 +9,11 @@ from torch.nn.functional import linear
 
 from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
 
-from .helpers import assert_close, gradients, relative_rms, tiny_config
+from .helpers import assert_close, gradients, random_model, relative_rms, tiny_config
 
 DEEP = ["local", "lsh", "full", "lsh"]
 
 each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-
-
-def _model(dtype=torch.float32, cls=ReformerHfForCausalLM, **fields):
-    """A model in evaluation, all of whose parameters are random, so that none that gets lost is missed."""
-    torch.manual_seed(0)
-    model = cls(tiny_config(**fields)).to(dtype).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture
@@ -32,7 +23,7 @@ def input_ids():
 
 @each_tie
 def test_the_bias_of_the_head_is_added(tied, input_ids):
-    model = _model(tie_word_embeddings=tied)
+    model = random_model(tie_word_embeddings=tied)
     logits = model(input_ids).logits
     added = torch.randn(60)
     with torch.no_grad():
@@ -45,7 +36,7 @@ def test_the_bias_of_the_head_is_added(tied, input_ids):
 
 @torch.no_grad()
 def test_a_tied_head_reads_the_mean_of_both_streams(input_ids):
-    model = _model(tie_word_embeddings=True)
+    model = random_model(tie_word_embeddings=True)
     mean = model.reformer(input_ids)[0].unflatten(-1, (2, 32)).mean(-2)
     expected = linear(mean, model.get_input_embeddings().weight, model.lm_head.bias)
     assert_close(model(input_ids).logits, expected, 1e-6)
@@ -53,7 +44,7 @@ def test_a_tied_head_reads_the_mean_of_both_streams(input_ids):
 
 @each_tie
 def test_tied_weights_are_one(tied, input_ids):
-    model = _model(torch.float64, tie_word_embeddings=tied)
+    model = random_model(torch.float64, tie_word_embeddings=tied)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding is head) == tied
     assert head.shape == (60, 32 if tied else 64)
@@ -72,7 +63,7 @@ def test_tied_weights_are_one(tied, input_ids):
 @each_tie
 @pytest.mark.parametrize("vocab_size", [71, 40], ids=["larger", "smaller"])
 def test_resized_vocabulary(vocab_size, tied, input_ids, tmp_path):
-    model = _model(tie_word_embeddings=tied)
+    model = random_model(tie_word_embeddings=tied)
     input_ids = input_ids % 40
     with torch.no_grad():
         expected = model(input_ids).logits
@@ -98,8 +89,8 @@ def test_resized_vocabulary(vocab_size, tied, input_ids, tmp_path):
     assert torch.equal(loaded(labels).logits, model(labels).logits)
 
 
-def test_resized_base_model(input_ids):
-    model = _model(cls=ReformerHfModel)
+def test_resized_baserandom_model(input_ids):
+    model = random_model(cls=ReformerHfModel)
     expected = model(input_ids)[0]
     model.resize_token_embeddings(71)
     assert model.config.vocab_size == 71
@@ -153,7 +144,7 @@ def test_other_parameters_are_drawn_by_the_config():
 
 @each_tie
 def test_a_checkpoint_without_a_head_gets_one(tied, input_ids, tmp_path, uninitialised_memory_is_nan):
-    base = _model(cls=ReformerHfModel, tie_word_embeddings=tied)
+    base = random_model(cls=ReformerHfModel, tie_word_embeddings=tied)
     base.save_pretrained(tmp_path)
     model, info = ReformerHfForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert all("lm_head" in name for name in info["missing_keys"])
@@ -172,8 +163,8 @@ def test_a_checkpoint_without_a_head_gets_one(tied, input_ids, tmp_path, uniniti
 
 
 @each_tie
-def test_a_checkpoint_loses_its_head_in_the_base_model(tied, input_ids, tmp_path):
-    model = _model(tie_word_embeddings=tied)
+def test_a_checkpoint_loses_its_head_in_the_baserandom_model(tied, input_ids, tmp_path):
+    model = random_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     base, info = ReformerHfModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -186,7 +177,7 @@ def test_a_checkpoint_loses_its_head_in_the_base_model(tied, input_ids, tmp_path
 @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
 def test_bf16_weights(reversible, tied, input_ids):
     fields = {"attn_layers": DEEP, "num_buckets": 1, "reversible": reversible, "tie_word_embeddings": tied}
-    exact = _model(**fields)
+    exact = random_model(**fields)
     model = copy.deepcopy(exact).to(torch.bfloat16)
     outputs = [each(input_ids, labels=input_ids, output_hidden_states=True) for each in (exact, model)]
     assert {state.dtype for state in outputs[1].hidden_states} == {torch.float32}
@@ -201,7 +192,7 @@ def test_bf16_weights(reversible, tied, input_ids):
 
 
 def test_bf16_weights_train_with_dropout_and_hashing(input_ids):
-    model = _model(
+    model = random_model(
         torch.bfloat16, attn_layers=DEEP, chunk_size_feed_forward=7, chunk_size_lm_head=9, hidden_dropout_prob=0.1
     )
     outputs = model.train()(input_ids, labels=input_ids, output_hidden_states=True)
