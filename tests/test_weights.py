@@ -89,7 +89,7 @@ def test_resized_vocabulary(vocab_size, tied, input_ids, tmp_path):
     assert torch.equal(loaded(labels).logits, model(labels).logits)
 
 
-def test_resized_baserandom_model(input_ids):
+def test_resized_base_model(input_ids):
     model = random_model(cls=ReformerHfModel)
     expected = model(input_ids)[0]
     model.resize_token_embeddings(71)
@@ -163,7 +163,7 @@ def test_a_checkpoint_without_a_head_gets_one(tied, input_ids, tmp_path, uniniti
 
 
 @each_tie
-def test_a_checkpoint_loses_its_head_in_the_baserandom_model(tied, input_ids, tmp_path):
+def test_a_checkpoint_loses_its_head_in_the_base_model(tied, input_ids, tmp_path):
     model = random_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     base, info = ReformerHfModel.from_pretrained(tmp_path, output_loading_info=True)
