@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 # Elements of the projections that exist at a time, so that no intermediate grows with length times buckets.
-_HASH_SLAB_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+_HASH_SLAB_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def bucket_factors(
@@ -49,35 +50,49 @@ def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int
     With several factors the bucket is the number whose mixed-radix digits are the buckets of the parts, the first
     factor's the lowest. Computed in fp32 at least, outside autocast and without gradient.
     """
-    batch_size, length, num_heads, head_size = vectors_BLHD.shape
+    batch_size, length, num_heads, _ = vectors_BLHD.shape
     num_hashes = rotations_HDRN.shape[2]
     device = vectors_BLHD.device
     buckets_BHRL = torch.zeros((batch_size, num_heads, num_hashes, length), dtype=torch.int32, device=device)
     if factors == [1]:
         return buckets_BHRL
     dtype = torch.promote_types(vectors_BLHD.dtype, torch.float32)
-    parts_HDRN = rotations_HDRN.to(device, dtype).split([factor // 2 for factor in factors], dim=-1)
+    # [H, R * N / 2, D] for each factor N.
+    projections = [
+        part_HDRN.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+        for part_HDRN in rotations_HDRN.to(device, dtype).split([factor // 2 for factor in factors], dim=-1)
+    ]
     slab_elements = _HASH_SLAB_ELEMENTS.get(device.type, _HASH_SLAB_ELEMENTS["cuda"])
     step = max(slab_elements // (num_heads * num_hashes * max(factors)), 1)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, length, step):
-            # A copy of the slab only: [B, H, step, D].
-            slab = vectors_BLHD[:, start : start + step].transpose(1, 2).to(dtype).contiguous()
+            vectors_BHDL = vectors_BLHD[:, start : start + step].permute(0, 2, 3, 1).to(dtype)
             buckets = buckets_BHRL[..., start : start + step]
             stride = 1
-            for factor, part_HDRN in zip(factors, parts_HDRN, strict=True):
-                projected = torch.matmul(slab, part_HDRN.flatten(2)).unflatten(-1, (num_hashes, factor // 2))
-                digit_BHLR = _argmax_of_both_signs(projected)
-                buckets += stride * digit_BHLR.transpose(2, 3)
+            for factor, projection in zip(factors, projections, strict=True):
+                projected = torch.matmul(projection, vectors_BHDL).unflatten(2, (num_hashes, factor // 2))
+                buckets += stride * _argmax_of_both_signs(projected)
                 stride *= factor
     return buckets_BHRL
 
 
-def _argmax_of_both_signs(projected: Tensor) -> Tensor:
-    """`argmax([x; -x])` over the last axis, without building the concatenation."""
-    largest, argmax = projected.max(dim=-1)
-    smallest, argmin = projected.min(dim=-1)
-    return torch.where(largest >= -smallest, argmax, argmin + projected.shape[-1]).int()
+def _argmax_of_both_signs(projected_BHRNL: Tensor) -> Tensor:
+    """`argmax([x; -x])` over the axis N, without building the concatenation."""
+    num_projections = projected_BHRNL.shape[3]
+    largest, argmax = _max(projected_BHRNL)
+    smallest, argmin = _max(-projected_BHRNL)
+    return torch.where(largest >= smallest, argmax, argmin + num_projections).int()
+
+
+def _max(x_BHRNL: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over the axis N and where it is."""
+    if x_BHRNL.device.type != "cpu":
+        return x_BHRNL.max(dim=3)
+    # Pooling over channels that lie last in memory runs on vector units; a reduction with indices does not.
+    images = x_BHRNL.flatten(0, 2)[:, :, None].permute(0, 3, 1, 2)
+    largest, argmax = max_pool2d(images, (images.shape[2], 1), return_indices=True)
+    shape = (*x_BHRNL.shape[:3], x_BHRNL.shape[4])
+    return largest.reshape(shape), argmax.reshape(shape)
 
 
 def sort_by_bucket(buckets_BHRL: Tensor, padding_BL: Tensor | None = None) -> Tensor:

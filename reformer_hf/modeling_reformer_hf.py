@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn.functional import dropout, linear_cross_entropy, pad
 from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -25,6 +27,9 @@ from .local_attention import LocalSelfAttention
 from .lsh_attention import LSHSelfAttention
 from .reversible import Branch, Tape, reversible_layer
 from .stream_norm import StreamLayerNorm
+
+# Label of a position that has no part in the loss.
+IGNORED = -100
 
 SELF_ATTENTIONS = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "full": FullSelfAttention}
 
@@ -231,12 +236,34 @@ class ReformerHfLMHead(nn.Module):
         self.decoder = nn.Linear(in_features, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits of hidden states `[B, L, 2 * hidden_size]`, in chunks of positions."""
+    def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
+        """
+        Logits of hidden states `[B, L, 2 * hidden_size]`, or, given targets `[B, L]` (-100 where there is none), the
+        sum of their cross entropies, for which only the logits of one chunk exist at a time.
+        """
         if self.tied:
             # Word embeddings are as wide as one stream.
             hidden_states = hidden_states.unflatten(-1, (2, -1)).mean(-2)
+        if targets is not None:
+            return self._sum_cross_entropy(hidden_states, targets)
         return apply_chunked(self.decoder, hidden_states, self.chunk_size, list(self.decoder.parameters()))
+
+    def _sum_cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        chunk = LinearCrossEntropyOptions(
+            batch_chunk_size=self.chunk_size * hidden_states.shape[0], chunking_method=None
+        )
+        # In fp32 at least, as the loss of Transformers is.
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return linear_cross_entropy(
+                hidden_states.flatten(0, 1).to(dtype),
+                self.decoder.weight.to(dtype),
+                targets.flatten(),
+                linear_bias=self.decoder.bias.to(dtype),
+                reduction="sum",
+                ignore_index=IGNORED,
+                options=chunk,
+            )
 
 
 class ReformerHfPreTrainedModel(PreTrainedModel):
@@ -403,7 +430,8 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
     ) -> ReformerHfCausalLMOutput:
         """
         Args:
-            labels (`[B, L]`, *optional*): The tokens, -100 where no loss is wanted; shifted inside.
+            labels (`[B, L]`, *optional*): The tokens, -100 where no loss is wanted; shifted inside. In training with
+                `chunk_size_lm_head` there is the loss alone then, and no logits.
             cache, past_key_values, use_cache: There is no decoding state yet: generation computes each prefix anew.
                 (`past_key_values` is what Transformers before 5.24 calls `cache`.)
             logits_to_keep (`int` or `Tensor`, defaults to 0): Compute the logits of so many last positions, or of
@@ -428,10 +456,14 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
+        logits = loss = None
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if has_labels and self._loss_without_logits:
+            loss = self._chunked_loss(outputs.last_hidden_state, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if has_labels and logits is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return ReformerHfCausalLMOutput(
             loss=loss,
@@ -440,6 +472,31 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             attention_positions=outputs.attention_positions,
         )
+
+    @property
+    def _loss_without_logits(self) -> bool:
+        """Whether a training step gives the loss alone: in chunks, of a plain linear layer, by the usual formula."""
+        usual = self.loss_function is LOSS_MAPPING["ForCausalLM"] and type(self.lm_head.decoder) is nn.Linear
+        return self.training and self.lm_head.chunk_size > 0 and usual
+
+    def _chunked_loss(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        **kwargs,
+    ) -> Tensor:
+        """What `ForCausalLMLoss` computes from the logits."""
+        targets = pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+        targets = targets.to(hidden_states.device)
+        targets = targets.masked_fill(targets == ignore_index, IGNORED)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != IGNORED).sum()
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(hidden_states.device)
+        return self.lm_head(hidden_states, targets) / num_items_in_batch
 
 
 def _check_inputs(

@@ -308,6 +308,54 @@ def test_loss(input_ids):
     assert_close(model(input_ids, labels=input_ids, shift_labels=labels).loss, expected, 1e-6)
 
 
+LABELS = {
+    "labels": {},
+    "counted": {"num_items_in_batch": 7},
+    "counted-tensor": {"num_items_in_batch": torch.tensor(7)},
+    "shifted": {"shift_labels": True},
+    "another-ignored": {"ignore_index": -1},
+}
+
+
+@each_tie
+@pytest.mark.parametrize("kwargs", LABELS.values(), ids=LABELS)
+def test_loss_without_logits(kwargs, tied, input_ids):
+    """In training with a chunked head: the same loss and gradients, and no logits. The whole ones are
+    summed in fp32."""
+    whole = random_model(torch.float64, tie_word_embeddings=tied, hash_seed=0).train()
+    chunked = _twin(whole, chunk_size_lm_head=7).train()
+    labels = input_ids.masked_fill(input_ids < 20, kwargs.get("ignore_index", -100))
+    inputs = {"labels": labels, **kwargs}
+    if "shift_labels" in kwargs:
+        inputs = {"shift_labels": labels}
+    outputs = [model(input_ids, **inputs) for model in (whole, chunked)]
+    assert outputs[0].logits is not None and outputs[1].logits is None
+    assert_close(outputs[1].loss, outputs[0].loss, 1e-6)
+    for output in outputs:
+        (3 * output.loss).backward()
+    expected = gradients(whole)
+    for name, grad in gradients(chunked).items():
+        assert_close(grad, expected[name], 1e-6, name)
+
+
+def test_logits_where_a_loss_of_the_user_or_evaluation_wants_them(input_ids):
+    model = random_model(chunk_size_lm_head=7)
+    assert model(input_ids, labels=input_ids).logits is not None
+    assert model.train()(input_ids).logits is not None
+    model.loss_function = lambda logits, labels, **kwargs: logits.sum()
+    output = model(input_ids, labels=input_ids)
+    assert torch.equal(output.loss, output.logits.sum())
+
+
+def test_loss_without_logits_in_half_precision(input_ids):
+    """Summed in fp32: in bf16 a sum of a hundred losses has a step of 2."""
+    model = random_model(chunk_size_lm_head=7, hash_seed=0).train()
+    expected = model(input_ids, labels=input_ids).loss
+    found = model.to(torch.bfloat16)(input_ids, labels=input_ids).loss
+    assert found.dtype == torch.float32
+    assert_close(found, expected, 0.01)
+
+
 @pytest.mark.parametrize("num_beams", [1, 3], ids=lambda beams: f"beams{beams}")
 @torch.no_grad()
 def test_generation_computes_each_prefix_anew(num_beams, input_ids):
