@@ -13,7 +13,7 @@ slots. A *row* is a (batch, position, head); rows of a tensor `[B, L, H, D]` are
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch.nn.functional import pad
 
 # Scores that exist at a time: few enough for the cache of a CPU, many enough to fill a GPU.
 SLAB_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
+
+# Queries in a chunk that a CPU still computes at full speed.
+_CPU_TILE_LENGTH = 32
 
 # What stands between visible and hidden is a *clearance*, a small number of slots or positions, positive where a key
 # is visible. Scaled by this power of two, which keeps it exact, and cut off at zero it is the mask.
@@ -64,6 +67,23 @@ class AttentionPattern:
     def window_length(self) -> int:
         """Slots that are looked at for a chunk of queries."""
         return self.chunk_length * (self.chunks_before + 1 + self.chunks_after)
+
+    def in_tiles(self, device: torch.device) -> "AttentionPattern":
+        """
+        The same pattern in chunks that cost least on a device.
+
+        What a query of a window sees does not depend on chunks, but it is computed for the keys of all queries of its
+        chunk: fewer for shorter chunks, as long as these are worth a matrix product.
+        """
+        tile_length, parts = self.chunk_length, 1
+        while self.window and device.type == "cpu" and tile_length > _CPU_TILE_LENGTH and tile_length % 2 == 0:
+            tile_length, parts = tile_length // 2, parts * 2
+        return replace(
+            self,
+            chunk_length=tile_length,
+            chunks_before=self.chunks_before * parts,
+            chunks_after=self.chunks_after * parts,
+        )
 
     def seen_slots(self, starts: Tensor) -> tuple[Tensor, Tensor]:
         """

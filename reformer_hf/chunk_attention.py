@@ -99,7 +99,7 @@ class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, pattern, order, padding, dropout, dropout_seed):
         with torch.autocast(query.device.type, enabled=False):
-            layout = Layout(pattern, order, padding, query)
+            layout = Layout(pattern.in_tiles(query.device), order, padding, query)
             drop = Dropout.of(dropout, dropout_seed, query.device)
             out, lse = _forward(_Rows.of(query, key, value), layout, drop)
         out = out.to(value.dtype).view(value.shape)
@@ -111,7 +111,7 @@ class _ChunkAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         query, key, value, out, lse, order, padding = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
-            layout = Layout(ctx.pattern, order, padding, query)
+            layout = Layout(ctx.pattern.in_tiles(query.device), order, padding, query)
             drop = Dropout.of(ctx.dropout, ctx.dropout_seed, query.device)
             grads = _backward(_Rows.of(query, key, value), _rows(out), lse, _rows(grad_out), layout, drop)
         grads = [
