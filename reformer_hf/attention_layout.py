@@ -128,21 +128,22 @@ class Slab:
 
     def slots_of(self, rows: Tensor) -> Tensor:
         """`[g, S, …]` of rows `[B * L * H, …]`; anything in empty slots."""
-        return rows.index_select(0, self.key_rows.flatten()).unflatten(0, self.key_rows.shape)
+        return rows.index_select(0, self.key_rows.flatten()).view(*self.key_rows.shape, *rows.shape[1:])
 
     def queries_of(self, rows: Tensor) -> Tensor:
         """`[g, n, C, …]` of rows `[B * L * H, …]`; anything in empty slots."""
-        return rows.index_select(0, self.query_rows.flatten()).unflatten(0, self.query_rows.shape)
+        return rows.index_select(0, self.query_rows.flatten()).view(*self.query_rows.shape, *rows.shape[1:])
 
     def targets_of(self, rows: Tensor) -> Tensor:
         """`[g, n, C, …]` of what was written to the target rows, `[B * L * H + 1, …]`."""
-        return rows.index_select(0, self.target_rows.flatten()).unflatten(0, self.target_rows.shape)
+        return rows.index_select(0, self.target_rows.flatten()).view(*self.target_rows.shape, *rows.shape[1:])
 
     def own(self, slots: Tensor) -> Tensor:
         """The slots `[g, n, C, D]` of the slab's own chunks, of `[g, S, D]`; shares memory with it."""
         num_chunks, chunk_length = self.query_rows.shape[1:]
         start = chunk_length * self.pattern.chunks_before
-        return slots[:, start : start + num_chunks * chunk_length].unflatten(1, (num_chunks, chunk_length))
+        own = slots[:, start : start + num_chunks * chunk_length]
+        return own.view(own.shape[0], num_chunks, chunk_length, -1)
 
     def windows(self, slots: Tensor) -> Tensor:
         """The windows `[g, n, W, D]` of `[g, S, D]`; shares memory with it, as neighbours do with each other."""
