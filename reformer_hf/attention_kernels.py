@@ -7,9 +7,19 @@ Shapes: g heads, n chunks, C queries in a chunk, W keys in its window, D size of
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# The least that a mask adds to a score. Finite: a row that sees no key must not give a NaN.
+HIDDEN = -(2.0**90)
+
+# A logsumexp below this one is that of hidden keys alone: above any hidden score, and below any sum of visible ones.
+NO_KEY = -(2.0**80)
 
 
 class Dropout:
@@ -44,10 +54,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropou
         Output `[g, n, C, E]` and logsumexp of the scores `[g, n, C]`, the latter in the dtype of the mask. Where a row
         is hidden altogether the output means nothing, and the logsumexp is as low as the mask.
     """
-    if _fits_cpu_kernel(query, value, drop):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=1.0
-        )
+    kernel = _kernel_for(query, key, value, drop)
+    if kernel is not None:
+        return kernel.attend(query, key, value, mask)
+    return _attend_plainly(query, key, value, mask, drop)
+
+
+def _attend_plainly(query, key, value, mask, drop: Dropout | None = None) -> tuple[Tensor, Tensor]:
     scores = scores_of(query, key, mask)
     lse = scores.logsumexp(-1)
     weights = scores.sub_(lse[..., None]).exp_()
@@ -77,10 +90,15 @@ def attend_backward(
         lse: `[g, n, C]`; infinite where a row had no key.
         The other ones: as in `attend`.
     """
-    if _fits_cpu_kernel(query, value, drop):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=1.0
-        )
+    kernel = _kernel_for(query, key, value, drop)
+    if kernel is not None:
+        return kernel.attend_backward(grad_out, query, key, value, mask, out, lse)
+    return _attend_backward_plainly(grad_out, query, key, value, mask, out, lse, drop)
+
+
+def _attend_backward_plainly(
+    grad_out, query, key, value, mask, out, lse, drop: Dropout | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     weights = scores_of(query, key, mask).sub_(lse[..., None]).exp_()
     grad_weights = torch.matmul(grad_out, value.transpose(-1, -2)).to(weights.dtype)
     kept = weights
@@ -126,10 +144,127 @@ def scores_of(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(query, key.transpose(-1, -2)).to(mask.dtype).add_(mask)
 
 
-def _fits_cpu_kernel(query: Tensor, value: Tensor, drop: Dropout | None) -> bool:
-    return (
-        query.device.type == "cpu"
-        and query.dtype == torch.float32
-        and query.shape[-1] == value.shape[-1]
-        and drop is None
+class _CpuKernel:
+    """The fused attention of torch on a CPU."""
+
+    @staticmethod
+    def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+        return query.dtype == torch.float32 and query.shape[-1] == value.shape[-1]
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=1.0
+        )
+
+    @staticmethod
+    def attend_backward(grad_out, query, key, value, mask, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=1.0
+        )
+
+
+class _CudaKernel:
+    """The memory-efficient attention of torch on CUDA: of its kernels, the one with a mask and a logsumexp."""
+
+    @staticmethod
+    def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+        # Rows of logsumexps come in multiples of 32; masks and heads must be aligned.
+        aligned = query.shape[-2] % 32 == 0 and not any(
+            size % 8 for size in (key.shape[-2], query.shape[-1], value.shape[-1])
+        )
+        # A mask in fp16 could not be lower than any score.
+        return aligned and query.dtype in (torch.float32, torch.bfloat16)
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask.to(query.dtype), True, scale=1.0
+        )
+        return out, lse
+
+    @staticmethod
+    def attend_backward(grad_out, query, key, value, mask, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout = torch.zeros((), dtype=torch.int64)
+        grad_query, grad_key, grad_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            grad_out.to(query.dtype),
+            query,
+            key,
+            value,
+            mask.to(query.dtype),
+            out.to(query.dtype),
+            lse,
+            no_dropout,
+            no_dropout,
+            0.0,
+            [True, True, True, False],
+            scale=1.0,
+        )
+        return grad_query, grad_key, grad_value
+
+
+_Kernel = type[_CpuKernel] | type[_CudaKernel]
+_KERNELS: dict[str, _Kernel] = {"cpu": _CpuKernel, "cuda": _CudaKernel}
+
+
+def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: Dropout | None) -> "_Kernel | None":
+    """The fused kernel for these inputs, or `None`."""
+    kernel = _KERNELS.get(query.device.type)
+    if kernel is None or drop is not None or not kernel.fits(query, key, value):
+        return None
+    sizes = (query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
+    return kernel if _is_trusted(query.device, query.dtype, *sizes) else None
+
+
+@cache
+def _is_trusted(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether to use the kernel of a device for slabs of these sizes: tested on a CPU, elsewhere tried once."""
+    return device.type == "cpu" or _equals_plain(_KERNELS[device.type], device, dtype, *sizes)
+
+
+def _equals_plain(
+    kernel: "_Kernel",
+    device: torch.device,
+    dtype: torch.dtype,
+    num_queries: int,
+    num_keys: int,
+    size: int,
+    value_size: int,
+) -> bool:
+    """
+    Whether a kernel, tried on a small slab, gives what matrix products give, gradients too.
+
+    These kernels are torch's own, below its public interface. Should another version or device use them in another
+    way, attention gets slower, and not wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (
+        torch.randn(1, 2, length, width, generator=generator).to(device, dtype)
+        for length, width in (
+            (num_queries, size),
+            (num_keys, size),
+            (num_keys, value_size),
+            (num_queries, value_size),
+        )
     )
+    hidden = torch.rand(1, 2, num_queries, num_keys, generator=generator) < 0.5
+    hidden[:, :, 0] = True
+    mask = (HIDDEN * hidden).to(device)
+    try:
+        inputs = (query, key, value, mask)
+        out, lse = kernel.attend(*inputs)
+        grads = kernel.attend_backward(grad_out, *inputs, out, lse.masked_fill(lse < NO_KEY, math.inf))
+    except RuntimeError as error:
+        logger.warning_once(f"Attention without fused kernels, which do not run on {device}: {error}")
+        return False
+    plain_out, plain_lse = _attend_plainly(*inputs)
+    plain_lse = plain_lse.masked_fill(plain_lse < NO_KEY, math.inf)
+    plain_grads = _attend_backward_plainly(grad_out, *inputs, plain_out, plain_lse)
+    pairs = [(out[:, :, 1:], plain_out[:, :, 1:]), (lse[:, :, 1:], plain_lse[:, :, 1:])]
+    pairs += list(zip(grads, plain_grads, strict=True))
+    limit = 1e-3 if dtype == torch.float32 else 3e-2
+    equal = all((a.float() - b.float()).norm() <= limit * b.float().norm() for a, b in pairs)
+    equal = equal and bool((lse[:, :, 0] < NO_KEY).all())
+    if not equal:
+        logger.warning_once(f"Attention without fused kernels, whose results on {device} in {dtype} are not right.")
+    return equal

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .attention_kernels import HIDDEN
+
 # Scores that exist at a time: few enough for the cache of a CPU, many enough to fill a GPU.
 SLAB_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
@@ -27,10 +29,7 @@ _CPU_TILE_LENGTH = 32
 
 # What stands between visible and hidden is a *clearance*, a small number of slots or positions, positive where a key
 # is visible. Scaled by this power of two, which keeps it exact, and cut off at zero it is the mask.
-_SCALE = 2.0**90
-
-# A logsumexp below this one is that of hidden keys alone: above any mask, and below any sum of real scores.
-NO_KEY = -(2.0**80)
+_SCALE = -HIDDEN
 
 # Halves and quarters of a slot must be exact in fp32.
 _MAX_LENGTH = 1 << 22

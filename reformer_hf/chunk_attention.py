@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_kernels import Dropout, attend, attend_backward, key_scale, merge, scores_of
-from .attention_layout import NO_KEY, AttentionPattern, Layout, Slab
+from .attention_kernels import NO_KEY, Dropout, attend, attend_backward, key_scale, merge, scores_of
+from .attention_layout import AttentionPattern, Layout, Slab
 
 
 def chunk_attention(

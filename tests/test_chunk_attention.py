@@ -115,6 +115,7 @@ class _Case:
         inputs = [x.detach().to(dtype).requires_grad_() for x in (self.query, self.key, self.value)]
         out = function(*inputs)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        weight = weight.to(out.device)
         grads = torch.autograd.grad((out * (weight * self.real).to(dtype)).sum(), inputs, allow_unused=self.shared)
         names = ("output", "grad of query", "grad of key", "grad of value")
         found = dict(zip(names, (out.detach() * self.real, *grads), strict=True))
@@ -269,18 +270,57 @@ def test_large_scores_do_not_overflow(sign):
 def test_fused_equals_plain(monkeypatch, kind, once, causal, side, sizes):
     """Rows that see only themselves included: the first ones, and all of a bucket of one."""
     case = _case(kind, causal, once, sizes, side)
-    fits = attention_kernels._fits_cpu_kernel
-    used = []
-    monkeypatch.setattr(attention_kernels, "_fits_cpu_kernel", lambda *args: used.append(fits(*args)) or used[-1])
+    kernel_for, used = attention_kernels._kernel_for, []
+    monkeypatch.setattr(attention_kernels, "_kernel_for", lambda *args: used.append(kernel_for(*args)) or used[-1])
     fused = case.op(torch.float32)
-    assert all(used) and used
-    monkeypatch.setattr(attention_kernels, "_fits_cpu_kernel", lambda *args: False)
+    assert set(used) == {attention_kernels._CpuKernel}
+    monkeypatch.setattr(attention_kernels, "_kernel_for", lambda *args: None)
     plain, expected = case.op(torch.float32), case.oracle()
     for name, found in fused.items():
         # A gradient that is zero but for rounding has no relative size.
         if expected[name].abs().max() > 1e-12:
             assert_close(found, plain[name], 1e-5, name)
             assert_close(found, expected[name], 1e-5, name)
+
+
+def test_a_kernel_that_is_not_right_is_not_used(monkeypatch):
+    """What was not tested, as kernels of other devices, is tried first."""
+    plain, log = attention_kernels._attend_plainly, []
+
+    class Kernel(attention_kernels._CpuKernel):
+        factor, error = 1.0, None
+
+        @classmethod
+        def attend(cls, *inputs):
+            if cls.error:
+                raise RuntimeError(cls.error)
+            out, lse = plain(*inputs)
+            return out * cls.factor, lse
+
+    monkeypatch.setattr(attention_kernels.logger, "warning_once", log.append)
+    trial = (Kernel, torch.device("cpu"), torch.float32, 32, 64, 16, 16)
+    assert attention_kernels._equals_plain(*trial) and not log
+    Kernel.factor = 1.1
+    assert not attention_kernels._equals_plain(*trial)
+    assert "not right" in log.pop()
+    Kernel.error = "no kernel image"
+    assert not attention_kernels._equals_plain(*trial)
+    assert "no kernel image" in log.pop()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_direction
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_cuda(kind, causal, dtype):
+    """With chunks of 32, which the fused kernel takes."""
+    case = _case(kind, causal, False, (2, 203, 2, 16, 16, 2), "left", chunk_length=32)
+    fields = {name: getattr(case, name) for name in ("query", "key", "value", "order", "padding")}
+    moved = replace(case, **{name: x if x is None else x.cuda() for name, x in fields.items()})
+    expected = case.oracle()
+    for name, found in moved.op(dtype).items():
+        assert_close(found.cpu(), expected[name], 1e-4 if dtype == torch.float32 else 0.03, name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
@@ -461,8 +501,9 @@ def test_a_query_sees_exactly_the_keys_of_the_definition(drawn):
     assert torch.equal(seen[real], expected[real])
 
 
-HIDDEN = -(2.0**90)
-_scores = st.lists(st.sampled_from([HIDDEN, -50.0, -1.0, 0.0, 0.5, 3.0, 60.0, 800.0]), min_size=1, max_size=5)
+_scores = st.lists(
+    st.sampled_from([attention_kernels.HIDDEN, -50.0, -1.0, 0.0, 0.5, 3.0, 60.0, 800.0]), min_size=1, max_size=5
+)
 
 
 @settings(deadline=None, max_examples=200)
@@ -479,8 +520,8 @@ def test_merging_rounds_is_one_softmax_over_all(rounds):
     for other in zip(scores[1:], values[1:], strict=True):
         out, lse = merge(out, lse, *softmax(*other))
     expected_out, expected_lse = softmax(torch.cat(scores, -1), torch.cat(values))
-    if expected_lse <= op.NO_KEY:
-        assert lse <= op.NO_KEY and out.isfinite().all()
+    if expected_lse <= attention_kernels.NO_KEY:
+        assert lse <= attention_kernels.NO_KEY and out.isfinite().all()
     else:
         assert_close(out, expected_out, 1e-12)
         # An error of a logsumexp is a relative one of the weights.
