@@ -1,0 +1,142 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""What is measured: shapes of models, cases, and suites of cases."""
+
+from dataclasses import asdict, dataclass
+
+WORKLOADS = {
+    "attention": "one LSH attention module on hidden states, hashing and sorting included: forward",
+    "attention-step": "the same, forward and backward",
+    "forward": "the whole model in evaluation, without gradient, to the logits",
+    "step": "the whole model in training: forward, loss, backward; no optimizer",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model. `layers` names the attention of each layer."""
+
+    name: str
+    layers: tuple[str, ...]
+    width: int
+    num_heads: int
+    head_size: int
+    feed_forward: int
+    lsh_chunk: int
+    local_chunk: int
+    vocab_size: int = 260
+
+    @property
+    def check_length(self) -> int:
+        """A short length that has several chunks of each kind: a multiple of all chunk lengths."""
+        return 4 * max(self.lsh_chunk, self.local_chunk)
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("base", ("lsh",) * 6, 256, 4, 64, 1024, 64, 64),
+        # The enwik8 model of trax, 4 of its layers.
+        Shape("enwik8", ("local", "local", "lsh", "local"), 768, 8, 96, 2048, 256, 128),
+        Shape("quick", ("lsh",) * 2, 32, 2, 16, 64, 16, 16),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload at one size. Batch 1, fp32, no dropout."""
+
+    workload: str
+    shape_name: str
+    length: int
+    num_hashes: int
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.shape_name]
+
+    @property
+    def name(self) -> str:
+        prefix = "" if self.shape_name == "base" else f"{self.shape_name}-"
+        return f"{prefix}{self.workload}-L{self.length}-R{self.num_hashes}"
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+# A case and the names of the implementations that it compares.
+Entry = tuple[Case, tuple[str, ...]]
+
+OURS, OURS_IN_TREE, IN_TREE, DENSE = "reformer_hf", "reformer_hf-in-tree", "transformers", "dense"
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+ROUNDS = (1, 2, 4, 8)
+
+# In-tree, time and memory grow with length times rounds: beyond this, a step does not fit the machines at hand.
+_IN_TREE_LIMIT = 65536
+
+
+def _required() -> list[Entry]:
+    """What the table of required figures needs."""
+    twins = (OURS, OURS_IN_TREE, IN_TREE)
+    entries = [
+        (Case("step", "base", 16384, 4), (*twins, "reformer-pytorch", "floor")),
+        (Case("step", "base", 4096, 8), twins),
+        (Case("step", "base", 16384, 1), twins),
+        (Case("forward", "base", 16384, 4), twins),
+        (Case("forward", "base", 16384, 1), twins),
+        (Case("attention", "base", 16384, 4), (*twins, "reformer-pytorch")),
+    ]
+    return entries + [(Case("step", "base", length, 2), (OURS, DENSE)) for length in (1024, 2048, 4096, 16384, 65536)]
+
+
+def _lengths() -> list[Entry]:
+    """Time of a step against length, as in figure 5 of the paper."""
+    entries = []
+    for length in LENGTHS:
+        for num_hashes in ROUNDS:
+            names: tuple[str, ...] = (OURS,)
+            if length * num_hashes <= _IN_TREE_LIMIT:
+                names += (IN_TREE,)
+            # The dense model has no rounds: once is enough.
+            if num_hashes == 2:
+                names += (DENSE,)
+            entries.append((Case("step", "base", length, num_hashes), names))
+    return entries
+
+
+def _enwik8() -> list[Entry]:
+    return [
+        (Case(workload, "enwik8", length, 2), (OURS, OURS_IN_TREE, IN_TREE))
+        for length in (4096, 16384)
+        for workload in ("forward", "step")
+    ]
+
+
+def _attention() -> list[Entry]:
+    names = (OURS, OURS_IN_TREE, IN_TREE, "reformer-pytorch")
+    return [
+        (Case(workload, "base", length, num_hashes), names)
+        for length in (4096, 16384)
+        for num_hashes in ROUNDS
+        for workload in ("attention", "attention-step")
+    ]
+
+
+def _quick() -> list[Entry]:
+    reformers = (OURS, OURS_IN_TREE, IN_TREE, "reformer-pytorch")
+    return [
+        (Case("step", "quick", 256, 2), (*reformers, DENSE, "floor")),
+        (Case("step", "quick", 512, 2), (OURS, DENSE)),
+        (Case("forward", "quick", 256, 2), (*reformers, DENSE)),
+        (Case("attention", "quick", 256, 2), reformers),
+        (Case("attention-step", "quick", 256, 2), reformers),
+    ]
+
+
+SUITES = {
+    "required": _required(),
+    "lengths": _lengths(),
+    "attention": _attention(),
+    "enwik8": _enwik8(),
+    "quick": _quick(),
+}

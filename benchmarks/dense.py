@@ -1,0 +1,29 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The dense rival: a causal Transformer of the same width, depth and heads, with fused exact attention."""
+
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from .cases import Shape
+
+
+def dense_model(shape: Shape, length: int, num_hashes: int) -> nn.Module:
+    """GPT-2, whose feed-forward has two matrices as ours has, with activation checkpointing. It knows no rounds."""
+    config = GPT2Config(
+        vocab_size=shape.vocab_size,
+        n_positions=length,
+        n_embd=shape.width,
+        n_layer=len(shape.layers),
+        n_head=shape.num_heads,
+        n_inner=shape.feed_forward,
+        activation_function="relu",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model.activation_checkpointing_enable()
+    return model

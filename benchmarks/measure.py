@@ -1,0 +1,132 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Time and peak memory of one case, in the process that this runs in."""
+
+import ctypes
+import gc
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .implementations import Implementation
+from .workloads import Run
+
+# A first run that takes as long as this is taken as it is; a shorter one is a warm-up.
+LONG_SECONDS = 15.0
+MAX_RUNS = 5
+
+Result = TypeVar("Result")
+
+
+def measure(implementation: Implementation, case: Case, device: torch.device) -> dict:
+    """
+    Build the case and run it.
+
+    Returns:
+        `seconds`: the median of `runs`; `peak_bytes`: the peak of memory above `built_bytes`, what was in use when
+        the model was built.
+
+    Raises:
+        RuntimeError: If a run's result is not finite.
+    """
+    # Loads libraries and starts threads, so that neither counts: the same work at a small size.
+    implementation.prepare(replace(case, length=min(case.length, case.shape.check_length)), device)()
+    run = implementation.prepare(case, device)
+    peak = _PeakMemory(device)
+    runs = time_runs(lambda: _finished(run, device), _check_finite)
+    return {
+        "seconds": statistics.median(runs),
+        "runs": runs,
+        "peak_bytes": peak.above_built(),
+        "built_bytes": peak.built_bytes,
+    }
+
+
+def time_runs(run: Callable[[], Result], check: Callable[[Result], None]) -> list[float]:
+    """
+    Seconds of each run: one long one, or after a warm-up as many as fit into `LONG_SECONDS`, `MAX_RUNS` at most.
+
+    `check` is given each result; the time that it takes does not count.
+    """
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        result = run()
+        elapsed = time.perf_counter() - start
+        check(result)
+        return elapsed
+
+    first = seconds()
+    if first >= LONG_SECONDS:
+        return [first]
+    return [seconds() for _ in range(min(max(int(LONG_SECONDS / first), 1), MAX_RUNS))]
+
+
+def _finished(run: Run, device: torch.device) -> Tensor:
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result
+
+
+def _check_finite(result: Tensor) -> None:
+    # One number, not a mask as large as the result.
+    if not result.sum().isfinite():
+        raise RuntimeError("The result is not finite.")
+
+
+class _PeakMemory:
+    """Peak above what is in use when this is made: of CUDA's allocator, or of the process's resident memory."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.built_bytes = torch.cuda.memory_allocated(device)
+            return
+        _return_free_memory()
+        _reset_host_peak()
+        self.built_bytes = psutil.Process().memory_info().rss
+
+    def above_built(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self.built_bytes
+        return max(_host_peak() - self.built_bytes, 0)
+
+
+def _return_free_memory() -> None:
+    """Give what was freed back to the system; else it would be used again, and the peak would miss it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _reset_host_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        # The peak since the process began is all there is. Building takes less than running.
+        pass
+
+
+def _host_peak() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,98 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Results as Markdown."""
+
+import math
+from pathlib import Path
+
+from .cases import OURS
+from .plots import draw_plots
+from .required import required_figures
+from .results import Results
+
+_HEAD = ["case", "implementation", "seconds", "min–max", "processes", "peak MB", "time / ours"]
+_CHECKS_HEAD = ["implementation", "shape", "hashes", "what", "found", "limit"]
+
+
+def write_report(results: Results) -> list[Path]:
+    """Write the table and the plots beside the JSON, and return what was written."""
+    assert results.path is not None
+    plots = draw_plots(results)
+    path = results.path.with_suffix(".md")
+    path.write_text(markdown(results, plots))
+    return [path, *plots]
+
+
+def markdown(results: Results, plots: list[Path] | None = None) -> str:
+    """The whole report."""
+    parts = [f"# Benchmarks: {results.suite}, {results.date}", _machine(results)]
+    parts.append(_table(_HEAD, _rows(results)))
+    if results.suite == "required":
+        parts += ["## Required figures", _table(["case", "wanted", "measured", "met"], _required_rows(results))]
+    parts += [f"![]({plot.name})" for plot in plots or []]
+    parts += ["## Correctness", _table(_CHECKS_HEAD, _checks(results))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _machine(results: Results) -> str:
+    machine = results.machine
+    words = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
+        f"{machine['threads']} threads",
+        f"device {machine.get('gpu') or machine['device']}",
+        *(f"{name} {machine[name]}" for name in ("torch", "transformers", "reformer-pytorch") if machine.get(name)),
+        f"commit {machine['commit']}",
+    ]
+    return (
+        f"{'; '.join(words)}.\n\nfp32, batch 1. Medians of interleaved processes (each the median of its runs); MB "
+        "is 10^6 bytes above the built model. How time, memory and floor are measured: `benchmarks/README.md`."
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _rows(results: Results) -> list[list[str]]:
+    rows = []
+    for case, name in results.pairs():
+        found = results.of(case, name)
+        if not found:
+            rows.append([case, name, f"failed: {_one_line(results.failure(case, name))}", *[""] * 4])
+            continue
+        seconds = [measurement["seconds"] for measurement in found]
+        median, ours = results.median(case, name), results.median(case, OURS)
+        rows.append(
+            [
+                case,
+                name,
+                f"{median:.4g}",
+                f"{min(seconds):.4g}–{max(seconds):.4g}",
+                str(len(seconds)),
+                f"{results.median(case, name, 'peak_bytes') / 1e6:,.0f}",
+                f"{median / ours:.2f}" if ours else "–",
+            ]
+        )
+    return rows
+
+
+def _required_rows(results: Results) -> list[list[str]]:
+    says = {True: "yes", False: "**no**", None: "not measured"}
+    return [[row.title, row.wanted, row.measured, says[row.met]] for row in required_figures(results)]
+
+
+def _checks(results: Results) -> list[list[str]]:
+    rows = []
+    for check in results.checks:
+        key = [check["implementation"], check["shape"], str(check["num_hashes"])]
+        if "error" in check:
+            rows.append([*key, f"failed: {_one_line(check['error'])}", "", ""])
+        for finding in check.get("findings", []):
+            value, limit = finding["value"], finding["limit"]
+            bad = math.isnan(value) or value > limit
+            rows.append([*key, finding["what"], f"{value:.2g}{', **wrong: not timed**' if bad else ''}", f"{limit:g}"])
+    return rows
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "/")[:200]

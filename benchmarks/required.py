@@ -1,0 +1,110 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The figures that are required of the library, and what the results say of them."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cases import DENSE, IN_TREE, OURS
+from .results import Results
+
+GROWTH_LENGTHS = (4096, 65536)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians that should be no smaller than `least`; ours is below the line but for the floor."""
+
+    title: str
+    case: str
+    rival: str
+    least: float
+    what: str = "seconds"
+
+    def measured(self, results: Results) -> float | None:
+        above, below = (results.median(self.case, name, self.what) for name in (self.rival, OURS))
+        return above / below if above is not None and below else None
+
+
+RATIOS = [
+    Ratio("training step, L 16,384, 4 hashes: in-tree / ours", "step-L16384-R4", IN_TREE, 3.3),
+    Ratio("training step, L 4,096, 8 hashes: in-tree / ours", "step-L4096-R8", IN_TREE, 4.0),
+    Ratio("training step, L 16,384, 1 hash: in-tree / ours", "step-L16384-R1", IN_TREE, 1.35),
+    Ratio("forward, L 16,384, 4 hashes: in-tree / ours", "forward-L16384-R4", IN_TREE, 4.0),
+    Ratio("forward, L 16,384, 1 hash: in-tree / ours", "forward-L16384-R1", IN_TREE, 1.5),
+    Ratio("attention op, forward, L 16,384, 4 hashes: in-tree / ours", "attention-L16384-R4", IN_TREE, 5.0),
+    Ratio(
+        "peak memory, training step, L 16,384, 4 hashes: in-tree / ours", "step-L16384-R4", IN_TREE, 6.0, "peak_bytes"
+    ),
+    Ratio("training step, L 16,384, 4 hashes: floor / ours", "step-L16384-R4", "floor", 0.85),
+    Ratio("training step, L 16,384, 4 hashes: reformer-pytorch / ours", "step-L16384-R4", "reformer-pytorch", 2.0),
+    Ratio("training step, L 4,096, 2 hashes: dense / ours", "step-L4096-R2", DENSE, 1.8),
+    Ratio("training step, L 16,384, 2 hashes: dense / ours", "step-L16384-R2", DENSE, 5.0),
+    Ratio("training step, L 65,536, 2 hashes: dense / ours", "step-L65536-R2", DENSE, 18.0),
+]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the table of required figures."""
+
+    title: str
+    wanted: str
+    measured: str
+    met: bool | None
+
+
+def required_figures(results: Results) -> list[Figure]:
+    """All rows; where something was not measured, nothing is said of it."""
+    figures = []
+    for ratio in RATIOS:
+        value = ratio.measured(results)
+        met = None if value is None else value >= ratio.least
+        figures.append(Figure(ratio.title, f"≥ {ratio.least:g}", _number(value), met))
+    return [*figures, _shortest_length(results), *_growths(results)]
+
+
+def _shortest_length(results: Results) -> Figure:
+    """From which length on our step with 2 hashes is faster than the dense model's."""
+    ours, dense = (results.times_by_length("step", "base").get((name, 2), {}) for name in (OURS, DENSE))
+    lengths = sorted(ours.keys() & dense.keys())
+    slower = [length for length in lengths if ours[length] >= dense[length]]
+    faster = [length for length in lengths if length > max(slower, default=0)]
+    measured = f"{faster[0]:,}" if faster else "none" if lengths else "–"
+    title = "shortest length from which on our step with 2 hashes is faster than the dense one"
+    return Figure(title, "≤ 1,024", measured, bool(faster) and faster[0] <= 1024 if lengths else None)
+
+
+def _growths(results: Results) -> list[Figure]:
+    figures = []
+    for (name, num_hashes), times in results.times_by_length("step", "base").items():
+        growth = fit_growth(times)
+        if name == OURS and growth is not None:
+            exponent, allowed = growth
+            title = f"training step, {num_hashes} hashes: exponent of L from 4,096 to 65,536 (wanted: L·log L's)"
+            figures.append(Figure(title, f"≤ {allowed:.3f}", f"{exponent:.3f}", exponent <= allowed))
+    return figures
+
+
+def fit_growth(times: dict[int, float]) -> tuple[float, float] | None:
+    """
+    Fit `time ∝ L^p` by least squares of logarithms, over the lengths from 4,096 to 65,536.
+
+    Returns:
+        The exponent, and that of `L log L` over the same lengths; None where there are not both ends.
+    """
+    first, last = GROWTH_LENGTHS
+    lengths = [length for length in times if first <= length <= last]
+    if first not in lengths or last not in lengths:
+        return None
+    return fit_exponent({n: times[n] for n in lengths}), fit_exponent({n: n * math.log(n) for n in lengths})
+
+
+def fit_exponent(values: dict[int, float]) -> float:
+    """The exponent p of `value ∝ L^p`."""
+    return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -1,0 +1,39 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+One task in a process of its own: `python -m benchmarks.worker JSON` writes one line of JSON.
+
+The task is `{"task": "check" or "measure", "implementation": …, "case": {…}, "device": …, "threads": … or null}`.
+"""
+
+import json
+import sys
+import warnings
+
+import torch
+import transformers
+
+from .cases import Case
+from .implementations import IMPLEMENTATIONS
+from .measure import measure
+
+
+def perform(task: dict) -> dict:
+    """Findings of a check, `{"ok": …, "findings": […]}`, or what `measure` returns."""
+    if task["threads"] is not None:
+        torch.set_num_threads(task["threads"])
+    transformers.logging.set_verbosity_error()
+    implementation, case = IMPLEMENTATIONS[task["implementation"]], Case(**task["case"])
+    if case.workload not in implementation.workloads:
+        raise ValueError(f"{task['implementation']!r} has no workload {case.workload!r}.")
+    if task["task"] == "measure":
+        return measure(implementation, case, torch.device(task["device"]))
+    findings = implementation.check(case.shape, case.num_hashes)
+    return {
+        "ok": all(finding.ok for finding in findings),
+        "findings": [{"what": f.what, "value": f.value, "limit": f.limit} for f in findings],
+    }
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.stdout.write(json.dumps(perform(json.loads(sys.argv[1]))) + "\n")

@@ -1,0 +1,292 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The benchmarks run, time nothing that is wrong, take turns, and say what was measured."""
+
+import importlib.util
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("psutil")
+pytest.importorskip("matplotlib")
+
+from benchmarks import checks, measure, runner  # noqa: E402
+from benchmarks.__main__ import main, select  # noqa: E402
+from benchmarks.cases import SHAPES, SUITES, Case  # noqa: E402
+from benchmarks.checks import Finding  # noqa: E402
+from benchmarks.implementations import IMPLEMENTATIONS, Implementation  # noqa: E402
+from benchmarks.report import markdown  # noqa: E402
+from benchmarks.required import RATIOS, fit_growth, required_figures  # noqa: E402
+from benchmarks.results import Results  # noqa: E402
+from reformer_hf.lsh_attention import LSHSelfAttention  # noqa: E402
+
+HAS_RIVAL = importlib.util.find_spec("reformer_pytorch") is not None
+NAMES = [name for name in IMPLEMENTATIONS if HAS_RIVAL or name != "reformer-pytorch"]
+QUICK = SHAPES["quick"]
+STEP = Case("step", "quick", 256, 2)
+
+
+def _results(suite="required"):
+    machine = {"cpu": "a", "cores": 2, "memory_gib": 1, "threads": 1, "device": "cpu", "commit": "b"}
+    return Results(suite, "2026-01-31", machine, {"device": "cpu", "threads": None})
+
+
+def _task(kind, name, case=STEP):
+    return {"task": kind, "implementation": name, "case": case.to_dict(), "device": "cpu", "threads": None}
+
+
+def _table_rows(text, width):
+    """Rows of cells, of the tables that are so wide."""
+    lines = (line for line in text.splitlines() if line.startswith("|") and "---" not in line)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if len(row) == width]
+
+
+def test_quick_measures_every_implementation_and_writes_tables(tmp_path, capsys):
+    assert main(["--quick", "--out", str(tmp_path), "--implementations", *NAMES]) == 0
+    (path,) = tmp_path.glob("*-quick.json")
+    written = json.loads(path.read_text())
+    expected = [(case.name, name) for case, names in select(SUITES["quick"], None, NAMES) for name in names]
+    assert {name for _, name in expected} == set(NAMES)
+    measured = written["measurements"]
+    assert [(found["case"], found["implementation"]) for found in measured] == expected
+    assert all(found["seconds"] > 0 and found["peak_bytes"] >= 0 for found in measured)
+    assert written["machine"]["torch"] == torch.__version__
+
+    head, *rows = _table_rows(path.with_suffix(".md").read_text(), 7)
+    assert [tuple(row[:2]) for row in rows] == expected
+    for row in rows:
+        assert float(row[2]) > 0 and float(row[6]) > 0, row
+        assert row[1] != "reformer_hf" or row[6] == "1.00"
+    assert len(list(tmp_path.glob("*.png"))) == 1
+    assert "reformer_hf" in capsys.readouterr().out
+
+    # Results are not overwritten.
+    assert main(["--quick", "--out", str(tmp_path), "--implementations", "floor"]) == 0
+    assert json.loads(path.read_text()) == written
+
+
+def test_a_process_of_its_own():
+    found = runner.launch_process(_task("measure", "reformer_hf"))
+    assert found["seconds"] > 0 and found["peak_bytes"] > 0 and found["built_bytes"] > 2**20
+
+
+def test_what_fails_is_told(monkeypatch):
+    task = _task("measure", "floor", replace(STEP, workload="forward"))
+    assert runner.launch_here(task) == {"error": "ValueError: 'floor' has no workload 'forward'."}
+    monkeypatch.setattr(runner.sys, "executable", "false")
+    assert runner.launch_process(task) == {"error": "exit status 1: nothing was said"}
+
+
+@pytest.mark.parametrize("outcome", ["wrong", "not a number", "raises"])
+def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys, outcome):
+    def check(shape, num_hashes):
+        if outcome == "raises":
+            raise RuntimeError("no | way\nat all")
+        return [Finding("fine", 0.0, 0.0), Finding("error", math.nan if outcome == "not a number" else 2.0, 1.0)]
+
+    def never(*args):
+        raise AssertionError("was measured")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "dense", Implementation(never, check, frozenset({"step", "forward"})))
+    arguments = ["--quick", "--out", str(tmp_path), "--implementations", "dense", "floor", "--cases", "quick-step-*"]
+    assert main(arguments) == 1
+    (path,) = tmp_path.glob("*.json")
+    assert {found["implementation"] for found in json.loads(path.read_text())["measurements"]} == {"floor"}
+    says = "RuntimeError: no / way at all" if outcome == "raises" else "wrong: not timed"
+    assert says in capsys.readouterr().out
+
+    # Once it is right, it is measured, and nothing else again.
+    monkeypatch.undo()
+    assert main(["--resume", str(path)]) == 0
+    measured = json.loads(path.read_text())["measurements"]
+    assert [found["implementation"] for found in measured] == ["floor", "dense", "dense"]
+
+
+def test_a_result_that_is_not_finite_is_no_measurement():
+    broken = Implementation(lambda case, device: lambda: torch.tensor([1.0, math.nan]), lambda shape, num_hashes: [])
+    with pytest.raises(RuntimeError, match="not finite"):
+        measure.measure(broken, STEP, torch.device("cpu"))
+
+
+def _ok(name):
+    return all(finding.ok for finding in IMPLEMENTATIONS[name].check(QUICK, 2))
+
+
+def test_checks_notice_attention_that_is_a_little_wrong(monkeypatch):
+    forward = LSHSelfAttention.forward
+
+    def scaled(self, *args, **kwargs):
+        out, weights = forward(self, *args, **kwargs)
+        return 1.01 * out, weights
+
+    assert _ok("reformer_hf") and _ok("reformer_hf-in-tree")
+    monkeypatch.setattr(LSHSelfAttention, "forward", scaled)
+    assert not _ok("reformer_hf") and not _ok("reformer_hf-in-tree")
+
+
+def test_checks_notice_a_dense_model_that_looks_ahead(monkeypatch):
+    build = checks.dense_model
+
+    def looking_ahead(*sizes):
+        model = build(*sizes)
+        model.get_input_embeddings().register_forward_hook(lambda module, args, out: out + out.roll(-1, 1))
+        return model
+
+    assert _ok("dense")
+    monkeypatch.setattr(checks, "dense_model", looking_ahead)
+    assert not _ok("dense")
+
+
+def test_checks_notice_a_rival_that_looks_ahead(monkeypatch):
+    reformer_pytorch = pytest.importorskip("reformer_pytorch")
+    assert _ok("reformer-pytorch")
+    build = reformer_pytorch.ReformerLM
+    monkeypatch.setattr(reformer_pytorch, "ReformerLM", lambda **fields: build(**{**fields, "causal": False}))
+    assert not _ok("reformer-pytorch")
+
+
+def test_list(capsys):
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"suite {name}" in out for name in SUITES)
+    assert "step-L16384-R4" in out and "enwik8-step-L4096-R2" in out
+
+
+def test_unknown_cases_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--cases", "stop-*"])
+    assert "--list" in capsys.readouterr().err
+
+
+def test_suites_ask_only_for_what_implementations_can_do():
+    for entries in SUITES.values():
+        for case, names in entries:
+            for name in names:
+                assert case.workload in IMPLEMENTATIONS[name].workloads, (case.name, name)
+    required = {(case.name, name) for case, names in SUITES["required"] for name in names}
+    assert {(ratio.case, ratio.rival) for ratio in RATIOS} <= required
+
+
+class _Launch:
+    """Stands for processes: all checks pass, and each measurement takes the seconds of its implementation."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.measured = []
+
+    def __call__(self, task):
+        if task["task"] == "check":
+            return {"ok": True, "findings": []}
+        self.measured.append(task["implementation"])
+        return {"seconds": self.seconds[task["implementation"]], "peak_bytes": 1}
+
+
+def _run(launch, results, repeats=3):
+    runner.run_entries([(STEP, tuple(launch.seconds))], results, repeats, 300.0, launch, lambda name: None)
+
+
+def test_implementations_take_turns_and_slow_ones_are_not_repeated():
+    launch = _Launch({"a": 1.0, "b": 301.0, "c": 2.0})
+    _run(launch, _results())
+    assert launch.measured == ["a", "b", "c", "a", "c", "a", "c"]
+
+
+def test_resume_measures_what_is_missing(tmp_path):
+    launch = _Launch({"a": 1.0, "b": 2.0})
+    results = _results()
+    results.path = tmp_path / "r.json"
+    _run(launch, results, repeats=1)
+    resumed = Results.load(results.path)
+    assert vars(resumed) == vars(results)
+    launch.measured.clear()
+    _run(launch, resumed)
+    assert launch.measured == ["a", "b", "a", "b"]
+    assert len(Results.load(results.path).measurements) == 6
+
+
+def test_peak_memory_is_that_of_the_run():
+    size = 2**26
+
+    def prepare(case, device):
+        held = torch.ones(size)
+
+        # Half of what is held already, at its peak.
+        return lambda: torch.ones(size // 2).sum() + held[0]
+
+    found = measure.measure(
+        Implementation(prepare, lambda shape, num_hashes: []), Case("step", "quick", 256, 2), torch.device("cpu")
+    )
+    assert 0.95 * 2 * size < found["peak_bytes"] < 1.3 * 2 * size
+    assert found["built_bytes"] > 4 * size
+
+
+def test_a_long_run_is_taken_as_it_is_and_a_short_one_repeated(monkeypatch):
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    runs = []
+    assert measure.time_runs(lambda: "result", runs.append) == [2] * 5
+    assert runs == ["result"] * 6
+    monkeypatch.setattr(measure, "LONG_SECONDS", 2)
+    assert measure.time_runs(lambda: "result", runs.append) == [2]
+    assert len(runs) == 7
+
+
+def _measured(times):
+    """Results with these seconds, or (seconds, bytes), by case and implementation."""
+    results = _results()
+    for (case, name), found in times.items():
+        seconds, peak = found if isinstance(found, tuple) else (found, 1)
+        results.add_measurement(case, name, 0, {"seconds": seconds, "peak_bytes": peak})
+    return results
+
+
+def test_required_figures():
+    long, short = Case("step", "base", 16384, 4), Case("step", "base", 4096, 8)
+    results = _measured(
+        {
+            (long, "reformer_hf"): (10.0, 100),
+            (long, "transformers"): (40.0, 500),
+            (long, "floor"): 8.0,
+            (short, "reformer_hf"): 4.0,
+            (short, "transformers"): 15.0,
+        }
+    )
+    figures = {figure.title: (figure.measured, figure.met) for figure in required_figures(results)}
+    assert figures["training step, L 16,384, 4 hashes: in-tree / ours"] == ("4.00", True)
+    assert figures["training step, L 4,096, 8 hashes: in-tree / ours"] == ("3.75", False)
+    assert figures["peak memory, training step, L 16,384, 4 hashes: in-tree / ours"] == ("5.00", False)
+    assert figures["training step, L 16,384, 4 hashes: floor / ours"] == ("0.80", False)
+    assert figures["training step, L 16,384, 1 hash: in-tree / ours"] == ("–", None)
+    says = {row[0]: row[3] for row in _table_rows(markdown(results), 4)}
+    assert says["training step, L 16,384, 4 hashes: in-tree / ours"] == "yes"
+    assert says["training step, L 4,096, 8 hashes: in-tree / ours"] == "**no**"
+    assert says["training step, L 16,384, 1 hash: in-tree / ours"] == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("dense", "measured", "met"),
+    [((2, 4, 9), "1,024", True), ((0.5, 4, 9), "2,048", False), ((2, 4, 3), "none", False)],
+)
+def test_shortest_length_at_which_ours_is_faster(dense, measured, met):
+    times = {}
+    for length, ours, other in zip((1024, 2048, 4096), (1, 2, 4), dense, strict=True):
+        case = Case("step", "base", length, 2)
+        times |= {(case, "reformer_hf"): ours, (case, "dense"): other}
+    (figure,) = (figure for figure in required_figures(_measured(times)) if "shortest" in figure.title)
+    assert (figure.measured, figure.met) == (measured, met)
+
+
+def test_growth_is_fitted_and_compared_with_that_of_l_log_l():
+    lengths = [1024, 4096, 16384, 65536]
+    exponent, allowed = fit_growth({length: length**1.5 for length in lengths})
+    assert exponent == pytest.approx(1.5)
+    assert fit_growth({n: 3 * n * math.log2(n) for n in lengths})[0] == pytest.approx(allowed)
+    assert 1.05 < allowed < 1.15
+    assert fit_growth({4096: 1.0, 16384: 4.0}) is None
+    for power, met in ((1.0, True), (1.5, False)):
+        times = {(Case("step", "base", n, 2), "reformer_hf"): (n / 1024) ** power for n in lengths}
+        (figure,) = (figure for figure in required_figures(_measured(times)) if "exponent" in figure.title)
+        assert figure.met is met
