@@ -78,7 +78,6 @@ def build(run: Run, layer: str) -> ReformerHfForCausalLM:
         vocab_size=SYMBOLS,
         max_position_embeddings=LENGTH,
         axial_pos_embds=False,
-        initializer_range=0.1,
         hidden_dropout_prob=0.0,
         is_decoder=True,
         lsh_attn_chunk_length=CHUNK,

@@ -39,6 +39,7 @@ def _of_modules(
 
 IMPLEMENTATIONS = {
     "reformer_hf": _of_modules(checks.check_oracle, reformers.our_model, reformers.our_attention),
+    "reformer_hf-wide": _of_modules(checks.check_oracle, reformers.our_default_model, reformers.our_default_attention),
     "reformer_hf-in-tree": _of_modules(
         checks.check_in_tree, reformers.our_in_tree_model, reformers.our_in_tree_attention
     ),

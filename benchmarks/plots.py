@@ -16,6 +16,7 @@ from .results import Results  # noqa: E402
 _COLOURS = {
     "reformer_hf": "C0",
     "reformer_hf-in-tree": "C4",
+    "reformer_hf-wide": "C6",
     "transformers": "C1",
     "reformer-pytorch": "C2",
     "dense": "black",

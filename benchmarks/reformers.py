@@ -31,7 +31,7 @@ def axial_shape(length: int) -> tuple[int, int]:
 
 
 def num_buckets(shape: Shape, length: int) -> int | list[int]:
-    """Buckets per round by the in-tree formula, given to all alike."""
+    """Buckets per round by the in-tree formula, for what computes the in-tree function."""
     factors = bucket_factors(None, length, shape.lsh_chunk, length)
     return factors[0] if len(factors) == 1 else factors
 
@@ -52,6 +52,7 @@ def _shared_fields(shape: Shape, length: int, num_hashes: int) -> dict:
         "local_attn_chunk_length": shape.local_chunk,
         "num_hashes": num_hashes,
         "num_buckets": num_buckets(shape, length),
+        "lsh_num_chunks_before": 1,
         "hash_seed": None,
         "is_decoder": True,
         "use_cache": False,
@@ -69,19 +70,29 @@ def our_config(shape: Shape, length: int, num_hashes: int, **fields) -> Reformer
 
 
 def our_model(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Module:
-    return ReformerHfForCausalLM(our_config(shape, length, num_hashes, **fields))
+    """The pattern `window`, with as many buckets as it chooses."""
+    return ReformerHfForCausalLM(our_config(shape, length, num_hashes, num_buckets=None, **fields))
 
 
 def our_attention(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Module:
-    return LSHSelfAttention(our_config(shape, length, num_hashes, **fields))
+    return LSHSelfAttention(our_config(shape, length, num_hashes, num_buckets=None, **fields))
+
+
+def our_default_model(shape: Shape, length: int, num_hashes: int) -> nn.Module:
+    """With the window of new configs, two chunks."""
+    return our_model(shape, length, num_hashes, lsh_num_chunks_before=None)
+
+
+def our_default_attention(shape: Shape, length: int, num_hashes: int) -> nn.Module:
+    return our_attention(shape, length, num_hashes, lsh_num_chunks_before=None)
 
 
 def our_in_tree_model(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Module:
-    return our_model(shape, length, num_hashes, **IN_TREE_PATTERN, **fields)
+    return ReformerHfForCausalLM(our_config(shape, length, num_hashes, **IN_TREE_PATTERN, **fields))
 
 
 def our_in_tree_attention(shape: Shape, length: int, num_hashes: int) -> nn.Module:
-    return our_attention(shape, length, num_hashes, **IN_TREE_PATTERN)
+    return LSHSelfAttention(our_config(shape, length, num_hashes, **IN_TREE_PATTERN))
 
 
 def _in_tree_config(shape: Shape, length: int, num_hashes: int, **fields) -> ReformerConfig:

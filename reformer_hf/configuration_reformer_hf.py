@@ -16,6 +16,7 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "axial_pos_shape": (64, 64),
     "axial_pos_embds_dim": (64, 192),
     "axial_norm_std": 1.0,
+    "lsh_num_chunks_before": 1,
     "bos_token_id": None,
     "eos_token_id": 2,
     "num_attention_heads": 12,
@@ -65,11 +66,11 @@ class ReformerHfConfig(PreTrainedConfig):
         local_attn_chunk_length, local_num_chunks_before, local_num_chunks_after (`int`): A position of a local layer
             sees its own chunk and so many before and after it.
         lsh_attn_chunk_length, lsh_num_chunks_before, lsh_num_chunks_after (`int`): The same in sorted order, see
-            `lsh_pattern`.
+            `lsh_pattern`. `None` chunks before are two for the pattern `"window"`, one for `"chunk"`.
         num_hashes (`int`, defaults to 1): Hash rounds; `forward(num_hashes=…)` overrides it for one call.
         num_buckets (`int` or `list[int]`, *optional*): Buckets per round: an even number, 1 (no hashing), or a list
-            of even factors. `None` takes the in-tree formula on the length of each call, padding included, and is
-            never written anywhere.
+            of even factors. `None` derives it from the length of each call, padding included, and is never written
+            anywhere: buckets as long as the window, or for the pattern `"chunk"` the in-tree formula, half a chunk.
         hash_seed (`int`, *optional*): Seed of the hash rotations. `None` means 0 in `eval()` and, in `train()`, one
             draw of torch's global generator for each layer and call.
         lsh_pattern (`str`, defaults to `"window"`): Which keys a query sees in one round. `"chunk"`: its chunk of the
@@ -126,7 +127,7 @@ class ReformerHfConfig(PreTrainedConfig):
     local_num_chunks_after: int = 0
     local_attention_probs_dropout_prob: float | int = 0.05
     lsh_attn_chunk_length: int | None = 64
-    lsh_num_chunks_before: int | None = 1
+    lsh_num_chunks_before: int | None = None
     lsh_num_chunks_after: int | None = 0
     lsh_attention_probs_dropout_prob: float | int | None = 0.0
     num_hashes: int = 1
@@ -150,6 +151,8 @@ class ReformerHfConfig(PreTrainedConfig):
         self.attn_layers = tuple(self.attn_layers)
         if self.attention_head_size is None:
             self.attention_head_size = self._divided_head_size()
+        if self.lsh_num_chunks_before is None:
+            self.lsh_num_chunks_before = 2 if self.lsh_pattern == "window" else 1
         if self.axial_pos_shape is None:
             self.axial_pos_shape = _balanced_factors(self.max_position_embeddings)
         self.axial_pos_shape = tuple(self.axial_pos_shape)

@@ -16,17 +16,25 @@ _HASH_SLAB_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def bucket_factors(
-    num_buckets: int | Sequence[int] | None, length: int, chunk_length: int, max_position_embeddings: int
+    num_buckets: int | Sequence[int] | None,
+    length: int,
+    chunk_length: int,
+    max_position_embeddings: int,
+    window_length: int | None = None,
 ) -> list[int]:
     """
     Factors of the number of buckets for an input of `length` positions.
 
     A given `num_buckets` is returned as a list. `None` takes the in-tree formula: the power of two at or below
-    `2 * length / chunk_length`, in two factors where that is many; at least two buckets.
+    `2 * length / chunk_length`, at least two, in two factors where that is many. With a `window_length` it takes the
+    power of two at or above `length / window_length`, so that a bucket is no longer than the window on average.
     """
     if num_buckets is not None:
         return [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
-    power = max((2 * (length // chunk_length)).bit_length() - 1, 1)
+    if window_length is None:
+        power = max((2 * (length // chunk_length)).bit_length() - 1, 1)
+    else:
+        power = ((length - 1) // window_length).bit_length()
     unfactorised_limit = 2 * max(int((max_position_embeddings // chunk_length) ** 0.5), chunk_length)
     if 2**power <= unfactorised_limit:
         return [2**power]

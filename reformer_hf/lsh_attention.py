@@ -56,8 +56,13 @@ class LSHSelfAttention(SharedQueryKeyAttention):
     def _sorted_order(self, query: Tensor, padding: Tensor | None, num_hashes: int, seed: int) -> Tensor:
         config = self.config
         length = config.padded_length(query.shape[1])
+        window_length = config.lsh_attn_chunk_length * config.lsh_num_chunks_before
         factors = bucket_factors(
-            config.num_buckets, length, config.lsh_attn_chunk_length, config.max_position_embeddings
+            config.num_buckets,
+            length,
+            config.lsh_attn_chunk_length,
+            config.max_position_embeddings,
+            window_length if config.lsh_pattern == "window" else None,
         )
         rotations = random_rotations(seed, query.shape[2], query.shape[3], num_hashes, factors)
         return sort_by_bucket(hash_vectors(query.detach(), rotations, factors), padding)

@@ -107,7 +107,6 @@ BAD_FIELDS = [
     ({"is_decoder": True, "lsh_num_chunks_after": 2}, ["`lsh_num_chunks_after`", "2", "causal", "set it to 0"]),
     ({"local_num_chunks_before": -1}, ["`local_num_chunks_before`", "-1", "at least 0"]),
     ({"lsh_num_chunks_after": -1}, ["`lsh_num_chunks_after`", "-1", "at least 0"]),
-    ({"lsh_num_chunks_before": None}, ["`lsh_num_chunks_before`", "None", "at least 0"]),
     ({"local_attn_chunk_length": 0}, ["`local_attn_chunk_length`", "0", "at least 1"]),
     ({"lsh_attn_chunk_length": None}, ["`lsh_attn_chunk_length`", "None", "at least 1"]),
     ({"lsh_pattern": "windows"}, ["`lsh_pattern`", "'windows'", "'chunk', 'window'"]),
@@ -330,3 +329,11 @@ def test_dtype_survives(tmp_path):
 def test_padded_length(layers, length, padded):
     config = ReformerHfConfig(attn_layers=layers, local_attn_chunk_length=4, lsh_attn_chunk_length=6)
     assert config.padded_length(length) == padded
+
+
+@pytest.mark.parametrize(("pattern", "chunks"), [("window", 2), ("chunk", 1)])
+def test_chunks_before_are_chosen_for_the_pattern(pattern, chunks):
+    config = ReformerHfConfig(lsh_pattern=pattern)
+    assert config.lsh_num_chunks_before == chunks
+    assert ReformerHfConfig.from_dict(config.to_dict()).lsh_num_chunks_before == chunks
+    assert ReformerHfConfig(lsh_pattern=pattern, lsh_num_chunks_before=3).lsh_num_chunks_before == 3

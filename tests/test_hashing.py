@@ -1,6 +1,8 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Hashing: rotations, buckets and their number as in-tree and as the plain definition, and the sorted order."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,6 +130,14 @@ def test_buckets_are_computed_outside_autocast_and_without_gradient():
     with torch.autocast("cpu", torch.bfloat16):
         buckets = hash_vectors(vectors, rotations, [64])
     assert torch.equal(buckets, hash_vectors(vectors.detach(), rotations, [64]))
+
+
+@pytest.mark.parametrize("window_length", [1, 16, 100, 128])
+def test_buckets_of_windows_are_no_longer_than_they_are(window_length):
+    for length in (1, 2, 16, 17, 100, 101, 255, 256, 257, 4096, 65536):
+        num_buckets = math.prod(bucket_factors(None, length, 64, 65536, window_length))
+        assert length <= num_buckets * window_length
+        assert num_buckets == 1 or num_buckets * window_length < 2 * length
 
 
 @pytest.mark.parametrize(("chunk_length", "max_position_embeddings"), [(4, 4096), (16, 1024), (64, 4096), (64, 65536)])

@@ -206,6 +206,7 @@ def test_chunks_of_positions_change_nothing(sizes, reversible, tied, input_ids):
 def test_hidden_states_and_attentions(causal, input_ids):
     after = 0 if causal else 1
     fields = {"local_num_chunks_after": after, "lsh_num_chunks_after": after, "is_decoder": causal}
+    fields["lsh_num_chunks_before"] = 1
     model = random_model(cls=ReformerHfModel, attn_layers=DEEP, **fields)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones(2, 50)}
     inputs["attention_mask"][1, :9] = 0
