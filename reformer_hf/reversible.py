@@ -57,11 +57,14 @@ class Branch:
             What is left of `total`, the gradient of `stream` with what came through the branch added to `grad_stream`,
             and the gradients of the parameters.
         """
-        rest, grad_sum = torch.empty_like(total), torch.empty_like(grad_stream)
+        rest = grad_sum = None
         grad_parameters: list[Tensor | None] = [None] * len(self.parameters)
         for positions, added, grad in vjp_chunks(
             self.function, stream, grad_total, self.chunk_size, self.parameters, grad_parameters
         ):
+            if rest is None:
+                # Not before the first chunk's graph is gone: where there is one chunk, memory is fullest then.
+                rest, grad_sum = torch.empty_like(total), torch.empty_like(grad_stream)
             torch.sub(total[:, positions], added, out=rest[:, positions])
             torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
         return rest, grad_sum, grad_parameters
@@ -151,6 +154,7 @@ class _ReversibleLayer(torch.autograd.Function):
         attention_state, feed_forward_state = record.states
         with feed_forward_state.replay():
             x2, grad_x1, feed_forward_grads = feed_forward.go_back(y2, y1, grad_y2, grad_y1)
+        del y2
         with attention_state.replay():
             x1, grad_x2, attention_grads = attention.go_back(y1, x2, grad_x1, grad_y2)
         ctx.tape.put_back((x1, x2))
