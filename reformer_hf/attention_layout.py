@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .attention_kernels import HIDDEN
+from .hashing import unpack_order
 
 # Scores that exist at a time: few enough for the cache of a CPU, many enough to fill a GPU.
 SLAB_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
@@ -127,15 +128,15 @@ class Slab:
 
     def slots_of(self, rows: Tensor) -> Tensor:
         """`[g, S, …]` of rows `[B * L * H, …]`; anything in empty slots."""
-        return rows.index_select(0, self.key_rows.flatten()).view(*self.key_rows.shape, *rows.shape[1:])
+        return _select(rows, self.key_rows)
 
     def queries_of(self, rows: Tensor) -> Tensor:
         """`[g, n, C, …]` of rows `[B * L * H, …]`; anything in empty slots."""
-        return rows.index_select(0, self.query_rows.flatten()).view(*self.query_rows.shape, *rows.shape[1:])
+        return _select(rows, self.query_rows)
 
     def targets_of(self, rows: Tensor) -> Tensor:
         """`[g, n, C, …]` of what was written to the target rows, `[B * L * H + 1, …]`."""
-        return rows.index_select(0, self.target_rows.flatten()).view(*self.target_rows.shape, *rows.shape[1:])
+        return _select(rows, self.target_rows)
 
     def own(self, slots: Tensor) -> Tensor:
         """The slots `[g, n, C, D]` of the slab's own chunks, of `[g, S, D]`; shares memory with it."""
@@ -165,6 +166,10 @@ class Slab:
     def add_queries(self, rows: Tensor, queries: Tensor) -> None:
         """Add `[g, n, C, D]` to rows `[B * L * H, D]`: the transpose of `queries_of`."""
         rows.index_add_(0, self.query_rows.flatten(), queries.flatten(0, 2).to(rows.dtype))
+
+
+def _select(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:])
 
 
 @dataclass
@@ -261,12 +266,10 @@ class Layout:
     def _slabs_of_heads(self, group: Tensor) -> Iterator[Slab]:
         pattern = self.pattern
         batch_rows, heads = group.div(self.num_heads, rounding_mode="floor"), group % self.num_heads
-        order = self._order[batch_rows, heads]
-        starts = order < 0
-        positions = torch.where(starts, ~order, order)
+        positions, starts = unpack_order(self._order[batch_rows, heads])
         first_rows = (batch_rows * self.length * self.num_heads + heads)[:, None]
         hidden = None
-        if self._padding_BL is not None:
+        if self._padding_BL is not None and not self._sees_interval:
             hidden = self._padding_BL[batch_rows][:, None].expand(positions.shape).gather(-1, positions.long())
         seen = None
         if self._sees_interval or (pattern.each_key_once and self.num_rounds > 1):

@@ -10,7 +10,6 @@ from .rng import ReplayState
 
 PositionWise = Callable[[Tensor], Tensor]
 
-
 # Positions of all rows of a batch whose inner activations a cache holds; a GPU wants them all at a time.
 _CACHED_POSITIONS = {"cpu": 4096}
 
@@ -50,7 +49,7 @@ def apply_chunked(
     if chunk_size == 0 or chunk_size >= hidden_states.shape[1]:
         return function(hidden_states)
     if not recompute:
-        return torch.cat([function(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
+        return _in_chunks(function, hidden_states, chunk_size)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return _Chunked.apply(function, chunk_size, hidden_states, *parameters)
 
@@ -87,13 +86,17 @@ def vjp_chunks(
         yield positions, out.detach(), torch.zeros_like(chunk) if grad is None else grad
 
 
+def _in_chunks(function: PositionWise, hidden_states: Tensor, chunk_size: int) -> Tensor:
+    return torch.cat([function(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, chunk_size, hidden_states, *parameters):
         ctx.save_for_backward(hidden_states)
         ctx.function, ctx.chunk_size, ctx.parameters = function, chunk_size, parameters
         ctx.state = ReplayState(hidden_states.device)
-        return torch.cat([function(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
+        return _in_chunks(function, hidden_states, chunk_size)
 
     @staticmethod
     def backward(ctx, grad_out):
