@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .attention_kernels import HIDDEN
-from .hashing import unpack_order
+from .hashing import invert_order, unpack_order
 
 # Scores that exist at a time: few enough for the cache of a CPU, many enough to fill a GPU.
 SLAB_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
@@ -371,9 +371,9 @@ class Layout:
         return bounds
 
     def _seen_in(self, positions: Tensor, first: Tensor, last: Tensor) -> _SeenBefore:
-        slots = torch.arange(self.length, dtype=torch.int32, device=self.device).expand(positions.shape)
-        index = positions.long()
-        return _SeenBefore(*(torch.empty_like(x).scatter_(-1, index, x) for x in (slots, first, last)))
+        slots = invert_order(positions)
+        index = slots.long()
+        return _SeenBefore(slots, first.gather(-1, index), last.gather(-1, index))
 
     def _not_seen_before(self, seen: _SeenBefore, positions: Tensor) -> _Clearance:
         """Keys that were not between the slots that the query saw in an earlier round."""
