@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .rng import Dropout
+
 logger = logging.get_logger(__name__)
 
 # The least that a mask adds to a score. Finite: a row that sees no key must not give a NaN.
@@ -20,24 +22,6 @@ HIDDEN = -(2.0**90)
 
 # A logsumexp below this one is that of hidden keys alone: above any hidden score, and below any sum of visible ones.
 NO_KEY = -(2.0**80)
-
-
-class Dropout:
-    """What to keep of the attention weights, slab by slab, the same for the same seed."""
-
-    def __init__(self, rate: float, seed: int, device: torch.device):
-        self._keep_rate = 1.0 - rate
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    @classmethod
-    def of(cls, rate: float, seed: int, device: torch.device) -> "Dropout | None":
-        """`None` for a rate of zero."""
-        return cls(rate, seed, device) if rate > 0 else None
-
-    def __call__(self, weights: Tensor) -> Tensor:
-        """Factors of the weights: zero, or the inverse of the rate at which they are kept."""
-        keep = torch.empty_like(weights).bernoulli_(self._keep_rate, generator=self._generator)
-        return keep.div_(self._keep_rate)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropout | None) -> tuple[Tensor, Tensor]:

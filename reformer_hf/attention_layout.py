@@ -23,7 +23,7 @@ from .attention_kernels import HIDDEN
 from .hashing import invert_order, unpack_order
 
 # Scores that exist at a time: few enough for the cache of a CPU, many enough to fill a GPU.
-SLAB_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
+SLAB_SCORES = {"cpu": 3 << 16, "cuda": 1 << 26}
 
 # Queries in a chunk that a CPU still computes at full speed.
 _CPU_TILE_LENGTH = 32
@@ -242,7 +242,8 @@ class Layout:
         self.num_chunks = math.ceil((pattern.ring_length or self.length) / pattern.chunk_length)
         scores_per_chunk = pattern.chunk_length * pattern.window_length
         slab_scores = SLAB_SCORES.get(self.device.type, SLAB_SCORES["cuda"])
-        self._chunks_per_slab = min(max(slab_scores // scores_per_chunk, 1), self.num_chunks)
+        num_slabs = max(round(scores_per_chunk * self.num_chunks / slab_scores), 1)
+        self._chunks_per_slab = math.ceil(self.num_chunks / num_slabs)
         self._heads_per_slab = max(slab_scores // (scores_per_chunk * self.num_chunks), 1)
         self._static_mask = self._make_static_mask()
         self._buffers: dict[tuple, Tensor] = {}

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_kernels import NO_KEY, Dropout, attend, attend_backward, key_scale, merge, scores_of
+from .attention_kernels import NO_KEY, attend, attend_backward, key_scale, merge, scores_of
 from .attention_layout import AttentionPattern, Layout, Slab
+from .rng import Dropout
 
 
 def chunk_attention(

@@ -10,15 +10,15 @@ from .rng import ReplayState
 
 PositionWise = Callable[[Tensor], Tensor]
 
-# Positions of all rows of a batch whose inner activations a cache holds; a GPU wants them all at a time.
-_CACHED_POSITIONS = {"cpu": 4096}
+# Positions of all rows of a batch whose inner activations a cache of a CPU holds, or that fill a GPU.
+_SUITABLE_POSITIONS = {"cpu": 1 << 10, "cuda": 1 << 16}
 
 
 def suitable_chunk_size(hidden_states: Tensor) -> int:
     """Positions of `[B, L, …]` that the device computes fastest at a time."""
     batch_size, length = hidden_states.shape[:2]
-    cached = _CACHED_POSITIONS.get(hidden_states.device.type, batch_size * length)
-    return max(min(cached // max(batch_size, 1), length), 1)
+    positions = _SUITABLE_POSITIONS.get(hidden_states.device.type, _SUITABLE_POSITIONS["cuda"])
+    return max(min(positions // max(batch_size, 1), length), 1)
 
 
 def chunks_of(hidden_states: Tensor, chunk_size: int) -> Iterator[slice]:
@@ -54,36 +54,55 @@ def apply_chunked(
     return _Chunked.apply(function, chunk_size, hidden_states, *parameters)
 
 
+def map_chunks(function: Callable[[Tensor], Sequence[Tensor]], hidden_states: Tensor, chunk_size: int) -> list[Tensor]:
+    """The results `[B, L, …]` of `function`, applied to chunks of positions; without gradient."""
+    results: list[Tensor] = []
+    for positions in chunks_of(hidden_states, chunk_size):
+        parts = function(hidden_states[:, positions])
+        if not results:
+            results = [x.new_empty((x.shape[0], hidden_states.shape[1], *x.shape[2:])) for x in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[:, positions] = part
+    return results
+
+
 def vjp_chunks(
-    function: PositionWise,
+    function: Callable[[Tensor], Tensor | Sequence[Tensor]],
     hidden_states: Tensor,
-    grad_out: Tensor,
+    grads_of: Callable[[slice], Sequence[Tensor]],
     chunk_size: int,
     parameters: Sequence[Tensor],
     grad_parameters: list[Tensor | None],
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
     """
     Value and vector-Jacobian product of `function`, chunk by chunk.
 
     Args:
-        function, hidden_states, chunk_size: As in `apply_chunked`.
-        grad_out: Gradient of the output.
+        function: From a chunk of positions to one result or several.
+        hidden_states, chunk_size: As in `apply_chunked`.
+        grads_of: Gradient of each result at some positions.
         parameters: What `function` uses that takes gradients; every one requires it.
         grad_parameters: Takes their gradients, summed over chunks, in place of as many `None`; those of parameters
             that were not used stay `None`.
 
     Yields:
-        For each chunk its positions, the output and the gradient of `hidden_states` there.
+        For each chunk its positions, the results, and the gradient of `hidden_states` there.
     """
     for positions in chunks_of(hidden_states, chunk_size):
         chunk = hidden_states[:, positions].detach().requires_grad_()
         with torch.enable_grad():
             out = function(chunk)
-        grad, *news = torch.autograd.grad(out, [chunk, *parameters], grad_out[:, positions], allow_unused=True)
-        for i, new in enumerate(news):
-            if new is not None:
-                grad_parameters[i] = new if grad_parameters[i] is None else grad_parameters[i].add_(new)
-        yield positions, out.detach(), torch.zeros_like(chunk) if grad is None else grad
+        results = [out] if isinstance(out, Tensor) else list(out)
+        grad, *news = torch.autograd.grad(results, [chunk, *parameters], grads_of(positions), allow_unused=True)
+        accumulate(grad_parameters, news)
+        yield positions, [x.detach() for x in results], torch.zeros_like(chunk) if grad is None else grad
+
+
+def accumulate(sums: list[Tensor | None], news: Sequence[Tensor | None]) -> None:
+    """Add gradients to what there is of them; `None` stands for zero."""
+    for i, new in enumerate(news):
+        if new is not None:
+            sums[i] = new if sums[i] is None else sums[i].add_(new)
 
 
 def _in_chunks(function: PositionWise, hidden_states: Tensor, chunk_size: int) -> Tensor:
@@ -108,9 +127,8 @@ class _Chunked(torch.autograd.Function):
         (hidden_states,) = ctx.saved_tensors
         grad = torch.empty_like(hidden_states)
         grad_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
+        inputs = (ctx.function, hidden_states, lambda at: (grad_out[:, at],), ctx.chunk_size)
         with ctx.state.replay():
-            for positions, _, grad_chunk in vjp_chunks(
-                ctx.function, hidden_states, grad_out, ctx.chunk_size, ctx.parameters, grad_parameters
-            ):
+            for positions, _, grad_chunk in vjp_chunks(*inputs, ctx.parameters, grad_parameters):
                 grad[:, positions] = grad_chunk
         return None, None, grad, *grad_parameters

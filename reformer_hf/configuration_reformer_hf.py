@@ -87,6 +87,9 @@ class ReformerHfConfig(PreTrainedConfig):
             the query's own chunk.) Needs the pattern `"chunk"` across buckets with duplicates counted.
         reversible (`bool`, defaults to `True`): Whether training recomputes activations from the layer's output.
             `False` computes the same function and stores them.
+        num_parallel_heads (`int`, *optional*): Heads that attention computes at a time, projections included; queries,
+            keys and values of the others do not exist meanwhile. `None` takes as many as suit the device. (trax's
+            `n_parallel_heads`)
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0): Positions that the feed-forward and the
             head process at a time. 0 means all, or for the feed-forward as many as suit the caches of a CPU.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the word embeddings. It then reads
@@ -138,6 +141,7 @@ class ReformerHfConfig(PreTrainedConfig):
     lsh_count_duplicates: bool = True
     wrap_chunks: bool = False
     reversible: bool = True
+    num_parallel_heads: int | None = None
     chunk_size_lm_head: int = 0
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -237,6 +241,11 @@ class ReformerHfConfig(PreTrainedConfig):
         for name in (*positive, "max_position_embeddings", "num_hashes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
+        if self.num_parallel_heads is not None and self.num_parallel_heads < 1:
+            raise ValueError(
+                f"`num_parallel_heads` is {self.num_parallel_heads}; give at least 1, or None for as many as suit the "
+                "device."
+            )
         for name in ("chunk_size_feed_forward", "chunk_size_lm_head"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give a number of positions, or 0 for all.")

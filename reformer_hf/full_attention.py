@@ -1,35 +1,29 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Full shared query-key attention: what LSH attention approximates, at O(L²)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .attention_kernels import normalized_keys
-from .shared_query_key import SharedQueryKeyAttention
+from .self_attention import AttentionCall, SharedQueryKeyAttention
 
 
 class FullSelfAttention(SharedQueryKeyAttention):
     """Attention of each position to all others; to itself only where there is no other."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        padding: Tensor | None = None,
-        num_hashes: int | None = None,
-        memo: dict[str, Tensor] | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """As `LSHSelfAttention.forward`, in one round whose window is all positions; `num_hashes` and `memo` mean
-        nothing here."""
-        query, value = (x.transpose(1, 2) for x in self.project(hidden_states))
+    def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
+        query, value = (x.transpose(1, 2) for x in projected)
         key = normalized_keys(query)
-        if self.config.is_decoder and padding is None:
+        if self.config.is_decoder and call.padding is None:
             out = _causal_attention(query, key, value, self.dropout)
         else:
-            out = _masked_attention(query, key, value, self._visible(query, padding), self.dropout)
-        weights = self._weights(query, key, padding) if output_attentions else None
-        return out.transpose(1, 2).flatten(2), weights
+            out = _masked_attention(query, key, value, self._visible(query, call.padding), self.dropout)
+        if call.output_attentions:
+            call.add_weights(self._weights(query, key, call.padding))
+        return out.transpose(1, 2)
 
     def _visible(self, query: Tensor, padding: Tensor | None) -> Tensor:
         """Who sees whom, `[B or 1, 1, L, L]`."""

@@ -2,47 +2,37 @@
 """Local attention: queries and keys of their own, in chunks of neighbouring positions."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
-from .configuration_reformer_hf import ReformerHfConfig
 from .hashing import sort_by_bucket
-from .rng import draw_seed
+from .self_attention import AttentionCall, SelfAttention
 
 
-class LocalSelfAttention(nn.Module):
+class LocalSelfAttention(SelfAttention):
     """Attention of each position to its chunk and the chunks around it."""
 
-    def __init__(self, config: ReformerHfConfig):
-        super().__init__()
-        self.config = config
-        all_head_size = config.num_attention_heads * config.attention_head_size
-        self.query = nn.Linear(config.hidden_size, all_head_size, bias=False)
-        self.key = nn.Linear(config.hidden_size, all_head_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, all_head_size, bias=False)
+    projections = ("query", "key", "value")
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        padding: Tensor | None = None,
-        num_hashes: int | None = None,
-        memo: dict[str, Tensor] | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """As `LSHSelfAttention.forward`, in one round; `num_hashes` and `memo` mean nothing here."""
-        head_shape = (self.config.num_attention_heads, self.config.attention_head_size)
-        query = self.query(hidden_states).unflatten(-1, head_shape)
-        key = self.key(hidden_states).unflatten(-1, head_shape) / math.sqrt(self.config.attention_head_size)
-        value = self.value(hidden_states).unflatten(-1, head_shape)
-        pattern = self._pattern(hidden_states.shape[1])
-        order = self._order(padding)
-        dropout = self.config.local_attention_probs_dropout_prob if self.training else 0.0
-        dropout_seed = draw_seed() if dropout else 0
-        out = chunk_attention(query, key, value, pattern, order, padding, dropout, dropout_seed)
-        weights = chunk_attention_weights(query, key, pattern, order, padding) if output_attentions else None
-        return out.flatten(2), weights
+    @property
+    def dropout(self) -> float:
+        return self.config.local_attention_probs_dropout_prob if self.training else 0.0
+
+    def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
+        query, key, value = super().project(hidden_states, heads, values)
+        return [query, key / math.sqrt(self.config.attention_head_size), value]
+
+    def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
+        query, key, value = projected
+        order = call.keep("order", lambda: self._order(call.padding))
+        inputs = (self._pattern(query.shape[1]), order, call.padding)
+        if call.output_attentions:
+            call.add_weights(chunk_attention_weights(query, key, *inputs))
+        # Groups of heads drop nothing in common.
+        return chunk_attention(query, key, value, *inputs, self.dropout, call.dropout_seed + heads.start)
 
     def _order(self, padding: Tensor | None) -> Tensor | None:
         """Padding after all else, so that chunks begin with the first token. In-tree, padding has its place."""

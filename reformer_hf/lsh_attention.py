@@ -1,59 +1,39 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """LSH attention (Kitaev et al. 2020, section 2): shared query-key attention among positions that hash together."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
 from .hashing import bucket_factors, hash_vectors, random_rotations, sort_by_bucket
 from .rng import draw_seed
-from .shared_query_key import SharedQueryKeyAttention
+from .self_attention import AttentionCall, SharedQueryKeyAttention
 
 
 class LSHSelfAttention(SharedQueryKeyAttention):
     """Attention of each position to those of its buckets, in `num_hashes` rounds."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        padding: Tensor | None = None,
-        num_hashes: int | None = None,
-        memo: dict[str, Tensor] | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """
-        Args:
-            hidden_states: `[B, L, E]`.
-            padding: `[B, L]`, True where there is padding.
-            num_hashes: Rounds, instead of the config's.
-            memo: Takes the sorted order in a first call and gives it in a second one on the same input.
-            output_attentions: Whether to return the weights too, see `chunk_attention_weights`.
-
-        Returns:
-            `[B, L, H * D]`, and weights with their keys' positions or `None`.
-        """
-        query, value = self.project(hidden_states)
-        pattern = self._pattern(hidden_states.shape[1])
-
-        seed = self._hash_seed()
-        order = memo.get("order") if memo else None
-        if order is None and pattern is not None:
-            order = self._sorted_order(query, padding, num_hashes or self.config.num_hashes, seed)
-            if memo is not None:
-                memo["order"] = order
-        pattern = pattern or self._short_pattern(hidden_states.shape[1])
-        dropout_seed = draw_seed() if self.dropout else 0
-        out = chunk_attention(query, None, value, pattern, order, padding, self.dropout, dropout_seed)
-        weights = chunk_attention_weights(query, None, pattern, order, padding) if output_attentions else None
-        return out.flatten(2), weights
+    def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
+        query, value = projected
+        length = query.shape[1]
+        pattern, order = self._pattern(length), None
+        if pattern is None:
+            pattern = self._short_pattern(length)
+        else:
+            order = call.keep(("order", heads.start), lambda: self._sorted_order(query, call, heads))
+        inputs = (pattern, order, call.padding)
+        if call.output_attentions:
+            call.add_weights(chunk_attention_weights(query, None, *inputs))
+        # Groups of heads drop nothing in common.
+        return chunk_attention(query, None, value, *inputs, self.dropout, call.dropout_seed + heads.start)
 
     def _hash_seed(self) -> int:
-        """The seed of this call's rotations. Drawn in training even where the order is known, so that what is drawn
-        after it, when activations are recomputed, is what it was."""
         if self.config.hash_seed is not None:
             return self.config.hash_seed
         return draw_seed() if self.training else 0
 
-    def _sorted_order(self, query: Tensor, padding: Tensor | None, num_hashes: int, seed: int) -> Tensor:
+    def _sorted_order(self, query: Tensor, call: AttentionCall, heads: slice) -> Tensor:
         config = self.config
         length = config.padded_length(query.shape[1])
         window_length = config.lsh_attn_chunk_length * config.lsh_num_chunks_before
@@ -64,8 +44,9 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             config.max_position_embeddings,
             window_length if config.lsh_pattern == "window" else None,
         )
-        rotations = random_rotations(seed, query.shape[2], query.shape[3], num_hashes, factors)
-        return sort_by_bucket(hash_vectors(query.detach(), rotations, factors), padding)
+        sizes = (config.num_attention_heads, query.shape[3], call.num_hashes or config.num_hashes)
+        rotations = random_rotations(call.hash_seed, *sizes, factors)[heads]
+        return sort_by_bucket(hash_vectors(query.detach(), rotations, factors), call.padding)
 
     def _pattern(self, length: int) -> AttentionPattern | None:
         """The pattern for an input of this length; `None` where all positions see each other, without hashing."""

@@ -8,11 +8,12 @@ Parameter names are those of the in-tree model, so that its checkpoints load as 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import dropout, linear_cross_entropy, pad
+from torch.nn.functional import dropout, linear, linear_cross_entropy, pad
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import ModelOutput
@@ -25,7 +26,9 @@ from .feed_forward import ReformerHfFeedForward
 from .full_attention import FullSelfAttention
 from .local_attention import LocalSelfAttention
 from .lsh_attention import LSHSelfAttention
-from .reversible import Branch, Tape, reversible_layer
+from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape, reversible_layer
+from .rng import Dropout, draw_seed
+from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
 
 # Label of a position that has no part in the loss.
@@ -87,40 +90,55 @@ class ReformerHfEmbeddings(nn.Module):
 
 
 class ReformerHfSelfOutput(nn.Module):
-    """Project the heads back to the stream."""
+    """Project heads back to the stream."""
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
-        self.dropout = config.hidden_dropout_prob
         all_head_size = config.num_attention_heads * config.attention_head_size
         self.dense = nn.Linear(all_head_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return dropout(self.dense(hidden_states), self.dropout, training=self.training)
+    def forward(self, hidden_states: Tensor, features: slice) -> Tensor:
+        """What heads `[B, L, H * D]` add to the sum over all heads, given which features of all heads they are."""
+        if features == slice(0, self.dense.in_features):
+            return self.dense(hidden_states)
+        return linear(hidden_states, self.dense.weight[:, features])
 
 
 class ReformerHfAttention(nn.Module):
-    """Layer norm, attention of the layer's type, output projection."""
+    """Layer norm, attention of the layer's type, output projection, dropout."""
 
     def __init__(self, config: ReformerHfConfig, layer_idx: int):
         super().__init__()
+        self.dropout = config.hidden_dropout_prob
         self.layer_norm = StreamLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attention = SELF_ATTENTIONS[config.attn_layers[layer_idx]](config)
         self.output = ReformerHfSelfOutput(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        padding: Tensor | None = None,
-        num_hashes: int | None = None,
-        memo: dict[str, Tensor] | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The branch of the first stream, and attention weights; see `LSHSelfAttention.forward`."""
-        hidden_states, attentions = self.self_attention(
-            self.layer_norm(hidden_states), padding, num_hashes, memo, output_attentions
+    def branch(self, stream: Tensor, call: AttentionCall) -> AttentionBranch:
+        """The branch of the first stream, for one call on the second one `[B, L, E]`: a sum over groups of heads."""
+        groups = self.self_attention.head_groups(stream, self.output.dense)
+        drops = self.training and self.dropout > 0
+        return AttentionBranch(
+            parts=[self._part(call, heads) for heads in groups],
+            parameters=trained(self),
+            draws=self.training,
+            chunk_size=suitable_chunk_size(stream),
+            factors=partial(_dropout_factors, self.dropout, draw_seed()) if drops else None,
         )
-        return self.output(hidden_states), attentions
+
+    def _part(self, call: AttentionCall, heads: slice) -> AttentionPart:
+        size = self.self_attention.config.attention_head_size
+        features = slice(heads.start * size, heads.stop * size)
+        return AttentionPart(
+            read=lambda stream, values=True: self.self_attention.project(self.layer_norm(stream), heads, values),
+            attend=lambda projected: self.self_attention.attend(projected, call, heads).flatten(2),
+            write=lambda hidden_states: self.output(hidden_states, features),
+        )
+
+
+def _dropout_factors(rate: float, seed: int, added: Tensor, positions: slice) -> Tensor:
+    # The same for all parts of a sum.
+    return Dropout(rate, seed + positions.start, added.device)(added)
 
 
 class ReformerHfLayer(nn.Module):
@@ -151,40 +169,30 @@ class ReformerHfLayer(nn.Module):
         Returns:
             The streams after the layer, and attention weights with positions or `None`.
         """
-        attention_parameters = [p for p in self.attention.parameters() if p.requires_grad]
-        feed_forward_parameters = [p for p in self.feed_forward.parameters() if p.requires_grad]
-        needs_grad = torch.is_grad_enabled() and bool(
-            x1.requires_grad or x2.requires_grad or attention_parameters or feed_forward_parameters
+        call = self.attention.self_attention.begin(padding, num_hashes, output_attentions)
+        attention = self.attention.branch(x2, call)
+        feed_forward = PositionWiseBranch(
+            self.feed_forward,
+            trained(self.feed_forward),
+            draws=self.training,
+            chunk_size=self.feed_forward.chunk_size or suitable_chunk_size(x1),
+            recompute=self.feed_forward.chunk_size > 0,
         )
-        chunk_size = self.feed_forward.chunk_size or suitable_chunk_size(x1)
-        if tape is None or not needs_grad:
-            added, attentions = self.attention(x2, padding, num_hashes, output_attentions=output_attentions)
-            y1 = x1 + added
-            added = apply_chunked(
-                self.feed_forward, y1, chunk_size, feed_forward_parameters, recompute=self.feed_forward.chunk_size > 0
-            )
-            return y1, x2 + added, attentions
+        trains = x1.requires_grad or x2.requires_grad or attention.parameters or feed_forward.parameters
+        if not (torch.is_grad_enabled() and trains):
+            y1 = attention.add_to(x1, x2)
+            y2 = feed_forward.add_to(x2, y1)
+        elif tape is None:
+            y1 = attention.add(x1, x2)
+            y2 = feed_forward.add(x2, y1)
+        else:
+            y1, y2 = reversible_layer(x1, x2, attention, feed_forward, tape)
+        return y1, y2, call.take_weights()
 
-        memo: dict[str, Tensor] = {}
-        weights: list[tuple[Tensor, Tensor] | None] = []
 
-        def attend(hidden_states: Tensor) -> Tensor:
-            # Called again in the backward pass, where nobody asks for weights.
-            added, attentions = self.attention(
-                hidden_states, padding, num_hashes, memo, output_attentions and not weights
-            )
-            if not weights:
-                weights.append(attentions)
-            return added
-
-        y1, y2 = reversible_layer(
-            x1,
-            x2,
-            Branch(attend, attention_parameters, draws=self.training),
-            Branch(self.feed_forward, feed_forward_parameters, chunk_size, draws=self.training),
-            tape,
-        )
-        return y1, y2, weights[0]
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that require gradients."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class ReformerHfEncoder(nn.Module):

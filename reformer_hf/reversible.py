@@ -11,63 +11,187 @@ stack shares holds the one pair of streams that exists, the output of the last l
 the output of its layer by the input.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .chunked import chunks_of, vjp_chunks
+from .chunked import apply_chunked, chunks_of, map_chunks, vjp_chunks
 from .rng import ReplayState
 
 Streams = tuple[Tensor, Tensor]
+Gradients = list[Tensor | None]
+
+
+class Branch(ABC):
+    """
+    One residual branch of a layer: a function of one stream `[B, L, E]` that is added to the other.
+
+    `parameters` are those of the function that require gradients; `draws` says whether it takes random numbers from
+    the global generators.
+    """
+
+    parameters: Sequence[Tensor]
+    draws: bool
+
+    @abstractmethod
+    def add(self, other: Tensor, stream: Tensor) -> Tensor:
+        """The other stream with the branch of `stream` added, differentiable as any other function."""
+
+    @abstractmethod
+    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
+        """The same without gradient; taken away where the sign is -1."""
+
+    @abstractmethod
+    def go_back(
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
+    ) -> tuple[Tensor, Gradients]:
+        """
+        Take the branch of `stream` away from `total`, and carry the gradient through it.
+
+        Args:
+            rest: Takes what is left of `total`, and may be `total`.
+
+        Returns:
+            The gradient of `stream` with what came through the branch added to `grad_stream`, and the gradients of
+            the parameters.
+        """
 
 
 @dataclass
-class Branch:
+class PositionWiseBranch(Branch):
     """
-    One residual branch of a layer.
+    Acts on each position by itself.
 
     Args:
-        function: From one stream `[B, L, E]` to what is added to the other.
-        parameters: Those of `function` that require gradients.
-        chunk_size: Positions that it may take at a time; 0 for all.
-        draws: Whether it takes random numbers from the global generators.
+        function: From a chunk of positions to what is added there.
+        parameters, draws: See `Branch`.
+        chunk_size: Positions at a time; 0 for all.
+        recompute: Whether `add` keeps nothing but its inputs and computes each chunk once more in the backward pass.
     """
 
     function: Callable[[Tensor], Tensor]
     parameters: Sequence[Tensor]
-    chunk_size: int = 0
     draws: bool = False
+    chunk_size: int = 0
+    recompute: bool = False
+
+    def add(self, other: Tensor, stream: Tensor) -> Tensor:
+        return other + apply_chunked(self.function, stream, self.chunk_size, self.parameters, self.recompute)
 
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
-        """The other stream with the branch of `stream` added, or taken away where the sign is -1."""
         out = torch.empty_like(other)
         for positions in chunks_of(stream, self.chunk_size):
             torch.add(other[:, positions], self.function(stream[:, positions]), alpha=sign, out=out[:, positions])
         return out
 
     def go_back(
-        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """
-        Take the branch of `stream` away from `total`, and carry the gradient through it.
-
-        Returns:
-            What is left of `total`, the gradient of `stream` with what came through the branch added to `grad_stream`,
-            and the gradients of the parameters.
-        """
-        rest = grad_sum = None
-        grad_parameters: list[Tensor | None] = [None] * len(self.parameters)
-        for positions, added, grad in vjp_chunks(
-            self.function, stream, grad_total, self.chunk_size, self.parameters, grad_parameters
-        ):
-            if rest is None:
-                # Not before the first chunk's graph is gone: where there is one chunk, memory is fullest then.
-                rest, grad_sum = torch.empty_like(total), torch.empty_like(grad_stream)
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
+    ) -> tuple[Tensor, Gradients]:
+        grad_sum = torch.empty_like(grad_stream)
+        grads: Gradients = [None] * len(self.parameters)
+        chunks = vjp_chunks(
+            self.function, stream, lambda at: (grad_total[:, at],), self.chunk_size, self.parameters, grads
+        )
+        for positions, (added,), grad in chunks:
             torch.sub(total[:, positions], added, out=rest[:, positions])
             torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
-        return rest, grad_sum, grad_parameters
+        return grad_sum, grads
+
+
+@dataclass
+class AttentionPart:
+    """
+    What some heads add to a stream: `write(attend(read(stream)))`.
+
+    Args:
+        read: From a chunk of positions of the stream to queries, keys and values there. Takes `values=False` where the
+            results themselves are not needed, but their gradients are.
+        attend: From those of all positions to the output of the heads `[B, L, …]`. Uses no parameters.
+        write: From a chunk of positions of that output to what is added there.
+    """
+
+    read: Callable[..., Sequence[Tensor]]
+    attend: Callable[[Sequence[Tensor]], Tensor]
+    write: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class AttentionBranch(Branch):
+    """
+    A sum over parts, which are computed one after the other.
+
+    Nothing as wide as the stream exists but the stream, its gradient and those of the other one: what reads from and
+    writes to them takes a chunk of positions at a time.
+
+    Args:
+        parts: See `AttentionPart`.
+        parameters, draws: See `Branch`.
+        chunk_size: Positions to be read or written at a time; 0 for all.
+        factors: From some positions of what is added to what it is multiplied by there; `None` for nothing.
+    """
+
+    parts: Sequence[AttentionPart]
+    parameters: Sequence[Tensor]
+    draws: bool = False
+    chunk_size: int = 0
+    factors: Callable[[Tensor, slice], Tensor] | None = None
+
+    def add(self, other: Tensor, stream: Tensor) -> Tensor:
+        chunks = list(chunks_of(stream, self.chunk_size))
+        for part in self.parts:
+            inputs = zip(*(part.read(stream[:, at]) for at in chunks), strict=True)
+            heads = part.attend([torch.cat(x, dim=1) for x in inputs])
+            added = torch.cat([self._scaled(part.write(heads[:, at]), at) for at in chunks], dim=1)
+            other = other + added
+        return other
+
+    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
+        out = other.clone()
+        for part in self.parts:
+            heads = part.attend(map_chunks(part.read, stream, self.chunk_size))
+            for at in chunks_of(stream, self.chunk_size):
+                out[:, at].add_(self._scaled(part.write(heads[:, at]), at), alpha=sign)
+        return out
+
+    def go_back(
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
+    ) -> tuple[Tensor, Gradients]:
+        if rest is not total:
+            rest.copy_(total)
+        grad_sum = grad_stream.clone()
+        grads: Gradients = [None] * len(self.parameters)
+        for part in self.parts:
+            inputs = [x.requires_grad_() for x in map_chunks(part.read, stream, self.chunk_size)]
+            with torch.enable_grad():
+                heads = part.attend(inputs)
+            grad_heads = torch.empty_like(heads)
+            grads_of = partial(self._grad_added, grad_total)
+            for at, (added,), grad in vjp_chunks(
+                part.write, heads.detach(), grads_of, self.chunk_size, self.parameters, grads
+            ):
+                rest[:, at].sub_(self._scaled(added, at))
+                grad_heads[:, at] = grad
+            grad_inputs = torch.autograd.grad(heads, inputs, grad_heads, materialize_grads=True)
+            del inputs, heads, grad_heads
+            read, grads_of = partial(part.read, values=False), partial(_at, grad_inputs)
+            for at, _, grad in vjp_chunks(read, stream, grads_of, self.chunk_size, self.parameters, grads):
+                grad_sum[:, at].add_(grad)
+            del grad_inputs, grads_of
+        return grad_sum, grads
+
+    def _grad_added(self, grad_total: Tensor, at: slice) -> Sequence[Tensor]:
+        return (self._scaled(grad_total[:, at], at),)
+
+    def _scaled(self, added: Tensor, at: slice) -> Tensor:
+        return added if self.factors is None else added * self.factors(added, at)
+
+
+def _at(tensors: Sequence[Tensor], positions: slice) -> Sequence[Tensor]:
+    return [tensor[:, positions] for tensor in tensors]
 
 
 @dataclass
@@ -83,17 +207,19 @@ class Tape:
 
     def __init__(self) -> None:
         self._streams: Streams | None = None
+        # Whether nobody else has a hold of them, so that they may be written over.
+        self._private = False
         self._records: list[_Record] = []
 
     def push(self, record: _Record, streams: Streams) -> int:
         """Put a layer and its output on the tape; returns the layer's place."""
         self._records.append(record)
-        self._streams = streams
+        self._streams, self._private = streams, False
         return len(self._records) - 1
 
-    def rewind(self, place: int) -> tuple[_Record, Streams]:
-        """Take the layer at `place` off the tape, with its output; layers after it, which had no part in the loss, are
-        inverted on the way."""
+    def rewind(self, place: int) -> tuple[_Record, Streams, bool]:
+        """Take the layer at `place` off the tape, with its output, and say whether that may be written over; layers
+        after it, which had no part in the loss, are inverted on the way."""
         if self._streams is None or place >= len(self._records):
             raise RuntimeError(
                 "The activations of this reversible model were used up by an earlier backward pass. Run the forward "
@@ -102,14 +228,14 @@ class Tape:
         while place < len(self._records) - 1:
             record = self._records.pop()
             with torch.no_grad():
-                self._streams = _invert(record, self._streams)
+                self._streams, self._private = _invert(record, self._streams), True
         streams, self._streams = self._streams, None
-        return self._records.pop(), streams
+        return self._records.pop(), streams, self._private
 
     def put_back(self, streams: Streams) -> None:
-        """Stand on these streams, unless there is no layer left that could want them."""
+        """Stand on these streams, of which nobody else knows, unless there is no layer left that could want them."""
         if self._records:
-            self._streams = streams
+            self._streams, self._private = streams, True
 
 
 def reversible_layer(x1: Tensor, x2: Tensor, attention: Branch, feed_forward: Branch, tape: Tape) -> Streams:
@@ -149,14 +275,15 @@ class _ReversibleLayer(torch.autograd.Function):
                 "A second derivative through a reversible layer is not supported (`create_graph=True`): build the "
                 "model with `reversible=False`."
             )
-        record, (y1, y2) = ctx.tape.rewind(ctx.place)
+        record, (y1, y2), private = ctx.tape.rewind(ctx.place)
         attention, feed_forward = record.branches
         attention_state, feed_forward_state = record.states
+        x1, x2 = (y1, y2) if private else (torch.empty_like(y1), torch.empty_like(y2))
         with feed_forward_state.replay():
-            x2, grad_x1, feed_forward_grads = feed_forward.go_back(y2, y1, grad_y2, grad_y1)
+            grad_x1, feed_forward_grads = feed_forward.go_back(y2, y1, grad_y2, grad_y1, rest=x2)
         del y2
         with attention_state.replay():
-            x1, grad_x2, attention_grads = attention.go_back(y1, x2, grad_x1, grad_y2)
+            grad_x2, attention_grads = attention.go_back(y1, x2, grad_x1, grad_y2, rest=x1)
         ctx.tape.put_back((x1, x2))
         return None, None, None, grad_x1, grad_x2, *attention_grads, *feed_forward_grads
 

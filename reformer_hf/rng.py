@@ -1,15 +1,34 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Capture and replay of the state that a recomputation must share with the computation: generators and autocast."""
+"""What a recomputation must share with the computation: states of generators and of autocast, seeds of dropout."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 
 def draw_seed() -> int:
     """One draw from torch's global CPU generator, to seed a generator of one's own."""
     return int(torch.randint(2**62, ()))
+
+
+class Dropout:
+    """What to keep of tensors that come one after the other, the same for the same seed."""
+
+    def __init__(self, rate: float, seed: int, device: torch.device):
+        self._keep_rate = 1.0 - rate
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    @classmethod
+    def of(cls, rate: float, seed: int, device: torch.device) -> "Dropout | None":
+        """`None` for a rate of zero."""
+        return cls(rate, seed, device) if rate > 0 else None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Factors of a tensor: zero, or the inverse of the rate at which its elements are kept."""
+        keep = torch.empty_like(tensor).bernoulli_(self._keep_rate, generator=self._generator)
+        return keep.div_(self._keep_rate)
 
 
 class ReplayState:

@@ -133,6 +133,7 @@ BAD_FIELDS = [
     ({"max_position_embeddings": 0}, ["`max_position_embeddings`", "0", "at least 1"]),
     ({"max_position_embeddings": -5}, ["`max_position_embeddings`", "-5", "at least 1"]),
     ({"chunk_size_feed_forward": -1}, ["`chunk_size_feed_forward`", "-1", "0 for all"]),
+    ({"num_parallel_heads": 0}, ["`num_parallel_heads`", "0", "at least 1"]),
     ({"chunk_size_lm_head": -3}, ["`chunk_size_lm_head`", "-3", "0 for all"]),
 ]
 
@@ -186,7 +187,13 @@ FIELDS = [
     {"attn_layers": ["full", "local"], "max_position_embeddings": 1000, "hidden_size": 30},
     {"num_buckets": [4, 8], "is_decoder": True, "hash_seed": 3, "lsh_count_duplicates": False},
     {"axial_pos_shape": (16, 16, 16), "lsh_pattern": "chunk", "lsh_across_buckets": True, "wrap_chunks": True},
-    {"axial_pos_embds": False, "reversible": False, "tie_word_embeddings": True, "chunk_size_lm_head": 7},
+    {
+        "axial_pos_embds": False,
+        "reversible": False,
+        "tie_word_embeddings": True,
+        "chunk_size_lm_head": 7,
+        "num_parallel_heads": 3,
+    },
 ]
 
 

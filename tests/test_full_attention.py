@@ -34,7 +34,7 @@ def _inputs(length, side, batch_size=3):
 
 
 def _definition(layer, hidden_states, padding):
-    query, value = layer.project(hidden_states)
+    query, value = layer.project(hidden_states, slice(0, 2))
     no_padding = torch.zeros(hidden_states.shape[:2], dtype=torch.bool)
     counts = full_attention_counts(layer.config.is_decoder, no_padding if padding is None else padding)
     return dense_attention(query, normalized_keys(query), value, counts, own_value=True).flatten(2)
@@ -51,7 +51,7 @@ def test_equals_definition(causal, side, length):
     weight = torch.randn(3, length, 32, dtype=torch.float64) * real
     tensors = {"hidden states": hidden_states, **dict(layer.named_parameters())}
     results = []
-    for out in (layer(hidden_states, padding)[0], _definition(layer, hidden_states, padding)):
+    for out in (layer(hidden_states, layer.begin(padding)), _definition(layer, hidden_states, padding)):
         grads = torch.autograd.grad((out * weight).sum(), list(tensors.values()), allow_unused=True)
         results.append((out * real, dict(zip(tensors, grads, strict=True))))
     (out, grads), (expected, expected_grads) = results
@@ -69,10 +69,10 @@ def test_padding_changes_nothing(causal):
     """Neither what stands at padding nor that it is there."""
     layer = _layer(causal)
     hidden_states, padding = _inputs(40, "left")
-    out, _ = layer(hidden_states, padding)
+    out = layer(hidden_states, layer.begin(padding))
     other = torch.where(padding[..., None], 100.0, hidden_states)
-    assert_close(layer(other, padding)[0][~padding], out[~padding], 1e-14)
-    assert_close(layer(hidden_states[1:, 7:])[0], out[1:, 7:], 1e-14)
+    assert_close(layer(other, layer.begin(padding))[~padding], out[~padding], 1e-14)
+    assert_close(layer(hidden_states[1:, 7:]), out[1:, 7:], 1e-14)
 
 
 def test_a_later_position_changes_no_earlier_output():
@@ -80,7 +80,7 @@ def test_a_later_position_changes_no_earlier_output():
     hidden_states, _ = _inputs(40, None)
     other = hidden_states.clone()
     other[:, 20:] += 1
-    assert_close(layer(other)[0][:, :20], layer(hidden_states)[0][:, :20], 1e-14)
+    assert_close(layer(other)[:, :20], layer(hidden_states)[:, :20], 1e-14)
 
 
 @each_direction
@@ -90,13 +90,13 @@ def test_dropout_leaves_lone_positions_intact(causal):
     padding = torch.zeros(3, 9, dtype=torch.bool)
     # Row 0 holds one position that is not padding; row 1 begins at position 4.
     padding[0], padding[0, 5], padding[1, :4] = True, False, True
-    out, _ = layer(hidden_states, padding)
+    out = layer(hidden_states, layer.begin(padding))
     value = layer.value(hidden_states)
     assert torch.equal(out[0, 5], value[0, 5])
     if causal:
         assert torch.equal(out[1, 4], value[1, 4])
-        assert torch.equal(layer(hidden_states)[0][:, 0], value[:, 0])
-    whole, _ = layer.eval()(hidden_states, padding)
+        assert torch.equal(layer(hidden_states)[:, 0], value[:, 0])
+    whole = layer.eval()(hidden_states, layer.begin(padding))
     assert relative_rms(out[2], whole[2]) > 0.1
 
 
@@ -125,7 +125,9 @@ def test_dropout_keeps_the_mean(causal):
 def test_weights(causal, side):
     layer = _layer(causal)
     hidden_states, padding = _inputs(23, side)
-    out, (weights, positions) = layer(hidden_states, padding, output_attentions=True)
+    call = layer.begin(padding, output_attentions=True)
+    out = layer(hidden_states, call)
+    weights, positions = call.take_weights()
     assert weights.shape == positions.shape == (3, 2, 1, 23, 23)
     assert not weights.requires_grad
     assert_close(weights.sum((2, 4)), torch.ones(3, 2, 23), 1e-12, "sum of weights")
@@ -144,7 +146,7 @@ def test_padding_rows_hold_no_nan():
     layer = _layer(causal=True).bfloat16()
     hidden_states, padding = _inputs(9, "whole-row")
     hidden_states = hidden_states.bfloat16().requires_grad_()
-    out, _ = layer(hidden_states, padding)
+    out = layer(hidden_states, layer.begin(padding))
     assert out.isfinite().all()
     for grad in torch.autograd.grad(out.sum(), [hidden_states, *layer.parameters()]):
         assert grad.isfinite().all()
