@@ -8,6 +8,7 @@ WORKLOADS = {
     "attention-step": "the same, forward and backward",
     "forward": "the whole model in evaluation, without gradient, to the logits",
     "step": "the whole model in training: forward, loss, backward; no optimizer",
+    "training": "a step of training on text: forward, loss, backward, AdamW",
 }
 
 
@@ -24,6 +25,9 @@ class Shape:
     lsh_chunk: int
     local_chunk: int
     vocab_size: int = 260
+    # Positions at a time, of ours: 0 for all, or what suits the device.
+    feed_forward_chunk: int = 0
+    head_chunk: int = 0
 
     @property
     def check_length(self) -> int:
@@ -37,6 +41,10 @@ SHAPES = {
         Shape("base", ("lsh",) * 6, 256, 4, 64, 1024, 64, 64),
         # The enwik8 model of trax, 4 of its layers.
         Shape("enwik8", ("local", "local", "lsh", "local"), 768, 8, 96, 2048, 256, 128),
+        # For memory: deeper, a wider feed-forward, and the length that the Reformer is for.
+        Shape("deep", ("lsh",) * 24, 256, 4, 64, 1024, 64, 64),
+        Shape("wide", ("lsh",) * 6, 256, 4, 64, 16 * 1024, 64, 64, feed_forward_chunk=64),
+        Shape("million", ("local", "lsh") * 6, 256, 4, 64, 512, 64, 64, head_chunk=4096),
         Shape("quick", ("lsh",) * 2, 32, 2, 16, 64, 16, 16),
     )
 }
@@ -124,6 +132,15 @@ def _attention() -> list[Entry]:
     ]
 
 
+def _memory() -> list[Entry]:
+    """Peaks of one step: six layers, four times as many, a feed-forward sixteen times as wide."""
+    return [(Case("step", name, 16384, 4), (OURS,)) for name in ("base", "deep", "wide")]
+
+
+def _million() -> list[Entry]:
+    return [(Case("training", "million", 1 << 20, 1), (OURS_WIDE,))]
+
+
 def _quick() -> list[Entry]:
     reformers = (OURS, OURS_WIDE, OURS_IN_TREE, IN_TREE, "reformer-pytorch")
     return [
@@ -140,5 +157,7 @@ SUITES = {
     "lengths": _lengths(),
     "attention": _attention(),
     "enwik8": _enwik8(),
+    "memory": _memory(),
+    "million": _million(),
     "quick": _quick(),
 }

@@ -31,7 +31,7 @@ class Implementation:
 def _of_modules(
     check: Callable[[Shape, int], list[Finding]], build_model: Build, build_attention: Build | None = None
 ) -> Implementation:
-    workloads = WORKLOADS if build_attention else ("forward", "step")
+    workloads = WORKLOADS if build_attention else ("forward", "step", "training")
     return Implementation(
         lambda case, device: prepare(case, device, build_model, build_attention), check, frozenset(workloads)
     )

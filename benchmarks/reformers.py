@@ -66,7 +66,8 @@ def _shared_fields(shape: Shape, length: int, num_hashes: int) -> dict:
 
 def our_config(shape: Shape, length: int, num_hashes: int, **fields) -> ReformerHfConfig:
     """Our config; what `fields` leave open, such as the pattern, has its default."""
-    return ReformerHfConfig(**{**_shared_fields(shape, length, num_hashes), **fields})
+    chunks = {"chunk_size_feed_forward": shape.feed_forward_chunk, "chunk_size_lm_head": shape.head_chunk}
+    return ReformerHfConfig(**{**_shared_fields(shape, length, num_hashes), **chunks, **fields})
 
 
 def our_model(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Module:

@@ -1,10 +1,14 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """What a measured run does with a model or an attention module."""
 
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from reformer_hf.tokenization_reformer_hf import FIRST_BYTE_ID
 
 from .cases import Case, Shape
 from .reformers import random_ids
@@ -17,8 +21,10 @@ def prepare(case: Case, device: torch.device, build_model: Build, build_attentio
     """Build what the case needs; the function returned does the work once and returns a loss or output."""
     torch.manual_seed(0)
     sizes = (case.shape, case.length, case.num_hashes)
-    if case.workload in ("forward", "step"):
+    if case.workload in ("forward", "step", "training"):
         model = build_model(*sizes).to(device)
+        if case.workload == "training":
+            return _training(model.train(), text_ids(case.length, device))
         ids = random_ids(case.shape, case.length, device)
         return _step(model.train(), ids) if case.workload == "step" else _forward(model.eval(), ids)
     if build_attention is None:
@@ -46,6 +52,30 @@ def _step(model: nn.Module, ids: Tensor) -> Run:
         return loss.detach()
 
     return run
+
+
+def _training(model: nn.Module, ids: Tensor) -> Run:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    step = _step(model, ids)
+
+    def run() -> Tensor:
+        loss = step()
+        optimizer.step()
+        return loss
+
+    return run
+
+
+def text_ids(length: int, device: torch.device) -> Tensor:
+    """The first bytes of the Python standard library's source files, as ids `[1, length]` of the byte tokenizer."""
+    text = b""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= length:
+            break
+    if len(text) < length:
+        raise ValueError(f"The standard library's modules hold {len(text)} bytes, fewer than {length}.")
+    return torch.frombuffer(bytearray(text[:length]), dtype=torch.uint8).to(device).long()[None] + FIRST_BYTE_ID
 
 
 def _attention(module: nn.Module, hidden_states: Tensor) -> Run:

@@ -44,9 +44,17 @@ def bigram_bits_per_byte(train: np.ndarray, held_out: np.ndarray, alpha: float =
         train, held_out (`np.ndarray`): Streams of token ids of `ReformerHfByteTokenizer`.
         alpha (`float`): Count given to every pair beforehand.
     """
-    size = LAST_BYTE_ID + 1
-    pairs = train[:-1].astype(np.int64) * size + train[1:]
-    counts = np.bincount(pairs, minlength=size * size).reshape(size, size) + alpha
+    counts = _count_pairs(train) + alpha
     # The padding id, 0, never occurs and gets no share of the probability.
     log_probs = np.log2(counts) - np.log2(counts[:, 1:].sum(axis=1, keepdims=True))
-    return float(-log_probs[held_out[:-1], held_out[1:]].sum() / count_bytes(held_out[1:]))
+    return float(-(log_probs * _count_pairs(held_out)).sum() / count_bytes(held_out[1:]))
+
+
+def _count_pairs(stream: np.ndarray, piece: int = 1 << 20) -> np.ndarray:
+    """How often each id follows each; the stream may be a memory map, of which one piece is looked at at a time."""
+    size = LAST_BYTE_ID + 1
+    counts = np.zeros(size * size, dtype=np.int64)
+    for start in range(0, len(stream) - 1, piece):
+        ids = stream[start : start + piece + 1].astype(np.int64)
+        counts += np.bincount(ids[:-1] * size + ids[1:], minlength=size * size)
+    return counts.reshape(size, size)

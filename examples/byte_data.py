@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from reformer_hf.tokenization_reformer_hf import FIRST_BYTE_ID, LAST_BYTE_ID, SP
 logger = logging.getLogger(__name__)
 
 PAD_ID, END_ID = SPECIAL_TOKEN_IDS["<pad>"], SPECIAL_TOKEN_IDS["</s>"]
+
+# Bytes or tokens that are in memory at a time.
+_PIECE = 1 << 22
 
 # Tests would be 60 % of the standard library and are no example of ordinary code.
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
@@ -50,7 +54,8 @@ class Corpus:
 
 def count_bytes(ids: np.ndarray) -> int:
     """How many of `ids` stand for a byte, not for a special token."""
-    return int(((ids >= FIRST_BYTE_ID) & (ids <= LAST_BYTE_ID)).sum())
+    pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
+    return sum(int(((piece >= FIRST_BYTE_ID) & (piece <= LAST_BYTE_ID)).sum()) for piece in pieces)
 
 
 def load_corpus(
@@ -86,44 +91,48 @@ def load_corpus(
         documents = _read_files(Path(data))
         description = f"the text files of the folder `{Path(data).resolve().name}`"
     elif Path(data).is_file():
-        documents = iter([Path(data).read_bytes()])
+        documents = _read_file(Path(data))
         description = f"the file `{Path(data).name}`"
     else:
         return _load_hub(data, dataset_config, text_column, validation_fraction, max_bytes)
     return _split(encode(documents, max_bytes), validation_fraction, description + limit, source=data or description)
 
 
-def encode(documents: Iterable[bytes], max_bytes: int | None = None) -> np.ndarray:
-    """Token ids of all documents in one `int16` array, `</s>` between them, cut after `max_bytes` bytes."""
-    pieces: list[np.ndarray] = []
-    room = max_bytes
-    for document in documents:
-        if room is not None and room <= 0:
-            break
-        if not document:
-            continue
-        if pieces:
-            pieces.append(np.array([END_ID], dtype=np.int16))
-        pieces.append(np.frombuffer(document[:room], dtype=np.uint8).astype(np.int16) + FIRST_BYTE_ID)
-        if room is not None:
-            room -= len(document)
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int16)
-
-
-def cut(stream: np.ndarray, length: int, keep_tail: bool) -> datasets.Dataset:
+def encode(documents: Iterable[bytes | np.ndarray], max_bytes: int | None = None, begin: bool = False) -> np.ndarray:
     """
-    Sequences of `length` tokens as a data set of one column, `input_ids`.
+    Token ids of all documents in one `int16` array, `</s>` between them, cut after `max_bytes` bytes.
 
-    Each begins with the last token of the one before, so that, given the usual shift of labels, every token of the
-    stream but the first is predicted exactly once. The shorter sequence at the end is padded, or dropped.
+    With `begin` there is one `</s>` before the first too.
+
+    The array is a memory map of a temporary file, which is gone when the array is.
     """
-    step = length - 1
-    num_targets = len(stream) - 1
-    num_sequences = -(-num_targets // step) if keep_tail else num_targets // step
-    padded = np.full(num_sequences * step + 1, PAD_ID, dtype=np.int16)
-    padded[: len(stream)] = stream[: len(padded)]
-    sequences = np.lib.stride_tricks.sliding_window_view(padded, length)[::step]
-    return datasets.Dataset.from_dict({"input_ids": np.ascontiguousarray(sequences)}).with_format("torch")
+    with tempfile.TemporaryFile() as file:
+        room, empty, separates = max_bytes, True, begin
+        for document in documents:
+            if room is not None and room <= 0:
+                break
+            if not len(document):
+                continue
+            if separates:
+                np.array([END_ID], dtype=np.int16).tofile(file)
+            empty, separates = False, True
+            data = np.frombuffer(document, dtype=np.uint8)[:room]
+            for start in range(0, len(data), _PIECE):
+                (data[start : start + _PIECE].astype(np.int16) + FIRST_BYTE_ID).tofile(file)
+            if room is not None:
+                room -= len(document)
+        file.flush()
+        return np.empty(0, dtype=np.int16) if empty else np.memmap(file, dtype=np.int16, mode="r")
+
+
+def documents_of(stream: np.ndarray) -> Iterator[np.ndarray]:
+    """The documents of what `encode` gave, without what is between them."""
+    start = 0
+    for first in range(0, len(stream), _PIECE):
+        for end in first + np.flatnonzero(stream[first : first + _PIECE] == END_ID):
+            yield stream[start:end]
+            start = end + 1
+    yield stream[start:]
 
 
 def _read_files(root: Path, suffix: str = "") -> Iterator[bytes]:
@@ -138,6 +147,11 @@ def _read_files(root: Path, suffix: str = "") -> Iterator[bytes]:
                 yield content
             else:
                 logger.info("Skipping %s, which is not UTF-8 text.", path)
+
+
+def _read_file(path: Path) -> Iterator[np.ndarray]:
+    if path.stat().st_size:
+        yield np.memmap(path, dtype=np.uint8, mode="r")
 
 
 def _is_text(content: bytes) -> bool:
@@ -178,8 +192,8 @@ def _load_hub(
             f"{splits['train'].column_names}."
         )
 
-    def stream_of(split: str) -> np.ndarray:
-        return encode((text.encode("utf-8") for text in splits[split][text_column]), max_bytes)
+    def stream_of(split: str, **options) -> np.ndarray:
+        return encode((text.encode("utf-8") for text in splits[split][text_column]), max_bytes, **options)
 
     description = f"the data set `{name}`" + (f", configuration `{dataset_config}`" if dataset_config else "")
     if max_bytes:
@@ -187,8 +201,7 @@ def _load_hub(
     train = stream_of("train")
     if "validation" not in splits:
         return _split(train, validation_fraction, description, source=name, dataset_id=name)
-    context = np.array([END_ID], dtype=np.int16)
-    held_out = np.concatenate([context, stream_of("validation")])
+    held_out = stream_of("validation", begin=True)
     if len(train) < 2 or len(held_out) < 2:
         raise ValueError(f"The data set {name!r} holds no text in column {text_column!r}.")
     return Corpus(train, held_out, description, "the split `validation`", dataset_id=name)

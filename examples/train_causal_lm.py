@@ -29,20 +29,24 @@ import json
 import logging
 import re
 import shutil
+import signal
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from bits_per_byte import BitsPerByte, bigram_bits_per_byte
-from byte_data import PAD_ID, Corpus, count_bytes, cut, load_corpus
+from byte_data import END_ID, PAD_ID, Corpus, count_bytes, documents_of, load_corpus
 from model_report import plot_loss_curve, write_model_card
 from torch import Tensor
 from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf.packing import CausalCollator, pack_to_file
 from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
+from reformer_hf.training import StopWhereNotFinite, last_whole_checkpoint, what_is_missing
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +106,9 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column of the data set on the Hub."})
     validation_fraction: float = field(default=0.05, metadata={"help": "Share of the text, its end, to hold out."})
     max_bytes: int | None = field(default=None, metadata={"help": "Stop reading after so many bytes."})
+    across_documents: bool = field(
+        default=True, metadata={"help": "Go on with the next document in the same sequence; else each begins one."}
+    )
     sample_length: int = field(default=256, metadata={"help": "Bytes to generate at the end; 0 for none."})
 
 
@@ -126,6 +133,7 @@ class ScriptTrainingArguments(TrainingArguments):
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(default=200, metadata={"help": "Steps between two evaluations."})
     save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
+    enable_jit_checkpoint: bool = field(default=True, metadata={"help": "On SIGTERM, save a checkpoint and end."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
 
@@ -181,14 +189,12 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     return overrides
 
 
-def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch `[B, L]` of ids and labels, and of the attention mask where there is padding."""
-    input_ids = torch.stack([example["input_ids"] for example in examples]).long()
-    is_token = input_ids != PAD_ID
-    batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~is_token, -100)}
-    if not is_token.all():
-        batch["attention_mask"] = is_token.long()
-    return batch
+def packed(stream: np.ndarray, path: Path, length: int, across_documents: bool, keep_last: bool) -> datasets.Dataset:
+    """Sequences of a stream of documents, memory-mapped from a file."""
+    if across_documents:
+        # What is between documents is a token among others.
+        return pack_to_file(path, [stream], length, keep_last=keep_last)
+    return pack_to_file(path, documents_of(stream), length, separator_id=END_ID, across_documents=False)
 
 
 def sum_nll(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -243,6 +249,11 @@ def train(
         pad_token_id=tokenizer.pad_token_id,
     )
 
+    sizes = (model_args.sequence_length, data_args.across_documents)
+    # Each process maps a file of its own. Names with an underscore are not pushed to the Hub.
+    folder = Path(training_args.output_dir, "_data", f"rank-{training_args.process_index}")
+    train_dataset = packed(corpus.train, folder / "train.arrow", *sizes, keep_last=False)
+    eval_dataset = packed(corpus.held_out, folder / "held_out.arrow", *sizes, keep_last=True)
     metric = BitsPerByte(keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -252,14 +263,19 @@ def train(
     trainer = ByteTrainer(
         model=model,
         args=training_args,
-        train_dataset=cut(corpus.train, model_args.sequence_length, keep_tail=False),
-        eval_dataset=cut(corpus.held_out, model_args.sequence_length, keep_tail=True),
-        data_collator=collate,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=CausalCollator(PAD_ID),
+        callbacks=[StopWhereNotFinite()],
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=sum_nll,
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if trainer.state.global_step < trainer.state.max_steps:
+        # Only a signal ends training early (`enable_jit_checkpoint`), and then there is no time for more.
+        logger.warning("Stopped at step %d; the same command goes on from its checkpoint.", trainer.state.global_step)
+        raise SystemExit(128 + signal.SIGTERM)
     metrics |= trainer.evaluate()
     metrics["bigram_bits_per_byte"] = bigram_bits_per_byte(corpus.train, corpus.held_out)
     trainer.save_model()
@@ -296,8 +312,11 @@ def find_checkpoint(args: ScriptTrainingArguments) -> str | None:
     if wanted is not None and str(wanted).lower() not in {"true", "last"}:
         if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, which is not a folder: give a checkpoint's.")
+        missing = what_is_missing(wanted)
+        if missing:
+            raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, where {missing}: give a whole checkpoint.")
         return wanted
-    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    checkpoint = last_whole_checkpoint(output_dir)
     if wanted is not None and checkpoint is None:
         raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, but there is no checkpoint in {args.output_dir!r}.")
     if checkpoint is not None:

@@ -14,10 +14,9 @@ PositionWise = Callable[[Tensor], Tensor]
 _SUITABLE_POSITIONS = {"cpu": 1 << 10, "cuda": 1 << 16}
 
 
-def suitable_chunk_size(hidden_states: Tensor) -> int:
-    """Positions of `[B, L, …]` that the device computes fastest at a time."""
-    batch_size, length = hidden_states.shape[:2]
-    positions = _SUITABLE_POSITIONS.get(hidden_states.device.type, _SUITABLE_POSITIONS["cuda"])
+def suitable_chunk_size(batch_size: int, length: int, device_type: str) -> int:
+    """Positions of an input `[B, L, …]` that a device computes fastest at a time."""
+    positions = _SUITABLE_POSITIONS.get(device_type, _SUITABLE_POSITIONS["cuda"])
     return max(min(positions // max(batch_size, 1), length), 1)
 
 

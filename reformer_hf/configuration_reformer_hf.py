@@ -108,6 +108,11 @@ class ReformerHfConfig(PreTrainedConfig):
 
     model_type = "reformer_hf"
     keys_to_ignore_at_inference = ["attentions", "hidden_states"]
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "encoder.layers.*": "free_full_weight",
+        "encoder.layer_norm": "keep_full_weight",
+    }
 
     vocab_size: int = 260
     hidden_size: int = 256

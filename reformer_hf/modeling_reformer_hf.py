@@ -7,6 +7,7 @@ The Reformer (Kitaev, Kaiser, Levskaya 2020, arXiv 2001.04451) as Transformers m
 Parameter names are those of the in-tree model, so that its checkpoints load as they are.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import dropout, linear, linear_cross_entropy, pad
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -30,6 +32,9 @@ from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape
 from .rng import Dropout, draw_seed
 from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
+
+# What LoRA adapts by default: what scores and values are made of. (`query_key` in LSH layers, `query` in local ones.)
+LORA_TARGETS = ["query_key", "query", "value"]
 
 # Label of a position that has no part in the loss.
 IGNORED = -100
@@ -122,7 +127,7 @@ class ReformerHfAttention(nn.Module):
             parts=[self._part(call, heads) for heads in groups],
             parameters=trained(self),
             draws=self.training,
-            chunk_size=suitable_chunk_size(stream),
+            chunk_size=suitable_chunk_size(stream.shape[0], stream.shape[1], stream.device.type),
             factors=partial(_dropout_factors, self.dropout, draw_seed()) if drops else None,
         )
 
@@ -171,11 +176,12 @@ class ReformerHfLayer(nn.Module):
         """
         call = self.attention.self_attention.begin(padding, num_hashes, output_attentions)
         attention = self.attention.branch(x2, call)
+        batch_size, length, _ = x1.shape
         feed_forward = PositionWiseBranch(
             self.feed_forward,
             trained(self.feed_forward),
             draws=self.training,
-            chunk_size=self.feed_forward.chunk_size or suitable_chunk_size(x1),
+            chunk_size=self.feed_forward.chunk_size or suitable_chunk_size(batch_size, length, x1.device.type),
             recompute=self.feed_forward.chunk_size > 0,
         )
         trains = x1.requires_grad or x2.requires_grad or attention.parameters or feed_forward.parameters
@@ -221,7 +227,13 @@ class ReformerHfEncoder(nn.Module):
             if output_hidden_states:
                 all_hidden_states.append(x2)
             all_attentions.append(attentions)
-        hidden_states = self.layer_norm(torch.cat([x1, x2], dim=-1))
+        both = torch.cat([x1, x2], dim=-1)
+        if tape is not None:
+            # The norm keeps them for its backward pass.
+            width = x1.shape[-1]
+            tape.share((both.detach()[..., :width], both.detach()[..., width:]))
+        del x1, x2
+        hidden_states = self.layer_norm(both)
         return ReformerHfModelOutput(
             last_hidden_state=dropout(hidden_states, self.dropout, training=self.training),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -294,6 +306,9 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     def __init__(self, config: ReformerHfConfig, *args, **kwargs):
         # Fields may have been set since the config was made.
         config.validate_reformer()
+        if "peft" in sys.modules:
+            mapping = sys.modules["peft"].utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            mapping.setdefault(config.model_type, LORA_TARGETS)
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -378,6 +393,7 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
     """A causal Reformer that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "reformer.embeddings.word_embeddings.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ReformerHfConfig):
         if not config.is_decoder:
@@ -393,6 +409,16 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         """Besides what Transformers ties: the two names of the head's bias, always."""
         keys = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
         return keys if all_submodels else {**keys, "lm_head.decoder.bias": "lm_head.bias"}
+
+    def init_parallel_plans(self) -> None:
+        """As in Transformers; but what is tied is sharded in one piece, with what no rule names."""
+        super().init_parallel_plans()
+        if self.config.tie_word_embeddings:
+            self._fsdp_plan = {
+                name: style
+                for name, style in self._fsdp_plan.items()
+                if name not in ("lm_head", "reformer.embeddings")
+            }
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -561,6 +587,9 @@ def _check_range(name: str, ids: Tensor | None, limit: int, field: str):
             "tokenizer that belongs to the model, or enlarge it (`resize_token_embeddings` for tokens)."
         )
 
+
+# Trainer shifts labels for label smoothing, and pipelines take models, by these names.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(ReformerHfConfig.model_type, ReformerHfForCausalLM.__name__)
 
 ReformerHfConfig.register_for_auto_class()
 ReformerHfModel.register_for_auto_class("AutoModel")

@@ -165,6 +165,8 @@ class AttentionBranch(Branch):
         grad_sum = grad_stream.clone()
         grads: Gradients = [None] * len(self.parameters)
         for part in self.parts:
+            # An adapter may draw random numbers as it reads, and is to draw them again.
+            state = ReplayState(stream.device, generators=self.draws)
             inputs = [x.requires_grad_() for x in map_chunks(part.read, stream, self.chunk_size)]
             with torch.enable_grad():
                 heads = part.attend(inputs)
@@ -178,8 +180,9 @@ class AttentionBranch(Branch):
             grad_inputs = torch.autograd.grad(heads, inputs, grad_heads, materialize_grads=True)
             del inputs, heads, grad_heads
             read, grads_of = partial(part.read, values=False), partial(_at, grad_inputs)
-            for at, _, grad in vjp_chunks(read, stream, grads_of, self.chunk_size, self.parameters, grads):
-                grad_sum[:, at].add_(grad)
+            with state.replay():
+                for at, _, grad in vjp_chunks(read, stream, grads_of, self.chunk_size, self.parameters, grads):
+                    grad_sum[:, at].add_(grad)
             del grad_inputs, grads_of
         return grad_sum, grads
 
@@ -216,6 +219,11 @@ class Tape:
         self._records.append(record)
         self._streams, self._private = streams, False
         return len(self._records) - 1
+
+    def share(self, streams: Streams) -> None:
+        """Stand on these streams, which equal the output of the last layer, so that it need not exist twice."""
+        if self._streams is not None:
+            self._streams = streams
 
     def rewind(self, place: int) -> tuple[_Record, Streams, bool]:
         """Take the layer at `place` off the tape, with its output, and say whether that may be written over; layers
@@ -278,10 +286,11 @@ class _ReversibleLayer(torch.autograd.Function):
         record, (y1, y2), private = ctx.tape.rewind(ctx.place)
         attention, feed_forward = record.branches
         attention_state, feed_forward_state = record.states
-        x1, x2 = (y1, y2) if private else (torch.empty_like(y1), torch.empty_like(y2))
+        x2 = y2 if private else torch.empty_like(y2)
         with feed_forward_state.replay():
             grad_x1, feed_forward_grads = feed_forward.go_back(y2, y1, grad_y2, grad_y1, rest=x2)
         del y2
+        x1 = y1 if private else torch.empty_like(y1)
         with attention_state.replay():
             grad_x2, attention_grads = attention.go_back(y1, x2, grad_x1, grad_y2, rest=x1)
         ctx.tape.put_back((x1, x2))

@@ -129,14 +129,17 @@ class SelfAttention(nn.Module):
         adapter, say, or one whose weights are brought in by a hook.
         """
         num_heads = self.config.num_attention_heads
-        size = self.config.num_parallel_heads or self._suitable_group(hidden_states)
+        size = self.config.num_parallel_heads or suitable_group(
+            hidden_states.shape[:2].numel(), hidden_states.device.type
+        )
         if not all(is_plain(module) for module in (output, *(getattr(self, name) for name in self.projections))):
             size = num_heads
         return [slice(first, min(first + size, num_heads)) for first in range(0, num_heads, size)]
 
-    def _suitable_group(self, hidden_states: Tensor) -> int:
-        rows = _GROUP_ROWS.get(hidden_states.device.type, _GROUP_ROWS["cuda"])
-        return max(rows // max(hidden_states.shape[:2].numel(), 1), 1)
+
+def suitable_group(positions: int, device_type: str) -> int:
+    """Heads that a device computes fastest at a time, given the positions of all rows of a batch."""
+    return max(_GROUP_ROWS.get(device_type, _GROUP_ROWS["cuda"]) // max(positions, 1), 1)
 
 
 class SharedQueryKeyAttention(SelfAttention):

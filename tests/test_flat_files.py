@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 import reformer_hf
 
 FOLDER = Path(reformer_hf.__file__).parent
-NOT_SHIPPED = {"__init__", "conversion", "hub", "reference"}
+NOT_SHIPPED = {"__init__", "conversion", "hub", "memory", "packing", "reference", "training"}
 FLAT_FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in NOT_SHIPPED)
 PACKAGES = {"huggingface_hub", "numpy", "tokenizers", "torch", "transformers"} | sys.stdlib_module_names
 

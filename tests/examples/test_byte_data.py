@@ -6,9 +6,8 @@ import math
 import datasets
 import numpy as np
 import pytest
-import torch
 from bits_per_byte import BitsPerByte, bigram_bits_per_byte
-from byte_data import END_ID, PAD_ID, count_bytes, cut, encode, load_corpus
+from byte_data import END_ID, count_bytes, documents_of, encode, load_corpus
 
 from reformer_hf import ReformerHfByteTokenizer
 
@@ -24,15 +23,14 @@ def test_encode_separates_documents_and_stops_at_max_bytes():
     assert encode([b"ab", b"cd", b"ef"], max_bytes=3).tolist() == [99, 100, END_ID, 101]
 
 
-@pytest.mark.parametrize("num_tokens", [8, 9, 10, 12, 50])
-def test_cut_predicts_each_token_once(num_tokens):
-    stream = np.arange(2, 2 + num_tokens, dtype=np.int16)
-    sequences = cut(stream, 8, keep_tail=True)["input_ids"][:]
-    targets = sequences[:, 1:].flatten()
-    assert targets[targets != PAD_ID].tolist() == stream[1:].tolist()
-    without_tail = cut(stream, 8, keep_tail=False)
-    assert len(without_tail) == (num_tokens - 1) // 7
-    assert torch.equal(without_tail["input_ids"][:], sequences[: len(without_tail)])
+@pytest.mark.parametrize("piece", [3, 1 << 22])
+def test_documents_of_undoes_encode(piece, monkeypatch):
+    monkeypatch.setattr("byte_data._PIECE", piece)
+    documents = [b"abcd", b"e", b"fg"]
+    stream = encode(documents)
+    assert [bytes((ids - 2).astype(np.uint8)) for ids in documents_of(stream)] == documents
+    assert encode(documents, begin=True).tolist() == [END_ID, *stream]
+    assert count_bytes(stream) == 7
 
 
 def test_file_is_split_at_its_end(tmp_path):

@@ -10,10 +10,11 @@ import pytest
 import torch
 from byte_data import PAD_ID, count_bytes
 from huggingface_hub import ModelCard
-from train_causal_lm import ModelArguments, build_config, collate, main, parse_overrides, sum_nll
+from train_causal_lm import ModelArguments, build_config, main, parse_overrides, sum_nll
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
+from reformer_hf.packing import CausalCollator
 
 OPTIONS = """
     --sequence_length 64 --attn_layers local,lsh --hidden_size 16 --num_attention_heads 2 --attention_head_size 8
@@ -134,9 +135,7 @@ def test_fine_tuning_keeps_the_model_and_its_settings(trained, text, tmp_path):
 
 def test_sum_nll_ignores_padding_and_matches_the_loss():
     torch.manual_seed(0)
-    batch = collate([{"input_ids": torch.tensor(ids)} for ids in ([5, 6, 7, 8], [5, 6, PAD_ID, PAD_ID])])
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert "attention_mask" not in collate([{"input_ids": torch.tensor([5, 6])}])
+    batch = CausalCollator(PAD_ID)([{"input_ids": ids} for ids in ([5, 6, 7, 8], [5, 6])])
     logits = torch.randn(2, 4, 260)
     log_probs = logits.log_softmax(-1)
     expected = [-(log_probs[0, 0, 6] + log_probs[0, 1, 7] + log_probs[0, 2, 8]), -log_probs[1, 0, 6]]

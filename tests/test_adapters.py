@@ -1,0 +1,121 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""LoRA adapters of PEFT, and fine-tuning by TRL."""
+
+import pytest
+import torch
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
+
+from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
+
+from .helpers import assert_close, random_model, tiny_config
+
+peft = pytest.importorskip("peft")
+
+LAYERS = ["local", "lsh", "full", "lsh"]
+TARGETS = ["query_key", "query", "value", "dense.dense", "output.dense"]
+DROPOUT = {
+    "hidden_dropout_prob": 0.1,
+    "local_attention_probs_dropout_prob": 0.1,
+    "lsh_attention_probs_dropout_prob": 0.1,
+}
+
+
+def _adapted(reversible=True, dtype=torch.float64, targets=TARGETS, lora_dropout=0.0, **fields):
+    model = random_model(dtype, attn_layers=LAYERS, reversible=reversible, **fields)
+    torch.manual_seed(4)
+    # Both matrices random: at first one of them is zero, and half of the gradients with it.
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, lora_dropout=lora_dropout)
+    return peft.get_peft_model(model, config).to(dtype).train()
+
+
+def _loss(model, length=45):
+    torch.manual_seed(1)
+    ids = torch.randint(0, 60, (2, length))
+    torch.manual_seed(2)
+    return model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
+def test_gradients_of_adapters_equal_the_plain_ones(lora_dropout):
+    """With every base weight frozen, embeddings too, and dropout everywhere."""
+    models = [_adapted(reversible, lora_dropout=lora_dropout, **DROPOUT) for reversible in (True, False)]
+    for model in models:
+        _loss(model).backward()
+    reversible, plain = (dict(model.named_parameters()) for model in models)
+    adapted = {name for name in reversible if "lora_" in name}
+    assert len(adapted) == 2 * sum(name.endswith("base_layer.weight") for name in reversible)
+    for name, parameter in reversible.items():
+        if name in adapted:
+            assert_close(parameter.grad, plain[name].grad, 1e-11, name)
+            assert parameter.grad.any()
+        else:
+            assert not parameter.requires_grad and parameter.grad is None, name
+
+
+def test_adapters_save_load_and_merge(tmp_path):
+    model = _adapted().eval()
+    ids = torch.randint(0, 60, (2, 33))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(random_model(torch.float64, attn_layers=LAYERS), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        merged = loaded.merge_and_unload()
+        assert isinstance(merged, ReformerHfForCausalLM)
+        assert_close(merged(ids).logits, expected, 1e-9)
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_default_targets():
+    model = peft.get_peft_model(random_model(attn_layers=LAYERS), peft.LoraConfig(r=2))
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"query_key", "query", "value"}
+
+
+def test_add_adapter_of_transformers():
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(str(error))
+    model = random_model(attn_layers=LAYERS)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["query_key", "value"]))
+    _loss(model.train()).backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_sft_trainer(lora, tmp_path):
+    """Twenty steps with TRL's fused head, whose loss falls."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    torch.manual_seed(0)
+    model = ReformerHfForCausalLM(tiny_config(attn_layers=LAYERS, vocab_size=260, bos_token_id=258))
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_length=64,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        args,
+        train_dataset=datasets.Dataset.from_dict({"text": [f"Line {i} says so." for i in range(16)]}),
+        processing_class=ReformerHfByteTokenizer(),
+        peft_config=peft.LoraConfig(r=4, target_modules=TARGETS) if lora else None,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - (0.02 if lora else 0.5)

@@ -1,0 +1,83 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Runs that are killed, that fill the disk, whose loss is no number: what is left, and that it goes on from there."""
+
+import json
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reformer_hf import ReformerHfForCausalLM
+from reformer_hf.training import NotFiniteError, last_whole_checkpoint, what_is_missing
+
+from .processes import run_worker
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run of seven steps, with dropout and hashing that differ from step to step."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_worker("train", folder, max_steps=7)
+    return folder
+
+
+def _goes_on(folder, unbroken):
+    """From its last whole checkpoint to the same weights and losses, to the bit."""
+    run_worker("train", folder, max_steps=7, resume=True)
+    assert (folder / "losses.json").read_text() == (unbroken / "losses.json").read_text()
+    found, expected = (load_file(path / "weights.safetensors") for path in (folder, unbroken))
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_sigkill(unbroken, tmp_path):
+    done = run_worker("train", tmp_path, check=False, max_steps=7, kill_at=5)
+    assert done.returncode == -signal.SIGKILL
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    _goes_on(tmp_path, unbroken)
+
+
+def test_sigterm_saves_and_ends(unbroken, tmp_path):
+    """Transformers waits a few seconds before it saves: enough steps for that."""
+    arguments = {"max_steps": 100_000, "kill_at": 3, "signum": signal.SIGTERM, "enable_jit_checkpoint": True}
+    run_worker("train", tmp_path, **arguments, save_steps=1_000_000, timeout=120)
+    steps = json.loads((tmp_path / "losses.json").read_text())["steps"]
+    assert 3 <= steps < 100_000
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{steps}")
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(unbroken, tmp_path):
+    for step in (4, 6):
+        shutil.copytree(unbroken / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    weights = tmp_path / "checkpoint-6" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert what_is_missing(tmp_path / "checkpoint-6") == "`model.safetensors` is cut off"
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    _goes_on(tmp_path, unbroken)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
+def test_no_room_for_a_checkpoint(unbroken, tmp_path):
+    """A file that may not grow fails as one on a full disk does."""
+    for step in (4,):
+        shutil.copytree(unbroken / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    done = run_worker("train", tmp_path, check=False, max_steps=7, resume=True, file_limit=50_000)
+    assert done.returncode != 0 and "checkpoint-6" in done.stderr
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    _goes_on(tmp_path, unbroken)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(unbroken, tmp_path):
+    done = run_worker("train", tmp_path, check=False, max_steps=7, spoil_at=5)
+    assert done.returncode == 1
+    assert NotFiniteError.__name__ in done.stderr and "step 6" in done.stderr and "`learning_rate`" in done.stderr
+    checkpoint = last_whole_checkpoint(tmp_path)
+    assert checkpoint == str(tmp_path / "checkpoint-4")
+    assert all(weight.isfinite().all() for weight in ReformerHfForCausalLM.from_pretrained(checkpoint).parameters())
+    _goes_on(tmp_path, unbroken)

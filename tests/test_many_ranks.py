@@ -1,0 +1,137 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Two ranks (gloo) against one process with the same global batch: losses, gradients, training, checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf.training import last_whole_checkpoint
+
+from .helpers import assert_close, random_model
+from .processes import ROOT, run_worker
+from .worker import LAYERS, data
+
+CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
+
+
+def _gradients(folder: Path, ranks: int, **arguments):
+    run_worker("gradients", folder, ranks, **arguments)
+    return load_file(folder / "gradients.safetensors")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """Loss and gradients of one process, by the options of the model."""
+    found = {}
+
+    def of(**fields):
+        key = tuple(fields.items())
+        if key not in found:
+            found[key] = _gradients(tmp_path_factory.mktemp("one"), 1, wrap="none", **fields)
+        return found[key]
+
+    return of
+
+
+def _equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        # Transformers computes the loss in fp32.
+        assert_close(tensor, expected[name], 1e-6, name)
+
+
+def test_ddp_gradients(expected, tmp_path):
+    _equal(_gradients(tmp_path, 2, wrap="ddp"), expected())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp-unused", "fully_shard", "plan"])
+@pytest.mark.parametrize("fields", [{}, {"tied": True}, {"head_chunk": 16}], ids=["plain", "tied", "chunked-head"])
+def test_gradients(wrap, fields, expected, tmp_path):
+    _equal(_gradients(tmp_path, 2, wrap=wrap, **fields), expected(**fields))
+    if wrap == "plan":
+        # Saved by two ranks, each with its shard, loaded by one process.
+        model = random_model(
+            torch.float64,
+            attn_layers=LAYERS,
+            hash_seed=0,
+            tie_word_embeddings=fields.get("tied", False),
+            chunk_size_lm_head=fields.get("head_chunk", 0),
+        )
+        loaded = ReformerHfForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64)
+        ids = data(2)
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def _train(folder, ranks=1, **arguments):
+    run_worker("train", folder, ranks, **arguments)
+    return json.loads((folder / "losses.json").read_text()), load_file(folder / "weights.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "ddp-unused", "plan"])
+def test_trainer_equals_one_process(wrap, tmp_path):
+    """Six steps of AdamW with gradients clipped, of the same rows in the same batches."""
+    log, weights = _train(tmp_path / "one", max_steps=6, batch_size=4, dropout=False)
+    options = {"ddp": {"ddp_find_unused_parameters": False}, "ddp-unused": {"ddp_find_unused_parameters": True}}
+    found_log, found = _train(
+        tmp_path / "two", 2, max_steps=6, batch_size=2, dropout=False, wrap=wrap, **options.get(wrap, {})
+    )
+    assert found_log["losses"] == pytest.approx(log["losses"], rel=1e-4)
+    for name, weight in found.items():
+        # Adam divides by the size of the gradient: where that is rounding, so is the step.
+        assert_close(weight, weights[name], 2e-3, name)
+    if wrap == "plan":
+        checkpoint = last_whole_checkpoint(tmp_path / "two")
+        loaded = ReformerHfForCausalLM.from_pretrained(checkpoint)
+        for name, weight in loaded.named_parameters():
+            assert torch.equal(weight, found[name]), name
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_to_the_bit(tmp_path):
+    log, weights = _train(tmp_path / "whole", 2, max_steps=6)
+    _train(tmp_path / "parts", 2, max_steps=6, stop_at=4)
+    found_log, found = _train(tmp_path / "parts", 2, max_steps=6, resume=True)
+    assert found_log == log
+    for name, weight in found.items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run(tmp_path):
+    done = run_worker("train", tmp_path, 2, check=False, timeout=120, max_steps=50, kill_at=5, kill_rank=1)
+    assert done.returncode != 0
+    checkpoint = last_whole_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.endswith("checkpoint-4")
+    assert ReformerHfForCausalLM.from_pretrained(checkpoint).config.attn_layers == tuple(LAYERS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_launch_configs_are_accelerate_s(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    options = yaml.safe_load(path.read_text())
+    wrapped = options.get("fsdp_config", {}).get("fsdp_transformer_layer_cls_to_wrap")
+    if wrapped is not None:
+        model = ReformerHfForCausalLM(ReformerHfConfig(attn_layers=["lsh"], is_decoder=True))
+        assert wrapped in {type(module).__name__ for module in model.modules()}
+
+
+def test_configs_are_there():
+    assert [path.stem for path in CONFIGS] == ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_rule_of_the_sharding_plan_names_a_module(tied):
+    model = random_model(attn_layers=LAYERS, tie_word_embeddings=tied)
+    for name in model._fsdp_plan:
+        model.get_submodule(name.replace("*", "0"))
+    assert ("lm_head" in model._fsdp_plan) is not tied

@@ -1,0 +1,69 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The estimate of a training step's memory against the tensors that are really alive."""
+
+import pytest
+import torch
+
+from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf.memory import estimate_training_memory
+
+
+def _peak(config, length, batch_size, dtype=torch.float32) -> int:
+    """Bytes of all tensors at the fullest moment of a step, those that were there before left out."""
+    torch.manual_seed(0)
+    model = ReformerHfForCausalLM(config).to(dtype).train()
+    ids = torch.randint(0, config.vocab_size, (batch_size, length))
+    model(ids[:, :100], labels=ids[:, :100]).loss.backward()
+    model.zero_grad()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model(ids, labels=ids).loss.backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    alive = peak = 0
+    for event in events:
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+SIZES = {
+    "is_decoder": True,
+    "max_position_embeddings": 8192,
+    "hidden_dropout_prob": 0.0,
+    "local_attention_probs_dropout_prob": 0.0,
+}
+CONFIGS = {
+    "lsh": {"attn_layers": ["lsh"] * 2, "num_hashes": 4},
+    "local": {"attn_layers": ["local"] * 2},
+    "deep": {"attn_layers": ["local", "lsh"] * 6},
+    "wide": {"attn_layers": ["lsh"] * 2, "feed_forward_size": 8192},
+    "wide-chunked": {"attn_layers": ["lsh"] * 2, "feed_forward_size": 8192, "chunk_size_feed_forward": 64},
+    "vocabulary": {"attn_layers": ["lsh"] * 2, "vocab_size": 4000},
+    "vocabulary-chunked": {"attn_layers": ["lsh"] * 2, "vocab_size": 4000, "chunk_size_lm_head": 256},
+    "one-head": {"attn_layers": ["lsh"] * 2, "num_parallel_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 8192), (2, 3000)], ids=["B1", "B2"])
+def test_estimate_is_near_the_tensors_that_are_alive(name, batch_size, length):
+    config = ReformerHfConfig(**CONFIGS[name], **SIZES)
+    estimate = estimate_training_memory(config, length, batch_size, optimizer_bytes=0)
+    peak = _peak(config, length, batch_size)
+    assert 0.8 < peak / (estimate.total - estimate.parameters) < 1.1, estimate
+
+
+def test_a_deeper_model_adds_gradients_alone():
+    """At a length so short that gradients outweigh streams and sort orders, of which the first layer has its own."""
+    peaks, gradients = [], []
+    for depth in (12, 36):
+        config = ReformerHfConfig(**SIZES, attn_layers=["lsh"] * depth, num_hashes=4)
+        peaks.append(_peak(config, 2048, 1))
+        gradients.append(estimate_training_memory(config, 2048).gradients)
+    assert abs((peaks[1] - peaks[0]) - (gradients[1] - gradients[0])) < 0.01 * peaks[0], (peaks, gradients)
+
+
+def test_what_is_not_covered_is_refused():
+    for fields in ({"reversible": False}, {"attn_layers": ["full"]}):
+        with pytest.raises(ValueError, match="reversible models of local and LSH layers"):
+            estimate_training_memory(ReformerHfConfig(**fields, is_decoder=True), 1024)

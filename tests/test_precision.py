@@ -1,0 +1,141 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Low precision: autocast in the recomputation too, streams in fp32, masks without NaN, loss scaling."""
+
+import pytest
+import torch
+
+from reformer_hf import ReformerHfForCausalLM
+
+from .helpers import assert_close, gradients, random_model, relative_rms, tiny_config
+
+LAYERS = ["local", "lsh", "full", "lsh"]
+LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+def _batch(length=61):
+    torch.manual_seed(1)
+    ids = torch.randint(1, 60, (2, length))
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, :25] = 0
+    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+@LOW
+def test_recomputation_has_the_dtypes_of_the_forward_pass(dtype):
+    """The backward pass runs outside autocast; what it recomputes does not."""
+    model = random_model(attn_layers=LAYERS, num_parallel_heads=1).train()
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith("dense"):
+            module.register_forward_hook(
+                lambda module, args, out: seen.append((out.dtype, torch.is_autocast_enabled("cpu")))
+            )
+    with torch.autocast("cpu", dtype):
+        loss = model(**_batch()).loss
+    forward = len(seen)
+    loss.backward()
+    assert not torch.is_autocast_enabled("cpu")
+    assert len(seen) > forward > 0
+    assert set(seen) == {(dtype, True)}
+
+
+@LOW
+def test_reversible_gradients_are_the_plain_ones_within_the_noise(dtype):
+    """The plain gradient itself is off by the noise of the dtype; inverting adds no more than that again."""
+    grads = {}
+    for name, reversible, autocast in (("exact", False, False), ("plain", False, True), ("reversible", True, True)):
+        model = random_model(attn_layers=LAYERS, reversible=reversible).train()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            loss = model(**_batch()).loss
+        loss.backward()
+        grads[name] = torch.cat([grad.flatten() for grad in gradients(model).values()])
+    noise = relative_rms(grads["plain"], grads["exact"])
+    assert 0 < noise < 0.2
+    assert relative_rms(grads["reversible"], grads["plain"]) < noise
+
+
+@LOW
+def test_weights_of_low_precision(dtype):
+    """Streams stay in fp32; the output is that of the fp32 model within the noise of its weights."""
+    model = random_model(attn_layers=LAYERS)
+    low = random_model(attn_layers=LAYERS).to(dtype)
+    batch = _batch()
+    with torch.no_grad():
+        output = low(**batch, output_hidden_states=True)
+        expected = model(**batch).logits
+    assert {state.dtype for state in output.hidden_states} == {torch.float32}
+    real = batch["attention_mask"].bool()
+    assert_close(output.logits.float()[real], expected[real], 0.2)
+    low.train()(**batch).loss.backward()
+    assert all(grad.dtype == dtype and grad.isfinite().all() for grad in gradients(low).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+@pytest.mark.parametrize("pattern", ["window", "chunk"])
+def test_a_row_of_padding_alone_is_finite(dtype, autocast, pattern):
+    if autocast and dtype in (torch.float64, torch.float32):
+        pytest.skip("autocast is to low precision")
+    model = random_model(attn_layers=LAYERS, lsh_pattern=pattern).train()
+    model = model if autocast else model.to(dtype)
+    batch = _batch()
+    batch["attention_mask"][0] = 0
+    batch["labels"][0] = -100
+    with torch.autocast("cpu", dtype if autocast else torch.bfloat16, enabled=autocast):
+        output = model(**batch)
+    output.loss.backward()
+    assert output.logits.isfinite().all() and output.loss.isfinite()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+@pytest.mark.slow
+def test_loss_in_bf16_falls_as_in_fp32():
+    """Two hundred steps on one text; the weights are in bf16, the optimizer's copies in fp32 are not kept."""
+    ids = torch.randint(1, 60, (8, 64), generator=torch.Generator().manual_seed(0))
+    ids = ids[:, :16].repeat(1, 4)
+    losses = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("autocast", torch.float32)):
+        torch.manual_seed(0)
+        model = ReformerHfForCausalLM(tiny_config(attn_layers=LAYERS)).to(dtype).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses[name] = []
+        for step in range(200):
+            with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+                loss = model(ids[step % 4 * 2 :][:2], labels=ids[step % 4 * 2 :][:2]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    mean = {name: sum(values[-20:]) / 20 for name, values in losses.items()}
+    assert mean["fp32"] < losses["fp32"][0] - 2
+    # Of a fall of more than two nats, a tenth.
+    for name in ("bf16", "autocast"):
+        assert mean[name] < mean["fp32"] + 0.2, mean
+
+
+def test_grad_scaler_skips_a_step_that_overflows():
+    model = random_model(attn_layers=LAYERS).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    expected = random_model(attn_layers=LAYERS).train()
+    with torch.autocast("cpu", torch.float16):
+        loss, expected_loss = model(**_batch()).loss, expected(**_batch()).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    expected_loss.backward()
+    scaled, unscaled = (torch.cat([grad.flatten() for grad in gradients(m).values()]) for m in (model, expected))
+    assert_close(scaled, unscaled, 0.05)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    scaler.step(optimizer)
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+    overflowing = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        loss = model(**_batch()).loss
+    overflowing.scale(loss).backward()
+    overflowing.step(optimizer)
+    overflowing.update()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert overflowing.get_scale() < 2.0**40

@@ -1,0 +1,78 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which checkpoint is whole, and when training stops."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from reformer_hf.training import NotFiniteError, StopWhereNotFinite, last_whole_checkpoint, what_is_missing
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """What `Trainer` writes, in small; an earlier one is beside it."""
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"weight": torch.zeros(9)}, folder / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": torch.zeros(9)}, folder / name)
+        (folder / "trainer_state.json").write_text('{"global_step": 10}')
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-11").write_text("a file")
+    return tmp_path / "checkpoint-10"
+
+
+def test_a_whole_checkpoint_is_the_last_one(checkpoint):
+    assert what_is_missing(checkpoint) is None
+    assert last_whole_checkpoint(checkpoint.parent) == str(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("kept", [0, 40, -1])
+def test_a_file_that_is_cut_off(checkpoint, name, kept):
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:kept])
+    assert what_is_missing(checkpoint) == f"`{name}` is cut off"
+    assert last_whole_checkpoint(checkpoint.parent) == str(checkpoint.with_name("checkpoint-9"))
+
+
+@pytest.mark.parametrize("text", [None, "", '{"global_step":'])
+def test_the_state_of_the_trainer_is_written_last(checkpoint, text):
+    path = checkpoint / "trainer_state.json"
+    path.unlink() if text is None else path.write_text(text)
+    assert what_is_missing(checkpoint) == "`trainer_state.json` is missing or cut off"
+
+
+def test_a_shard_that_is_not_there(checkpoint):
+    index = {"weight_map": {"weight": "model.safetensors", "other": "model-2.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert what_is_missing(checkpoint) == "`model-2.safetensors` is missing"
+
+
+def test_a_checkpoint_that_was_begun(checkpoint):
+    (checkpoint / "checkpoint-is-incomplete.txt").touch()
+    assert what_is_missing(checkpoint) == "`checkpoint-is-incomplete.txt` is there"
+
+
+def test_no_checkpoint(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("grad", [float("nan"), float("inf"), -float("inf")])
+def test_gradients_that_are_no_numbers(grad):
+    model = torch.nn.Linear(2, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    args = SimpleNamespace(fp16=False, output_dir="out", learning_rate=0.1)
+    state = SimpleNamespace(global_step=4)
+    callback = StopWhereNotFinite()
+    callback.on_pre_optimizer_step(args, state, None, model=model)
+    model.weight.grad[0, 1] = grad
+    with pytest.raises(NotFiniteError, match="step 5.*'out' stay as they were.*`learning_rate`.*0.1"):
+        callback.on_pre_optimizer_step(args, state, None, model=model)
+    args.fp16 = True
+    callback.on_pre_optimizer_step(args, state, None, model=model)

@@ -1,0 +1,191 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+What tests run in processes of their own, alone or as ranks: `python -m tests.worker SCENARIO JSON`.
+
+A scenario takes the keywords of the JSON object; what it finds it writes below its `folder`, rank 0 alone.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors.torch import save_file
+from torch.distributed import init_process_group, is_initialized
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
+
+from reformer_hf import ReformerHfForCausalLM
+from reformer_hf.packing import CausalCollator
+from reformer_hf.training import StopWhereNotFinite, last_whole_checkpoint
+
+from .helpers import random_model, tiny_config
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LAYERS = ["local", "lsh", "full", "lsh"]
+DROPOUT = {
+    "hidden_dropout_prob": 0.1,
+    "local_attention_probs_dropout_prob": 0.1,
+    "lsh_attention_probs_dropout_prob": 0.1,
+}
+GLOBAL_BATCH = 4
+
+
+def data(num_rows: int, length: int = 40) -> torch.Tensor:
+    return torch.randint(1, 60, (num_rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    # Every rank takes part in gathering; one writes. Weights of two names are two.
+    tensors = {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+    if RANK == 0:
+        save_file(tensors, path)
+
+
+def gradients(folder: str, wrap: str, tied: bool = False, head_chunk: int = 0) -> None:
+    """Loss and gradients of one global batch, each rank with its share of it."""
+    if WORLD_SIZE > 1 and not is_initialized():
+        init_process_group("gloo")
+    fields = {"tie_word_embeddings": tied, "chunk_size_lm_head": head_chunk, "hash_seed": 0, "attn_layers": LAYERS}
+    model = random_model(torch.float64, **fields).train()
+    if wrap == "plan":
+        # Only rank 0 writes; the other one waits for it.
+        if RANK == 0:
+            model.save_pretrained(Path(folder, "initial"))
+        torch.distributed.barrier()
+        config = DistributedConfig(fsdp_size=WORLD_SIZE)
+        model = ReformerHfForCausalLM.from_pretrained(
+            Path(folder, "initial"), distributed_config=config, dtype=torch.float64
+        ).train()
+    elif wrap == "fully_shard":
+        for layer in model.reformer.encoder.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    elif wrap.startswith("ddp"):
+        handler = DistributedDataParallelKwargs(find_unused_parameters=wrap == "ddp-unused")
+        model = Accelerator(cpu=True, kwargs_handlers=[handler]).prepare(model)
+    share = data(GLOBAL_BATCH).chunk(WORLD_SIZE)[RANK]
+    loss = model(share, labels=share).loss
+    loss.backward()
+    module = model.module if wrap.startswith("ddp") else model
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    assert all(grad is not None for grad in found.values())
+    if WORLD_SIZE > 1:
+        loss = loss.detach() / WORLD_SIZE
+        torch.distributed.all_reduce(loss)
+    save({"loss": loss, **found}, Path(folder, "gradients.safetensors"))
+    if wrap == "plan":
+        module.save_pretrained(Path(folder, "saved"))
+
+
+class _KillAt(TrainerCallback):
+    """The process is killed at the end of a step; with a rank given, that of this rank alone."""
+
+    def __init__(self, step: int, rank: int | None, signum: int):
+        self.step, self.rank, self.signum = step, rank, signum
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.rank in (None, RANK):
+            os.kill(os.getpid(), self.signum)
+
+
+class _StopAt(TrainerCallback):
+    """Training ends after a step, as if by itself."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+class _SpoilAt(TrainerCallback):
+    """A weight becomes infinite before a step, so that its loss is no number."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            model.reformer.embeddings.word_embeddings.weight.data.fill_(float("inf"))
+
+
+def train(
+    folder: str,
+    max_steps: int,
+    batch_size: int = 2,
+    accumulation: int = 1,
+    dropout: bool = True,
+    resume: bool = False,
+    kill_at: int | None = None,
+    kill_rank: int | None = None,
+    signum: int = signal.SIGKILL,
+    spoil_at: int | None = None,
+    stop_at: int | None = None,
+    file_limit: int | None = None,
+    wrap: str = "ddp",
+    **arguments,
+) -> None:
+    """A run of `Trainer` with checkpoints every two steps, unless `arguments` say otherwise."""
+    set_seed(0)
+    fields = {"attn_layers": LAYERS, **(DROPOUT if dropout else {"hash_seed": 0})}
+    model = ReformerHfForCausalLM(tiny_config(**fields))
+    if wrap == "plan":
+        if RANK == 0:
+            model.save_pretrained(Path(folder, "initial"))
+        init_process_group("gloo")
+        torch.distributed.barrier()
+        config = DistributedConfig(fsdp_size=WORLD_SIZE)
+        model = ReformerHfForCausalLM.from_pretrained(Path(folder, "initial"), distributed_config=config)
+    callbacks: list[TrainerCallback] = [StopWhereNotFinite()]
+    if kill_at is not None:
+        callbacks.append(_KillAt(kill_at, kill_rank, signum))
+    if stop_at is not None:
+        callbacks.append(_StopAt(stop_at))
+    if spoil_at is not None:
+        callbacks.append(_SpoilAt(spoil_at))
+    defaults = {
+        "output_dir": folder,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    trainer = Trainer(
+        model,
+        TrainingArguments(**{**defaults, **arguments}),
+        train_dataset=[{"input_ids": row} for row in data(32)],
+        data_collator=CausalCollator(0),
+        callbacks=callbacks,
+    )
+    if file_limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if resume else None)
+    if RANK == 0:
+        log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        Path(folder, "losses.json").write_text(json.dumps({"losses": log, "steps": trainer.state.global_step}))
+    save(dict(trainer.model.named_parameters()), Path(folder, "weights.safetensors"))
+
+
+SCENARIOS = {function.__name__: function for function in (gradients, train)}
+
+if __name__ == "__main__":
+    SCENARIOS[sys.argv[1]](**json.loads(sys.argv[2]))
