@@ -46,7 +46,7 @@ from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Tra
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
 from reformer_hf.packing import CausalCollator, pack_to_file
 from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
-from reformer_hf.training import StopWhereNotFinite, last_whole_checkpoint, what_is_missing
+from reformer_hf.training import SaveOnSigterm, StopWhereNotFinite, last_whole_checkpoint, what_is_missing
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,6 @@ class ScriptTrainingArguments(TrainingArguments):
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(default=200, metadata={"help": "Steps between two evaluations."})
     save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
-    enable_jit_checkpoint: bool = field(default=True, metadata={"help": "On SIGTERM, save a checkpoint and end."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
 
@@ -254,6 +253,7 @@ def train(
     folder = Path(training_args.output_dir, "_data", f"rank-{training_args.process_index}")
     train_dataset = packed(corpus.train, folder / "train.arrow", *sizes, keep_last=False)
     eval_dataset = packed(corpus.held_out, folder / "held_out.arrow", *sizes, keep_last=True)
+    on_sigterm = SaveOnSigterm()
     metric = BitsPerByte(keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -266,15 +266,14 @@ def train(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=CausalCollator(PAD_ID),
-        callbacks=[StopWhereNotFinite()],
+        callbacks=[StopWhereNotFinite(), on_sigterm],
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=sum_nll,
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if trainer.state.global_step < trainer.state.max_steps:
-        # Only a signal ends training early (`enable_jit_checkpoint`), and then there is no time for more.
-        logger.warning("Stopped at step %d; the same command goes on from its checkpoint.", trainer.state.global_step)
+    if on_sigterm.stopped:
+        logger.warning("Stopped after step %d; the same command goes on from there.", trainer.state.global_step)
         raise SystemExit(128 + signal.SIGTERM)
     metrics |= trainer.evaluate()
     metrics["bigram_bits_per_byte"] = bigram_bits_per_byte(corpus.train, corpus.held_out)

@@ -393,6 +393,8 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
     """A causal Reformer that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "reformer.embeddings.word_embeddings.weight"}
+    # The other name of `lm_head.bias`: `Trainer` is not to miss it in a checkpoint.
+    _keys_to_ignore_on_save = ["lm_head.decoder.bias"]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ReformerHfConfig):

@@ -1,14 +1,12 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""
-Runs that survive faults: which checkpoint is whole, and a stop where gradients are no numbers any more.
-
-For what the machine does to a run: `TrainingArguments(enable_jit_checkpoint=True)` of Transformers saves on SIGTERM.
-"""
+"""Runs of `Trainer` that survive faults: which checkpoint is whole, and when to stop."""
 
 import json
 import os
+import signal
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,6 +47,38 @@ class StopWhereNotFinite(TrainerCallback):
                 f"weights and checkpoints in {args.output_dir!r} stay as they were. Lower `learning_rate` (it is "
                 f"{args.learning_rate}) or `max_grad_norm`, or look for what is wrong in the data of this step."
             )
+
+
+class SaveOnSigterm(TrainerCallback):
+    """
+    On SIGTERM, finishes the step, saves a checkpoint and ends training; `stopped` is True then.
+
+    Going on from it gives what an unbroken run does, bit for bit. (With `enable_jit_checkpoint` of Transformers the
+    checkpoint may fall within a step, when random numbers of that step are drawn already.) Of several processes all
+    stop at the same step, whichever got the signal. Works in the main thread only, as signals do.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._handler_before: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._handler_before = signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, signum, frame):
+        logger.warning("Got SIGTERM: training ends after this step, with a checkpoint.")
+        self.stopped = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            stopped = torch.tensor(int(self.stopped), device=args.device)
+            torch.distributed.all_reduce(stopped, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(stopped)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._handler_before)
 
 
 def what_is_missing(checkpoint: str | os.PathLike) -> str | None:

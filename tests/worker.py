@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import save_file
-from torch.distributed import init_process_group, is_initialized
+from torch.distributed import destroy_process_group, init_process_group, is_initialized
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -22,7 +22,7 @@ from transformers.distributed import DistributedConfig
 
 from reformer_hf import ReformerHfForCausalLM
 from reformer_hf.packing import CausalCollator
-from reformer_hf.training import StopWhereNotFinite, last_whole_checkpoint
+from reformer_hf.training import SaveOnSigterm, StopWhereNotFinite, last_whole_checkpoint
 
 from .helpers import random_model, tiny_config
 
@@ -146,7 +146,7 @@ def train(
         torch.distributed.barrier()
         config = DistributedConfig(fsdp_size=WORLD_SIZE)
         model = ReformerHfForCausalLM.from_pretrained(Path(folder, "initial"), distributed_config=config)
-    callbacks: list[TrainerCallback] = [StopWhereNotFinite()]
+    callbacks: list[TrainerCallback] = [StopWhereNotFinite(), SaveOnSigterm()]
     if kill_at is not None:
         callbacks.append(_KillAt(kill_at, kill_rank, signum))
     if stop_at is not None:
@@ -189,3 +189,5 @@ SCENARIOS = {function.__name__: function for function in (gradients, train)}
 
 if __name__ == "__main__":
     SCENARIOS[sys.argv[1]](**json.loads(sys.argv[2]))
+    if is_initialized():
+        destroy_process_group()
