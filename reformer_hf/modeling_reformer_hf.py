@@ -368,6 +368,11 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         Raises:
             ValueError: If an input does not fit the config or another one.
         """
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "`torch.export` traces one order of the sorted positions, which is another one for each input: use "
+                "`torch.compile`, or share the model as a folder (`save_pretrained`)."
+            )
         inputs = _check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes)
         padding = None
         if attention_mask is not None:

@@ -55,11 +55,11 @@ def test_quick_measures_every_implementation_and_writes_tables(tmp_path, capsys)
     assert all(found["seconds"] > 0 and found["peak_bytes"] >= 0 for found in measured)
     assert written["machine"]["torch"] == torch.__version__
 
-    head, *rows = _table_rows(path.with_suffix(".md").read_text(), 7)
+    head, *rows = _table_rows(path.with_suffix(".md").read_text(), 8)
     assert [tuple(row[:2]) for row in rows] == expected
     for row in rows:
-        assert float(row[2]) > 0 and float(row[6]) > 0, row
-        assert row[1] != "reformer_hf" or row[6] == "1.00"
+        assert float(row[2]) > 0 and float(row[7]) > 0, row
+        assert row[1] != "reformer_hf" or row[7] == "1.00"
     assert len(list(tmp_path.glob("*.png"))) == 1
     assert "reformer_hf" in capsys.readouterr().out
 
@@ -176,7 +176,7 @@ class _Launch:
         if task["task"] == "check":
             return {"ok": True, "findings": []}
         self.measured.append(task["implementation"])
-        return {"seconds": self.seconds[task["implementation"]], "peak_bytes": 1}
+        return {"seconds": self.seconds[task["implementation"]], "peak_bytes": 1, "built_bytes": 1}
 
 
 def _run(launch, results, repeats=3):
@@ -234,7 +234,7 @@ def _measured(times):
     results = _results()
     for (case, name), found in times.items():
         seconds, peak = found if isinstance(found, tuple) else (found, 1)
-        results.add_measurement(case, name, 0, {"seconds": seconds, "peak_bytes": peak})
+        results.add_measurement(case, name, 0, {"seconds": seconds, "peak_bytes": peak, "built_bytes": 1})
     return results
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""`torch.compile` and `torch.export`: right results, no compilation anew at each step."""
+"""`torch.compile`: right results, no compilation anew at each step. `torch.export`: a clear refusal."""
 
 import pytest
 import torch
@@ -65,3 +65,11 @@ def test_inductor():
     ids = _ids(0)
     with torch.no_grad():
         assert_close(compiled(ids).logits, model(ids).logits, 1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_is_refused(strict):
+    """A program that was exported would keep the order of the input that it was traced with."""
+    model = random_model(attn_layers=LAYERS).requires_grad_(False)
+    with pytest.raises(Exception, match="torch.export.*use.*torch.compile"):
+        torch.export.export(model, (_ids(0),), strict=strict)
