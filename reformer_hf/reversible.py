@@ -150,19 +150,19 @@ class AttentionBranch(Branch):
         return other
 
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
-        out = other.clone()
+        out = torch.empty_like(other)
         for part in self.parts:
             heads = part.attend(map_chunks(part.read, stream, self.chunk_size))
             for at in chunks_of(stream, self.chunk_size):
-                out[:, at].add_(self._scaled(part.write(heads[:, at]), at), alpha=sign)
+                added = self._scaled(part.write(heads[:, at]), at)
+                torch.add(other[:, at], added, alpha=sign, out=out[:, at])
+            other = out
         return out
 
     def go_back(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
     ) -> tuple[Tensor, Gradients]:
-        if rest is not total:
-            rest.copy_(total)
-        grad_sum = grad_stream.clone()
+        grad_sum = torch.empty_like(grad_stream)
         grads: Gradients = [None] * len(self.parameters)
         for part in self.parts:
             # An adapter may draw random numbers as it reads, and is to draw them again.
@@ -175,15 +175,17 @@ class AttentionBranch(Branch):
             for at, (added,), grad in vjp_chunks(
                 part.write, heads.detach(), grads_of, self.chunk_size, self.parameters, grads
             ):
-                rest[:, at].sub_(self._scaled(added, at))
+                torch.sub(total[:, at], self._scaled(added, at), out=rest[:, at])
                 grad_heads[:, at] = grad
             grad_inputs = torch.autograd.grad(heads, inputs, grad_heads, materialize_grads=True)
             del inputs, heads, grad_heads
             read, grads_of = partial(part.read, values=False), partial(_at, grad_inputs)
             with state.replay():
                 for at, _, grad in vjp_chunks(read, stream, grads_of, self.chunk_size, self.parameters, grads):
-                    grad_sum[:, at].add_(grad)
+                    torch.add(grad_stream[:, at], grad, out=grad_sum[:, at])
             del grad_inputs, grads_of
+            # What the next part is taken from, and added to.
+            total, grad_stream = rest, grad_sum
         return grad_sum, grads
 
     def _grad_added(self, grad_total: Tensor, at: slice) -> Sequence[Tensor]:

@@ -3,16 +3,14 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from .hub_server import HubServer
+from .processes import ROOT, run_python
 
-ROOT = Path(__file__).parents[1]
 TOKEN = "dummy"
 PACKAGE = pytest.mark.parametrize("package", [True, False], ids=["with-package", "without-package"])
 
@@ -155,17 +153,7 @@ def _run(script: str, hub: HubServer, folder: Path, package: bool = True) -> Pat
     if package:
         env["PYTHONPATH"] = str(ROOT)
     script = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + script
-    process = subprocess.run(
-        [sys.executable, "-c", script, str(folder / "results")],
-        env=env,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        # Far above what it takes: a client that waits for an answer fails the test, and does not hang it.
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
+    run_python(["-c", script, folder / "results"], folder, env)
     return folder / "results"
 
 

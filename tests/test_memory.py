@@ -45,7 +45,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("batch_size", "length"), [(1, 8192), (2, 3000)], ids=["B1", "B2"])
+@pytest.mark.parametrize(
+    ("batch_size", "length"), [pytest.param(1, 8192, marks=pytest.mark.slow), (2, 3000)], ids=["B1", "B2"]
+)
 def test_estimate_is_near_the_tensors_that_are_alive(name, batch_size, length):
     config = ReformerHfConfig(**CONFIGS[name], **SIZES)
     estimate = estimate_training_memory(config, length, batch_size, optimizer_bytes=0)
@@ -53,6 +55,7 @@ def test_estimate_is_near_the_tensors_that_are_alive(name, batch_size, length):
     assert 0.8 < peak / (estimate.total - estimate.parameters) < 1.1, estimate
 
 
+@pytest.mark.slow
 def test_a_deeper_model_adds_gradients_alone():
     """At a length so short that gradients outweigh streams and sort orders, of which the first layer has its own."""
     peaks, gradients = [], []

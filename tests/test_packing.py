@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from reformer_hf.packing import CausalCollator, pack, pack_to_file
 
@@ -55,6 +57,15 @@ def test_file_is_mapped_and_equals_what_is_packed(tmp_path):
     dataset = pack_to_file(tmp_path / "data" / "train.arrow", documents, 8, separator_id=END)
     assert [x.tolist() for x in dataset["input_ids"]] == [x.tolist() for x in pack(documents, 8, END)]
     assert dataset.cache_files == [{"filename": str(tmp_path / "data" / "train.arrow")}]
+
+
+def test_streaming():
+    """Without a file: what `pack` gives, as it gives it."""
+    documents = [list(range(2, 40)), [7], list(range(2, 9))]
+    stream = IterableDataset.from_generator(lambda: ({"input_ids": ids} for ids in pack(documents, 8, END)))
+    batches = DataLoader(stream, batch_size=2, collate_fn=CausalCollator(0))
+    rows = [row[row != 0].tolist() for batch in batches for row in batch["input_ids"]]
+    assert rows == [x.tolist() for x in pack(documents, 8, END)]
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path):

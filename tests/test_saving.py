@@ -6,8 +6,6 @@ import json
 import math
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,8 +27,9 @@ from transformers.models.auto import modeling_auto
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
 
 from .helpers import random_model, tiny_config
+from .processes import ROOT, run_python
 from .test_flat_files import FLAT_FILES
-from .test_hub import ROOT, WITH_PACKAGE, WITHOUT_PACKAGE
+from .test_hub import WITH_PACKAGE, WITHOUT_PACKAGE
 
 TEXT = "Пульхерия Александровна, née R.\n"
 AXIAL_AND_TIED = {
@@ -388,17 +387,7 @@ def _run(script: str, saved: Path, folder: Path, package: bool):
         env["PYTHONPATH"] = str(ROOT)
     script = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + LOAD + script
     isolated = [] if package else ["-I"]
-    process = subprocess.run(
-        [sys.executable, *isolated, "-c", script, saved, folder / "again", folder / "results", TEXT],
-        env=env,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        # Far above what it takes: a process that hangs fails the test.
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
+    run_python([*isolated, "-c", script, saved, folder / "again", folder / "results", TEXT], folder, env)
     return torch.load(folder / "results", weights_only=False)
 
 
