@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import save_file
-from torch.distributed import destroy_process_group, init_process_group, is_initialized
+from torch.distributed import barrier, destroy_process_group, init_process_group, is_initialized
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -61,7 +61,7 @@ def gradients(folder: str, wrap: str, tied: bool = False, head_chunk: int = 0) -
         # Only rank 0 writes; the other one waits for it.
         if RANK == 0:
             model.save_pretrained(Path(folder, "initial"))
-        torch.distributed.barrier()
+        barrier()
         config = DistributedConfig(fsdp_size=WORLD_SIZE)
         model = ReformerHfForCausalLM.from_pretrained(
             Path(folder, "initial"), distributed_config=config, dtype=torch.float64
@@ -143,7 +143,7 @@ def train(
         if RANK == 0:
             model.save_pretrained(Path(folder, "initial"))
         init_process_group("gloo")
-        torch.distributed.barrier()
+        barrier()
         config = DistributedConfig(fsdp_size=WORLD_SIZE)
         model = ReformerHfForCausalLM.from_pretrained(Path(folder, "initial"), distributed_config=config)
     callbacks: list[TrainerCallback] = [StopWhereNotFinite(), SaveOnSigterm()]
@@ -190,4 +190,9 @@ SCENARIOS = {function.__name__: function for function in (gradients, train)}
 if __name__ == "__main__":
     SCENARIOS[sys.argv[1]](**json.loads(sys.argv[2]))
     if is_initialized():
+        barrier()
         destroy_process_group()
+        # All is written. The end of the interpreter, now and then, takes down a rank whose gloo threads still run.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
