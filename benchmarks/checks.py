@@ -75,7 +75,7 @@ def check_oracle(shape: Shape, num_hashes: int) -> list[Finding]:
     counts = torch.stack([key_counts(pattern, of_head.tolist(), [False] * length) for of_head in buckets])[None]
 
     def oracle(hidden_states: Tensor) -> Tensor:
-        query, value = exact.project(hidden_states, slice(0, shape.num_heads))
+        query, value = exact.project(hidden_states, exact.all_heads)
         return dense_attention(query, normalized_keys(query), value, counts, own_value=True).flatten(2)
 
     found = _with_gradients(module, module, hidden_states)
@@ -157,7 +157,7 @@ def _buckets(module: LSHSelfAttention, hidden_states: Tensor) -> Tensor:
     """Buckets `[H, R, L]` of the one sequence, under the module's hash seed."""
     config = module.config
     with torch.no_grad():
-        query, _ = module.project(hidden_states, slice(0, config.num_attention_heads))
+        query, _ = module.project(hidden_states, module.all_heads)
     _, length, num_heads, head_size = query.shape
     factors = bucket_factors(config.num_buckets, length, config.lsh_attn_chunk_length, config.max_position_embeddings)
     rotations = random_rotations(config.hash_seed, num_heads, head_size, config.num_hashes, factors)

@@ -93,11 +93,11 @@ def vjp_chunks(
             out = function(chunk)
         results = [out] if isinstance(out, Tensor) else list(out)
         grad, *news = torch.autograd.grad(results, [chunk, *parameters], grads_of(positions), allow_unused=True)
-        accumulate(grad_parameters, news)
+        _accumulate(grad_parameters, news)
         yield positions, [x.detach() for x in results], torch.zeros_like(chunk) if grad is None else grad
 
 
-def accumulate(sums: list[Tensor | None], news: Sequence[Tensor | None]) -> None:
+def _accumulate(sums: list[Tensor | None], news: Sequence[Tensor | None]) -> None:
     """Add gradients to what there is of them; `None` stands for zero."""
     for i, new in enumerate(news):
         if new is not None:

@@ -91,7 +91,7 @@ class ReformerHfConfig(PreTrainedConfig):
             keys and values of the others do not exist meanwhile. `None` takes as many as suit the device. (trax's
             `n_parallel_heads`)
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0): Positions that the feed-forward and the
-            head process at a time. 0 means all, or for the feed-forward as many as suit the caches of a CPU.
+            head process at a time. 0 means all, or for the feed-forward as many as suit the device.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the word embeddings. It then reads
             the mean of both streams instead of the two side by side.
 

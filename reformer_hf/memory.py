@@ -9,7 +9,7 @@ from .attention_layout import SLAB_SCORES
 from .chunked import suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .modeling_reformer_hf import ReformerHfForCausalLM
-from .self_attention import suitable_group
+from .self_attention import parallel_heads
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def estimate_training_memory(
         )
     shape = _Shape(
         config,
-        positions=batch_size * length,
+        batch_size,
+        length,
         size=dtype.itemsize,
         wide=torch.promote_types(dtype, torch.float32).itemsize,
         rounds=num_hashes or config.num_hashes,
-        suitable=batch_size * suitable_chunk_size(batch_size, length, device),
         device=device,
     )
     with torch.device("meta"):
@@ -92,9 +92,9 @@ def estimate_training_memory(
         gradients=num_parameters * shape.size,
         optimizer=num_parameters * optimizer_bytes,
         sort_orders=config.attn_layers.count("lsh") * shape.sort_order,
-        head=shape.head(batch_size),
+        head=shape.head,
         attention=max(shape.attention(kind) for kind in set(config.attn_layers)),
-        feed_forward=shape.feed_forward(batch_size),
+        feed_forward=shape.feed_forward,
         last_layer=2 * shape.stream + (2 * config.hidden_size + 1) * config.vocab_size * shape.size,
     )
 
@@ -104,12 +104,16 @@ class _Shape:
     """Sizes, and the terms that are made of them; all in bytes but for the first ones."""
 
     config: ReformerHfConfig
-    positions: int
+    batch_size: int
+    length: int
     size: int
     wide: int
     rounds: int
-    suitable: int
     device: str
+
+    @property
+    def positions(self) -> int:
+        return self.batch_size * self.length
 
     @property
     def stream(self) -> int:
@@ -120,14 +124,15 @@ class _Shape:
         """Of one layer, int32."""
         return self.positions * self.config.num_attention_heads * self.rounds * 4
 
-    def head(self, batch_size: int) -> int:
+    @property
+    def head(self) -> int:
         """
         The streams side by side, which the tape shares, and normalised; then either logits (their own, in fp32 if
         they are not, their logarithmic softmax, a gradient), or the gradients of those two.
         """
         both, normalised = 2 * self.stream, 2 * self.stream * self.size // self.wide
-        chunk = batch_size * self.config.chunk_size_lm_head or self.positions
-        logits = min(chunk, self.positions) * self.config.vocab_size
+        chunk = min(self.config.chunk_size_lm_head or self.length, self.length)
+        logits = self.batch_size * chunk * self.config.vocab_size
         if self.config.chunk_size_lm_head:
             return 2 * (both + normalised) + 2 * logits * self.wide
         copies = 2 * self.wide + self.size + (self.wide if self.size < self.wide else 0)
@@ -139,10 +144,7 @@ class _Shape:
         Besides, for the heads that are computed at a time: projections, output, and gradients of all.
         """
         config = self.config
-        heads = min(
-            config.num_parallel_heads or suitable_group(self.positions, self.device), config.num_attention_heads
-        )
-        rows = self.positions * heads
+        rows = self.positions * parallel_heads(config, self.positions, self.device)
         projections = {"local": 3, "lsh": 2}[kind]
         head_size = config.attention_head_size
         kept = (projections + 2) * rows * head_size * self.size
@@ -151,10 +153,12 @@ class _Shape:
         index = self.positions * (16 * (self.rounds if kind == "lsh" else 1) + 32)
         return 6 * self.stream + kept + grads + index + _slab(self.device)
 
-    def feed_forward(self, batch_size: int) -> int:
+    @property
+    def feed_forward(self) -> int:
         """As for attention, but for one gradient; and the inner activations of a chunk, with their gradients."""
-        chunk = batch_size * self.config.chunk_size_feed_forward or self.suitable
-        inner = min(chunk, self.positions) * self.config.feed_forward_size * self.size
+        suitable = suitable_chunk_size(self.batch_size, self.length, self.device)
+        chunk = min(self.config.chunk_size_feed_forward or suitable, self.length)
+        inner = self.batch_size * chunk * self.config.feed_forward_size * self.size
         return 5 * self.stream + 4 * inner
 
 

@@ -132,8 +132,7 @@ class ReformerHfAttention(nn.Module):
         )
 
     def _part(self, call: AttentionCall, heads: slice) -> AttentionPart:
-        size = self.self_attention.config.attention_head_size
-        features = slice(heads.start * size, heads.stop * size)
+        features = self.self_attention.features(heads)
         return AttentionPart(
             read=lambda stream, values=True: self.self_attention.project(self.layer_norm(stream), heads, values),
             attend=lambda projected: self.self_attention.attend(projected, call, heads).flatten(2),

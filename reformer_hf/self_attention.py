@@ -78,6 +78,15 @@ class SelfAttention(nn.Module):
         """Rate at which attention weights are dropped in this mode."""
         return (self.config.lsh_attention_probs_dropout_prob or 0.0) if self.training else 0.0
 
+    @property
+    def all_heads(self) -> slice:
+        return slice(0, self.config.num_attention_heads)
+
+    def features(self, heads: slice) -> slice:
+        """Where some heads stand among the features of all."""
+        size = self.config.attention_head_size
+        return slice(heads.start * size, heads.stop * size)
+
     def begin(
         self, padding: Tensor | None = None, num_hashes: int | None = None, output_attentions: bool = False
     ) -> AttentionCall:
@@ -101,7 +110,7 @@ class SelfAttention(nn.Module):
             `[B, L, H * D]`.
         """
         call = self.begin() if call is None else call
-        heads = slice(0, self.config.num_attention_heads) if heads is None else heads
+        heads = self.all_heads if heads is None else heads
         return self.attend(self.project(hidden_states, heads), call, heads).flatten(2)
 
     def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
@@ -110,11 +119,10 @@ class SelfAttention(nn.Module):
 
         Without `values` it may be anything, computed at no cost, that gradients go through as they should.
         """
-        size = self.config.attention_head_size
-        features = slice(heads.start * size, heads.stop * size)
+        features = self.features(heads)
         # One view for all, so that autograd sums their gradients in place.
         rows = hidden_states.flatten(0, 1)
-        shape = (*hidden_states.shape[:2], -1, size)
+        shape = (*hidden_states.shape[:2], -1, self.config.attention_head_size)
         return [project(getattr(self, name), rows, features, values).view(shape) for name in self.projections]
 
     def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
@@ -129,17 +137,17 @@ class SelfAttention(nn.Module):
         adapter, say, or one whose weights are brought in by a hook.
         """
         num_heads = self.config.num_attention_heads
-        size = self.config.num_parallel_heads or suitable_group(
-            hidden_states.shape[:2].numel(), hidden_states.device.type
-        )
+        size = parallel_heads(self.config, hidden_states.shape[:2].numel(), hidden_states.device.type)
         if not all(is_plain(module) for module in (output, *(getattr(self, name) for name in self.projections))):
             size = num_heads
         return [slice(first, min(first + size, num_heads)) for first in range(0, num_heads, size)]
 
 
-def suitable_group(positions: int, device_type: str) -> int:
-    """Heads that a device computes fastest at a time, given the positions of all rows of a batch."""
-    return max(_GROUP_ROWS.get(device_type, _GROUP_ROWS["cuda"]) // max(positions, 1), 1)
+def parallel_heads(config: ReformerHfConfig, positions: int, device_type: str) -> int:
+    """Heads to be computed at a time, given the positions of all rows of a batch: as many as the config says, or as a
+    device computes fastest."""
+    suitable = max(_GROUP_ROWS.get(device_type, _GROUP_ROWS["cuda"]) // max(positions, 1), 1)
+    return min(config.num_parallel_heads or suitable, config.num_attention_heads)
 
 
 class SharedQueryKeyAttention(SelfAttention):

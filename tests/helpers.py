@@ -6,6 +6,13 @@ from torch import Tensor
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
+# Of every kind, for `tiny_config`.
+DROPOUT = {
+    "hidden_dropout_prob": 0.1,
+    "local_attention_probs_dropout_prob": 0.1,
+    "lsh_attention_probs_dropout_prob": 0.1,
+}
+
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference over that of `expected`. Where that is zero, only zeros are close."""

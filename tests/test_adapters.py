@@ -8,17 +8,12 @@ from transformers.utils.peft_utils import check_peft_version
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
 
-from .helpers import assert_close, random_model, tiny_config
+from .helpers import DROPOUT, assert_close, random_model, tiny_config
 
 peft = pytest.importorskip("peft")
 
 LAYERS = ["local", "lsh", "full", "lsh"]
 TARGETS = ["query_key", "query", "value", "dense.dense", "output.dense"]
-DROPOUT = {
-    "hidden_dropout_prob": 0.1,
-    "local_attention_probs_dropout_prob": 0.1,
-    "lsh_attention_probs_dropout_prob": 0.1,
-}
 
 
 def _adapted(reversible=True, dtype=torch.float64, targets=TARGETS, lora_dropout=0.0, **fields):

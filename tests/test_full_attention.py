@@ -34,7 +34,7 @@ def _inputs(length, side, batch_size=3):
 
 
 def _definition(layer, hidden_states, padding):
-    query, value = layer.project(hidden_states, slice(0, 2))
+    query, value = layer.project(hidden_states, layer.all_heads)
     no_padding = torch.zeros(hidden_states.shape[:2], dtype=torch.bool)
     counts = full_attention_counts(layer.config.is_decoder, no_padding if padding is None else padding)
     return dense_attention(query, normalized_keys(query), value, counts, own_value=True).flatten(2)

@@ -8,7 +8,7 @@ from torch import nn
 from reformer_hf import chunked
 from reformer_hf.self_attention import AttentionCall, SelfAttention
 
-from .helpers import assert_close, gradients, random_model, tiny_config
+from .helpers import DROPOUT, assert_close, gradients, random_model, tiny_config
 
 LAYERS = ["local", "lsh", "full"]
 
@@ -68,10 +68,8 @@ def test_chunks_equal_all_at_once(reversible, monkeypatch):
 
 
 def test_reversible_equals_plain_in_chunks(small_chunks):
-    rates = {"hidden_dropout_prob": 0.1, "local_attention_probs_dropout_prob": 0.1}
-    rates["lsh_attention_probs_dropout_prob"] = 0.1
     (output, grads), (expected, expected_grads) = (
-        _step(_model(1, reversible=reversible, **rates), padded=True) for reversible in (True, False)
+        _step(_model(1, reversible=reversible, **DROPOUT), padded=True) for reversible in (True, False)
     )
     assert_close(output.logits, expected.logits, 1e-12)
     for name, grad in grads.items():

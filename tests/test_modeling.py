@@ -9,14 +9,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
 from reformer_hf.rng import draw_seed
 
-from .helpers import assert_close, gradients, random_model, relative_rms, tiny_config
+from .helpers import DROPOUT, assert_close, gradients, random_model, relative_rms, tiny_config
 
 DEEP = ["local", "lsh", "full", "lsh"]
-DROPOUT = {
-    "hidden_dropout_prob": 0.1,
-    "local_attention_probs_dropout_prob": 0.1,
-    "lsh_attention_probs_dropout_prob": 0.1,
-}
 
 each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 

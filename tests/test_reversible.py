@@ -6,14 +6,9 @@ import torch
 
 from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
 
-from .helpers import assert_close, gradients, tiny_config
+from .helpers import DROPOUT, assert_close, gradients, tiny_config
 
 DEEP = ["local", "lsh", "full"] * 4
-DROPOUT = {
-    "hidden_dropout_prob": 0.1,
-    "local_attention_probs_dropout_prob": 0.1,
-    "lsh_attention_probs_dropout_prob": 0.1,
-}
 
 
 def _pair(dtype=torch.float32, **fields):

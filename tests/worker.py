@@ -24,15 +24,10 @@ from reformer_hf import ReformerHfForCausalLM
 from reformer_hf.packing import CausalCollator
 from reformer_hf.training import SaveOnSigterm, StopWhereNotFinite, last_whole_checkpoint
 
-from .helpers import random_model, tiny_config
+from .helpers import DROPOUT, random_model, tiny_config
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LAYERS = ["local", "lsh", "full", "lsh"]
-DROPOUT = {
-    "hidden_dropout_prob": 0.1,
-    "local_attention_probs_dropout_prob": 0.1,
-    "lsh_attention_probs_dropout_prob": 0.1,
-}
 GLOBAL_BATCH = 4
 
 
@@ -51,6 +46,16 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)
 
 
+def sharded_at_load(model: ReformerHfForCausalLM, folder: Path) -> ReformerHfForCausalLM:
+    """The same model by way of a folder, sharded by Transformers."""
+    # Only rank 0 writes; the other one waits for it.
+    if RANK == 0:
+        model.save_pretrained(folder)
+    barrier()
+    config = DistributedConfig(fsdp_size=WORLD_SIZE)
+    return ReformerHfForCausalLM.from_pretrained(folder, distributed_config=config, dtype=model.dtype)
+
+
 def gradients(folder: str, wrap: str, tied: bool = False, head_chunk: int = 0) -> None:
     """Loss and gradients of one global batch, each rank with its share of it."""
     if WORLD_SIZE > 1 and not is_initialized():
@@ -58,14 +63,7 @@ def gradients(folder: str, wrap: str, tied: bool = False, head_chunk: int = 0) -
     fields = {"tie_word_embeddings": tied, "chunk_size_lm_head": head_chunk, "hash_seed": 0, "attn_layers": LAYERS}
     model = random_model(torch.float64, **fields).train()
     if wrap == "plan":
-        # Only rank 0 writes; the other one waits for it.
-        if RANK == 0:
-            model.save_pretrained(Path(folder, "initial"))
-        barrier()
-        config = DistributedConfig(fsdp_size=WORLD_SIZE)
-        model = ReformerHfForCausalLM.from_pretrained(
-            Path(folder, "initial"), distributed_config=config, dtype=torch.float64
-        ).train()
+        model = sharded_at_load(model, Path(folder, "initial")).train()
     elif wrap == "fully_shard":
         for layer in model.reformer.encoder.layers:
             fully_shard(layer)
@@ -88,7 +86,7 @@ def gradients(folder: str, wrap: str, tied: bool = False, head_chunk: int = 0) -
 
 
 class _KillAt(TrainerCallback):
-    """The process is killed at the end of a step; with a rank given, that of this rank alone."""
+    """The process gets a signal at the beginning of a step; with a rank given, that of this rank alone."""
 
     def __init__(self, step: int, rank: int | None, signum: int):
         self.step, self.rank, self.signum = step, rank, signum
@@ -123,7 +121,6 @@ def train(
     folder: str,
     max_steps: int,
     batch_size: int = 2,
-    accumulation: int = 1,
     dropout: bool = True,
     resume: bool = False,
     kill_at: int | None = None,
@@ -140,12 +137,8 @@ def train(
     fields = {"attn_layers": LAYERS, **(DROPOUT if dropout else {"hash_seed": 0})}
     model = ReformerHfForCausalLM(tiny_config(**fields))
     if wrap == "plan":
-        if RANK == 0:
-            model.save_pretrained(Path(folder, "initial"))
         init_process_group("gloo")
-        barrier()
-        config = DistributedConfig(fsdp_size=WORLD_SIZE)
-        model = ReformerHfForCausalLM.from_pretrained(Path(folder, "initial"), distributed_config=config)
+        model = sharded_at_load(model, Path(folder, "initial"))
     callbacks: list[TrainerCallback] = [StopWhereNotFinite(), SaveOnSigterm()]
     if kill_at is not None:
         callbacks.append(_KillAt(kill_at, kill_rank, signum))
@@ -157,7 +150,6 @@ def train(
         "output_dir": folder,
         "max_steps": max_steps,
         "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
         "learning_rate": 1e-2,
         "max_grad_norm": 0.5,
         "logging_steps": 1,
