@@ -108,6 +108,29 @@ def normalized_keys(query: Tensor) -> Tensor:
     return (query * key_scale(query)[..., None]).to(query.dtype)
 
 
+def attend_to(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """
+    Plain attention, for few queries.
+
+    Args:
+        query: `[…, n, D]`.
+        key, value: `[…, T, D or E]`.
+        visible: `[…, n, T]`, which keys a query sees; `None` for all.
+        dropout: Rate at which weights are dropped, by torch's global generator.
+
+    Returns:
+        Output `[…, n, E]`, and the weights `[…, n, T]` before dropout. Those of a query that sees nothing mean nothing.
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    kept = torch.dropout(weights, dropout, train=True) if dropout else weights
+    return torch.matmul(kept.to(value.dtype), value), weights
+
+
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """
     One softmax over the keys of two.

@@ -2,6 +2,7 @@
 """Configuration of the Reformer: every field of the in-tree model under its name, and the ones that are ours."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -107,7 +108,7 @@ class ReformerHfConfig(PreTrainedConfig):
     ```"""
 
     model_type = "reformer_hf"
-    keys_to_ignore_at_inference = ["attentions", "hidden_states"]
+    keys_to_ignore_at_inference = ["attentions", "hidden_states", "cache"]
     base_model_fsdp_plan = {
         "embeddings": "free_full_weight",
         "encoder.layers.*": "free_full_weight",
@@ -178,6 +179,11 @@ class ReformerHfConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Number of layers: the length of `attn_layers`."""
         return len(self.attn_layers)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Names by which the caches of Transformers know the decoding state of each layer."""
+        return [f"reformer_hf_{kind}" for kind in self.attn_layers]
 
     def padded_length(self, length: int) -> int:
         """Length of the in-tree computation for an input of `length` tokens: as it is up to the shortest chunk, else a
@@ -325,15 +331,18 @@ class ReformerHfConfig(PreTrainedConfig):
                 "`lsh_across_buckets=True`, `lsh_count_duplicates=True`, not "
                 f"{self.lsh_pattern!r}, {self.lsh_across_buckets}, {self.lsh_count_duplicates}: set it to False."
             )
-        self._check_buckets()
+        if self.num_buckets is not None:
+            self.check_num_buckets(self.num_buckets)
 
-    def _check_buckets(self):
-        if self.num_buckets is None or self.num_buckets == 1:
+    @staticmethod
+    def check_num_buckets(num_buckets: int | Sequence[int]):
+        """Whether there can be so many buckets. Raises `ValueError`."""
+        if num_buckets == 1:
             return
-        factors = [self.num_buckets] if isinstance(self.num_buckets, int) else self.num_buckets
+        factors = [num_buckets] if isinstance(num_buckets, int) else num_buckets
         if not factors or any(factor < 2 or factor % 2 for factor in factors):
             raise ValueError(
-                f"`num_buckets` is {self.num_buckets}, but random rotations give an even number of buckets: use even "
+                f"`num_buckets` is {num_buckets}, but random rotations give an even number of buckets: use even "
                 "numbers (one, or a list of factors), 1 for a single bucket, or None to derive it from the length."
             )
 

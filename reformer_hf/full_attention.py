@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention_kernels import normalized_keys
+from .attention_kernels import attend_to, normalized_keys
+from .cache import Geometry
 from .self_attention import AttentionCall, SharedQueryKeyAttention
 
 
@@ -17,6 +18,10 @@ class FullSelfAttention(SharedQueryKeyAttention):
     def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
         query, value = (x.transpose(1, 2) for x in projected)
         key = normalized_keys(query)
+        if call.state is not None:
+            states = key.transpose(1, 2), projected[1]
+            call.state.prepare(self.geometry(), *states)
+            call.update(*states, call.state.fill(key.shape[2], call.padding, heads))
         if self.config.is_decoder and call.padding is None:
             out = _causal_attention(query, key, value, self.dropout)
         else:
@@ -24,6 +29,32 @@ class FullSelfAttention(SharedQueryKeyAttention):
         if call.output_attentions:
             call.add_weights(self._weights(query, key, call.padding))
         return out.transpose(1, 2)
+
+    def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
+        query, value = projected
+        state, num_new = call.state, query.shape[1]
+        places = state.places(num_new, call.padding)
+        seen = call.update(normalized_keys(query), value, places)
+        query, value, seen_keys, seen_values = (x.transpose(1, 2) for x in (query, value, *seen))
+        visible = None if places.visible is None else places.visible[:, None]
+        out, weights = attend_to(query, seen_keys, seen_values, visible, self.dropout)
+        alone = None
+        if visible is not None:
+            alone = ~visible.any(-1, keepdim=True)
+            out = torch.where(alone, value, out)
+        if call.output_attentions:
+            positions = state.positions(places).int().expand(weights.shape)
+            if visible is not None:
+                weights, positions = weights.masked_fill(~visible, 0.0), positions.masked_fill(~visible, -1)
+                own = torch.arange(num_new, dtype=torch.int32, device=query.device) + int(state.length)
+                weights[..., -1:] = torch.where(alone, 1.0, weights[..., -1:])
+                positions[..., -1:] = torch.where(alone, own[:, None], positions[..., -1:])
+            call.add_weights((weights[:, :, None], positions[:, :, None]))
+        state.advance(num_new, call.padding)
+        return out.transpose(1, 2)
+
+    def geometry(self, num_hashes: int | None = None) -> Geometry:
+        return Geometry(self.config.num_attention_heads, self.config.attention_head_size)
 
     def _visible(self, query: Tensor, padding: Tensor | None) -> Tensor:
         """Who sees whom, `[B or 1, 1, L, L]`."""

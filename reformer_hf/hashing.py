@@ -58,35 +58,47 @@ def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int
     With several factors the bucket is the number whose mixed-radix digits are the buckets of the parts, the first
     factor's the lowest. Computed in fp32 at least, outside autocast and without gradient.
     """
+    return hash_by(projections_of(rotations_HDRN, factors, vectors_BLHD), vectors_BLHD, rotations_HDRN.shape[2])
+
+
+def projections_of(rotations_HDRN: Tensor, factors: list[int], vectors_BLHD: Tensor) -> list[Tensor]:
+    """The rotations of each factor N as `[H, R * N / 2, D]`, on the device of vectors and in the dtype that hashes
+    them. None for a single bucket."""
+    if factors == [1]:
+        return []
+    dtype = torch.promote_types(vectors_BLHD.dtype, torch.float32)
+    return [
+        part_HDRN.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+        for part_HDRN in rotations_HDRN.to(vectors_BLHD.device, dtype).split([N // 2 for N in factors], dim=-1)
+    ]
+
+
+def hash_by(projections: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int) -> Tensor:
+    """What `hash_vectors` does, given `projections_of` its rotations."""
     batch_size, length, num_heads, _ = vectors_BLHD.shape
-    num_hashes = rotations_HDRN.shape[2]
     device = vectors_BLHD.device
     buckets_BHRL = torch.zeros((batch_size, num_heads, num_hashes, length), dtype=torch.int32, device=device)
-    if factors == [1]:
+    if not projections:
         return buckets_BHRL
-    dtype = torch.promote_types(vectors_BLHD.dtype, torch.float32)
-    # [H, R * N / 2, D] for each factor N.
-    projections = [
-        part_HDRN.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-        for part_HDRN in rotations_HDRN.to(device, dtype).split([factor // 2 for factor in factors], dim=-1)
-    ]
     slab_elements = _HASH_SLAB_ELEMENTS.get(device.type, _HASH_SLAB_ELEMENTS["cuda"])
-    step = max(slab_elements // (num_heads * num_hashes * max(factors)), 1)
+    step = max(slab_elements // (2 * num_heads * max(projection.shape[1] for projection in projections)), 1)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, length, step):
-            vectors_BHDL = vectors_BLHD[:, start : start + step].permute(0, 2, 3, 1).to(dtype)
+            vectors_BHDL = vectors_BLHD[:, start : start + step].permute(0, 2, 3, 1).to(projections[0].dtype)
             buckets = buckets_BHRL[..., start : start + step]
             stride = 1
-            for factor, projection in zip(factors, projections, strict=True):
-                projected = torch.matmul(projection, vectors_BHDL).unflatten(2, (num_hashes, factor // 2))
+            for projection in projections:
+                projected = torch.matmul(projection, vectors_BHDL).unflatten(2, (num_hashes, -1))
                 buckets += stride * _argmax_of_both_signs(projected)
-                stride *= factor
+                stride *= 2 * projected.shape[3]
     return buckets_BHRL
 
 
 def _argmax_of_both_signs(projected_BHRNL: Tensor) -> Tensor:
-    """`argmax([x; -x])` over the axis N, without building the concatenation."""
+    """`argmax([x; -x])` over the axis N, without building the concatenation where it is not small."""
     num_projections = projected_BHRNL.shape[3]
+    if projected_BHRNL.shape[4] == 1:
+        return torch.cat([projected_BHRNL, -projected_BHRNL], dim=3).argmax(3).int()
     largest, argmax = _max(projected_BHRNL)
     smallest, argmin = _max(-projected_BHRNL)
     return torch.where(largest >= smallest, argmax, argmin + num_projections).int()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attention_kernels import attend_to
+from .cache import LocalGeometry, with_past
 from .chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
 from .hashing import sort_by_bucket
 from .self_attention import AttentionCall, SelfAttention
@@ -27,23 +29,68 @@ class LocalSelfAttention(SelfAttention):
 
     def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
         query, key, value = projected
-        order = call.keep("order", lambda: self._order(call.padding))
-        inputs = (self._pattern(query.shape[1]), order, call.padding)
+        state, past, padding = call.state, None, call.padding
+        if state is not None:
+            state.prepare(self.geometry(), key, value)
+            past = state.past(heads)
+        if past is None:
+            # In-tree, padding has its place.
+            last = None if self.config.wrap_chunks else padding
+            order = call.keep("order", lambda: self._order(last))
+            inputs = query, key, value
+        else:
+            inputs, padding = past.before(query, key, value, padding=call.padding)
+            last = with_past(past.absent, None, padding.shape[1]) if self.config.wrap_chunks else padding
+            order = self._order(last)
+        # What is past is no ring: a new token looks back at it and not at what is new.
+        pattern = self._pattern(inputs[0].shape[1], in_ring=past is None)
+        weights = None
         if call.output_attentions:
-            call.add_weights(chunk_attention_weights(query, key, *inputs))
+            weights = chunk_attention_weights(inputs[0], inputs[1], pattern, order, padding)
         # Groups of heads drop nothing in common.
-        return chunk_attention(query, key, value, *inputs, self.dropout, call.dropout_seed + heads.start)
+        seed = call.dropout_seed + heads.start
+        out = chunk_attention(*inputs, pattern, order, padding, self.dropout, seed)
+        if past is not None:
+            out, weights = past.cut(out, weights, int(state.length))
+        call.add_weights(weights)
+        if state is not None:
+            call.update(key, value, state.fill(key.shape[1], call.padding, heads))
+        return out
 
-    def _order(self, padding: Tensor | None) -> Tensor | None:
-        """Padding after all else, so that chunks begin with the first token. In-tree, padding has its place."""
-        if padding is None or self.config.wrap_chunks:
-            return None
-        one_bucket = torch.zeros((padding.shape[0], 1, 1, padding.shape[1]), dtype=torch.int32, device=padding.device)
-        return sort_by_bucket(one_bucket, padding)
+    def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
+        query, key, value = projected
+        state, num_new = call.state, query.shape[1]
+        places = state.places(num_new, call.padding)
+        seen_keys, seen_values = (x.transpose(1, 2) for x in call.update(key, value, places))
+        visible = places.visible[:, None]
+        out, weights = attend_to(query.transpose(1, 2), seen_keys, seen_values, visible, self.dropout)
+        if call.output_attentions:
+            positions = state.positions(places)[:, None].masked_fill(~visible, -1).int()
+            weights = weights.masked_fill(~visible, 0.0)
+            call.add_weights((weights[:, :, None], positions.expand(weights.shape)[:, :, None]))
+        state.advance(num_new, call.padding)
+        return out.transpose(1, 2)
 
-    def _pattern(self, length: int) -> AttentionPattern:
+    def geometry(self, num_hashes: int | None = None) -> LocalGeometry:
         config = self.config
-        ring_length = config.padded_length(length) if config.wrap_chunks else None
+        return LocalGeometry(
+            num_heads=config.num_attention_heads,
+            head_size=config.attention_head_size,
+            chunk_length=config.local_attn_chunk_length,
+            num_chunks_before=config.local_num_chunks_before,
+            counts_padding=config.wrap_chunks,
+        )
+
+    def _order(self, last: Tensor | None) -> Tensor | None:
+        """Some positions `[B, L]` after all others, so that chunks begin with the first token."""
+        if last is None:
+            return None
+        one_bucket = torch.zeros((last.shape[0], 1, 1, last.shape[1]), dtype=torch.int32, device=last.device)
+        return sort_by_bucket(one_bucket, last)
+
+    def _pattern(self, length: int, in_ring: bool = True) -> AttentionPattern:
+        config = self.config
+        ring_length = config.padded_length(length) if config.wrap_chunks and in_ring else None
         if ring_length is not None and ring_length <= config.local_attn_chunk_length:
             return AttentionPattern(length, chunks_before=0, causal=config.is_decoder, sees_itself=True)
         return AttentionPattern(

@@ -8,6 +8,7 @@ Parameter names are those of the in-tree model, so that its checkpoints load as 
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,19 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import dropout, linear, linear_cross_entropy, pad
-from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .axial_embeddings import AxialPositionEmbeddings, AxialTables, PositionEmbeddings
+from .cache import LAYER_TYPES
 from .chunked import apply_chunked, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .feed_forward import ReformerHfFeedForward
 from .full_attention import FullSelfAttention
 from .local_attention import LocalSelfAttention
-from .lsh_attention import LSHSelfAttention
+from .lsh_attention import LSHSelfAttention, factors_of
 from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape, reversible_layer
 from .rng import Dropout, draw_seed
 from .self_attention import AttentionCall
@@ -35,6 +37,8 @@ from .stream_norm import StreamLayerNorm
 
 # What LoRA adapts by default: what scores and values are made of. (`query_key` in LSH layers, `query` in local ones.)
 LORA_TARGETS = ["query_key", "query", "value"]
+
+_POSITIONS = "max_position_embeddings"
 
 # Label of a position that has no part in the loss.
 IGNORED = -100
@@ -52,12 +56,14 @@ class ReformerHfModelOutput(ModelOutput):
             query's window, before dropout. They sum to 1 over R and W, and carry no gradient.
         attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys that the weights
             are for, -1 where there is none.
+        cache (*optional*): The decoding state after this input, if there is one.
     """
 
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
+    cache: Cache | None = None
 
 
 @dataclass
@@ -66,7 +72,7 @@ class ReformerHfCausalLMOutput(ModelOutput):
     Args:
         loss (*optional*): Cross entropy of the next token, if there were labels.
         logits (`[B, L, vocab_size]`): Scores of the next token.
-        hidden_states, attentions, attention_positions (*optional*): As in `ReformerHfModelOutput`.
+        hidden_states, attentions, attention_positions, cache (*optional*): As in `ReformerHfModelOutput`.
     """
 
     loss: Tensor | None = None
@@ -74,6 +80,7 @@ class ReformerHfCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
+    cache: Cache | None = None
 
 
 class ReformerHfEmbeddings(nn.Module):
@@ -131,6 +138,12 @@ class ReformerHfAttention(nn.Module):
             factors=partial(_dropout_factors, self.dropout, draw_seed()) if drops else None,
         )
 
+    def step(self, stream: Tensor, call: AttentionCall) -> Tensor:
+        """What the branch adds for few new tokens `[B, n, E]`, by looking up in the decoding state what they see."""
+        projected = self.self_attention.project(self.layer_norm(stream), self.self_attention.all_heads)
+        added = self.output.dense(self.self_attention.step(projected, call).flatten(2))
+        return dropout(added, self.dropout, training=self.training) if self.training else added
+
     def _part(self, call: AttentionCall, heads: slice) -> AttentionPart:
         features = self.self_attention.features(heads)
         return AttentionPart(
@@ -153,29 +166,28 @@ class ReformerHfLayer(nn.Module):
         self.attention = ReformerHfAttention(config, layer_idx)
         self.feed_forward = ReformerHfFeedForward(config)
 
+        self.layer_idx = layer_idx
+
     def forward(
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        padding: Tensor | None = None,
-        num_hashes: int | None = None,
-        tape: Tape | None = None,
-        output_attentions: bool = False,
+        self, x1: Tensor, x2: Tensor, padding: Tensor | None = None, tape: Tape | None = None, **options
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """
         Args:
             x1, x2: The streams `[B, L, E]`.
             padding: `[B, L]`, True where there is padding.
-            num_hashes: Rounds, instead of the config's.
             tape: Shared by the layers of a reversible stack; `None` computes plainly.
-            output_attentions: Whether to return the attention weights too.
+            **options: Those of an `AttentionCall`.
 
         Returns:
             The streams after the layer, and attention weights with positions or `None`.
         """
-        call = self.attention.self_attention.begin(padding, num_hashes, output_attentions)
-        attention = self.attention.branch(x2, call)
+        call = self.attention.self_attention.begin(padding, layer_idx=self.layer_idx, **options)
         batch_size, length, _ = x1.shape
+        state = call.state
+        if state is not None and state.takes_step(length):
+            y1 = x1 + self.attention.step(x2, call)
+            return y1, x2 + self.feed_forward(y1), call.take_weights()
+        attention = self.attention.branch(x2, call)
         feed_forward = PositionWiseBranch(
             self.feed_forward,
             trained(self.feed_forward),
@@ -192,6 +204,8 @@ class ReformerHfLayer(nn.Module):
             y2 = feed_forward.add(x2, y1)
         else:
             y1, y2 = reversible_layer(x1, x2, attention, feed_forward, tape)
+        if state is not None:
+            state.advance(length, padding)
         return y1, y2, call.take_weights()
 
 
@@ -214,15 +228,16 @@ class ReformerHfEncoder(nn.Module):
         self,
         hidden_states: Tensor,
         padding: Tensor | None = None,
-        num_hashes: int | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        **options,
     ) -> ReformerHfModelOutput:
         x1 = x2 = hidden_states
         tape = Tape() if self.reversible else None
         all_hidden_states, all_attentions = [x2], []
+        options = {"output_attentions": output_attentions, **options}
         for layer in self.layers:
-            x1, x2, attentions = layer(x1, x2, padding, num_hashes, tape, output_attentions)
+            x1, x2, attentions = layer(x1, x2, padding, tape, **options)
             if output_hidden_states:
                 all_hidden_states.append(x2)
             all_attentions.append(attentions)
@@ -238,6 +253,7 @@ class ReformerHfEncoder(nn.Module):
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(weights for weights, _ in all_attentions) if output_attentions else None,
             attention_positions=tuple(positions for _, positions in all_attentions) if output_attentions else None,
+            cache=options.get("cache"),
         )
 
 
@@ -350,6 +366,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         num_hashes: int | None = None,
+        num_buckets: int | Sequence[int] | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -357,40 +376,107 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         """
         Args:
             input_ids (`[B, L]`, *optional*): Token ids, L from 1 to `max_position_embeddings`.
-            attention_mask (`[B, L]`, *optional*): 1 for tokens, 0 for padding, on any side.
+            attention_mask (`[B, L]`, *optional*): 1 for tokens, 0 for padding, on any side. With a cache that holds T
+                tokens, `[B, T + L]` or for the new ones alone `[B, L]`.
             position_ids (`[B, L]`, *optional*): Positions; by default tokens are counted from 0, without padding.
             inputs_embeds (`[B, L, E]`, *optional*): Word embeddings instead of `input_ids`.
             num_hashes (`int`, *optional*): Hash rounds for this call, instead of the config's.
+            num_buckets (`int` or `list[int]`, *optional*): Buckets per round for this call, instead of the config's.
+            cache (`Cache`, *optional*): Decoding state, a `DynamicCache(config=model.config)` or `StaticCache`: the
+                input continues what it holds, and is taken into it. Nothing has a gradient then. (`past_key_values`
+                is what Transformers before 5.24 calls it.)
+            use_cache (`bool`, *optional*): Whether to make a `DynamicCache` and return it, where none is given; not in
+                training. Otherwise than in other models, None means no.
             output_hidden_states, output_attentions (`bool`, *optional*): What to return besides; for its form see
                 `ReformerHfModelOutput`.
 
         Raises:
-            ValueError: If an input does not fit the config or another one.
+            ValueError: If an input does not fit the config or another one. A cache is as it was, then.
         """
+        cache = _only_cache(cache, kwargs)
         if torch.compiler.is_exporting():
             raise ValueError(
                 "`torch.export` traces one order of the sorted positions, which is another one for each input: use "
                 "`torch.compile`, or share the model as a folder (`save_pretrained`)."
             )
-        inputs = _check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes)
+        if cache is None and use_cache and not self.training:
+            cache = DynamicCache(config=self.config)
+        inputs = _check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)
+        factors = _bucket_factors(self.config, num_buckets)
+        if cache is not None:
+            self._check_cache(cache, inputs, num_hashes, factors)
         padding = None
         if attention_mask is not None:
-            attention_mask = attention_mask.to(inputs.device, torch.bool)
+            attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
             # Padding that is not there costs nothing; what is compiled may not look.
             if torch.compiler.is_compiling() or not attention_mask.all():
                 padding = ~attention_mask
         if position_ids is None:
-            if padding is None:
-                position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None].expand(inputs.shape[:2])
-            else:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self.encoder(
-            self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
-            padding,
-            num_hashes,
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-            self.config.output_attentions if output_attentions is None else output_attentions,
-        )
+            position_ids = self._position_ids(inputs, padding, cache)
+        options = {"num_hashes": num_hashes, "num_buckets": factors, "cache": cache}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return self.encoder(
+                self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
+                padding,
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+                self.config.output_attentions if output_attentions is None else output_attentions,
+                **options,
+            )
+
+    def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
+        """Tokens counted from those that the cache holds, `[B or 1, L]`; padding has the place of the one before."""
+        if padding is None:
+            position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        else:
+            position_ids = (~padding).long().cumsum(-1) - 1
+        if cache is not None and cache.layers[0].is_initialized:
+            position_ids = position_ids + cache.layers[0].num_tokens.to(inputs.device)[:, None]
+        position_ids = position_ids.clamp(min=0)
+        if cache is not None and not torch.compiler.is_compiling():
+            _check_range("position_ids", position_ids, self.config.max_position_embeddings, _POSITIONS)
+        return position_ids
+
+    def _check_cache(self, cache: Cache, inputs: Tensor, num_hashes: int | None, factors: list[int] | None) -> None:
+        """Raise a `ValueError`, before anything has changed, where a cache is not one of this model and input."""
+        kinds = [LAYER_TYPES[kind].__name__ for kind in self.config.attn_layers]
+        layers = getattr(cache, "layers", None)
+        if not isinstance(cache, Cache) or [type(layer).__name__ for layer in layers] != kinds:
+            held = f" of {[type(layer).__name__ for layer in layers]}" if layers else ""
+            raise ValueError(
+                f"`cache` is a {type(cache).__name__}{held}, but the layers of this model need {kinds}: make it with "
+                "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`."
+            )
+        if torch.compiler.is_compiling():
+            return
+        if not self.config.is_decoder:
+            raise ValueError("`cache` is given, but without `is_decoder=True` each token sees those after it.")
+        for encoder_layer, layer in zip(self.encoder.layers, layers, strict=True):
+            layer.peers = layers
+            geometry = encoder_layer.attention.self_attention.geometry(num_hashes)
+            if layer.is_initialized and layer.geometry != geometry:
+                raise ValueError(
+                    f"`cache` is that of another model, or of other options: it was made for {layer.geometry}, but "
+                    f"this input needs {geometry}. Begin with a new cache."
+                )
+            if layer.is_initialized and factors is not None and getattr(layer, "factors", factors) != factors:
+                raise ValueError(
+                    f"`num_buckets` is {factors}, but `cache` has hashed what it holds into {layer.factors}: leave "
+                    "it None, or begin with a new cache."
+                )
+        layer = layers[0]
+        if layer.is_initialized and layer.batch_size != inputs.shape[0]:
+            raise ValueError(
+                f"The input has {inputs.shape[0]} rows, but `cache` holds {layer.batch_size}: repeat or select its "
+                "rows (`batch_repeat_interleave`, `batch_select_indices`), or begin with a new cache."
+            )
+        if layer.is_initialized and layer.device != inputs.device:
+            raise ValueError(f"The input is on {inputs.device}, but `cache` on {layer.device}: move the input there.")
+        room, length = layer.get_max_length(), int(layer.length)
+        if 0 <= room < length + inputs.shape[1]:
+            raise ValueError(
+                f"`cache` holds {length} of at most {room} tokens, too many for {inputs.shape[1]} more: make it with "
+                f"`max_cache_len` of at least {length + inputs.shape[1]}."
+            )
 
 
 class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
@@ -440,16 +526,65 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
             self.lm_head.bias = self.lm_head.decoder.bias
         super().tie_weights(missing_keys, recompute_mapping)
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs):
-        """As in Transformers, but there is no decoding state: every step takes the whole sequence."""
-        if inputs_embeds is not None:
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # Transformers says no by the name of the class.
+        return True
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, inputs_embeds: Tensor, **kwargs) -> Tensor | None:
+        """Which new tokens are padding, `[B, n]`, or `None`: of a fixed shape, as what is compiled needs it."""
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]
+            if attention_mask.all():
+                return None
+        return attention_mask
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, cache=None, **kwargs
+    ):
+        """As in Transformers; without a cache every step takes the whole sequence."""
+        if inputs_embeds is not None and cache is None:
             # What was generated follows a prompt that was given as embeddings. A mask of ones is not handed on.
             num_new = kwargs["position_ids"].shape[-1] - inputs_embeds.shape[1]
             new_ids = input_ids[:, input_ids.shape[1] - num_new :]
             inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(new_ids)], dim=1)
             kwargs["is_first_iteration"] = True
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
-        return super().prepare_inputs_for_generation(**inputs)
+        if cache is not None:
+            kwargs.update(cache=cache, next_sequence_length=next_sequence_length)
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """As in Transformers, but padding on the right counts no token more."""
+        attention_mask = model_kwargs.get("attention_mask")
+        if attention_mask is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As in Transformers. A number of buckets that comes from the length is that of the prompt at every step."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if self.config.num_buckets is not None or model_kwargs.get("num_buckets") is not None:
+            return
+        cache = model_kwargs.get("cache")
+        factors = factors_of(self.config, model_kwargs["position_ids"].shape[-1])
+        if cache is None:
+            model_kwargs["num_buckets"] = factors
+            return
+        for layer in getattr(cache, "layers", ()):
+            if getattr(layer, "factors", None) == []:
+                layer.factors = factors
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        """As in Transformers, and that there are as many positions; the last token takes none."""
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        longest = self.config.max_position_embeddings
+        if generation_config.max_length is not None and generation_config.max_length - 1 > longest:
+            raise ValueError(
+                f"The prompt and what is to be generated are up to {generation_config.max_length - 1} tokens long, but "
+                f"this model takes 1 to {longest} (`max_position_embeddings`): lower `max_new_tokens` (or "
+                "`max_length`), cut the prompt, or train a model with more positions."
+            )
 
     @can_return_tuple
     def forward(
@@ -460,8 +595,8 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         num_hashes: int | None = None,
         labels: Tensor | None = None,
-        cache: object | None = None,
-        past_key_values: object | None = None,
+        num_buckets: int | Sequence[int] | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -472,26 +607,22 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         Args:
             labels (`[B, L]`, *optional*): The tokens, -100 where no loss is wanted; shifted inside. In training with
                 `chunk_size_lm_head` there is the loss alone then, and no logits.
-            cache, past_key_values, use_cache: There is no decoding state yet: generation computes each prefix anew.
-                (`past_key_values` is what Transformers before 5.24 calls `cache`.)
-            logits_to_keep (`int` or `Tensor`, defaults to 0): Compute the logits of so many last positions, or of
-                these positions; 0 means all.
+            logits_to_keep (`int` or `Tensor`, defaults to 0): Compute the logits of so many last positions (where
+                these are padding, of the last token before it), or of these positions; 0 means all.
             **kwargs: What the loss takes, such as `num_items_in_batch` and `shift_labels`.
 
         The other arguments, and what is raised, are those of `ReformerHfModel.forward`.
         """
-        for name, state in (("cache", cache), ("past_key_values", past_key_values)):
-            if state is not None:
-                raise ValueError(
-                    f"`{name}` is a {type(state).__name__}, but this model keeps no decoding state: pass the whole "
-                    f"sequence and `{name}=None`."
-                )
+        cache = _only_cache(cache, kwargs)
         outputs = self.reformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             num_hashes=num_hashes,
+            num_buckets=num_buckets,
+            cache=cache,
+            use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -501,8 +632,7 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         if has_labels and self._loss_without_logits:
             loss = self._chunked_loss(outputs.last_hidden_state, labels, **kwargs)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep, attention_mask))
             if has_labels:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return ReformerHfCausalLMOutput(
@@ -511,6 +641,7 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attention_positions=outputs.attention_positions,
+            cache=outputs.cache,
         )
 
     @property
@@ -539,6 +670,39 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         return self.lm_head(hidden_states, targets) / num_items_in_batch
 
 
+def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The hidden states `[B, L, …]` whose logits are wanted."""
+    if not isinstance(logits_to_keep, int):
+        return hidden_states[:, logits_to_keep]
+    kept = hidden_states[:, -logits_to_keep:]
+    if attention_mask is None or logits_to_keep == 0 or torch.compiler.is_compiling():
+        return kept
+    mask = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device, torch.bool)
+    if mask[:, -logits_to_keep:].all():
+        return kept
+    places = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).cummax(-1).values
+    places = places[:, -logits_to_keep:, None].expand(-1, -1, hidden_states.shape[-1])
+    return hidden_states.gather(1, places)
+
+
+def _only_cache(cache: Cache | None, kwargs: dict) -> Cache | None:
+    """The decoding state, by whichever name it was given."""
+    old = kwargs.pop("past_key_values", None)
+    if old is None:
+        return cache
+    if cache is not None:
+        raise ValueError("Give one of `cache` and `past_key_values`, two names for the same, not both.")
+    return old
+
+
+def _bucket_factors(config: ReformerHfConfig, num_buckets: int | Sequence[int] | None) -> list[int] | None:
+    """The factors of a number of buckets that was given for one call."""
+    if num_buckets is None:
+        return None
+    config.check_num_buckets(num_buckets)
+    return [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
+
+
 def _check_inputs(
     config: ReformerHfConfig,
     input_ids: Tensor | None,
@@ -546,6 +710,7 @@ def _check_inputs(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     num_hashes: int | None,
+    cache: Cache | None,
 ) -> Tensor:
     """Whichever of `input_ids` and `inputs_embeds` is given, after all inputs were found to fit."""
     if (input_ids is None) == (inputs_embeds is None):
@@ -566,9 +731,13 @@ def _check_inputs(
             "(`max_position_embeddings`): cut the input, or train a model with more positions."
         )
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be {shape}, one entry for each token."
-        )
+        length = 0 if cache is None or torch.compiler.is_compiling() else int(cache.get_seq_length())
+        whole = (shape[0], length + shape[1])
+        if tuple(attention_mask.shape) != whole:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be {whole}, one entry for each "
+                "token" + (f", those in `cache` included, or {shape} for the new ones." if length else ".")
+            )
     if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
         raise ValueError(
             f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {shape} or {(1, shape[1])}."
@@ -578,7 +747,7 @@ def _check_inputs(
     # Looking at values would break what is compiled or exported.
     if not torch.compiler.is_compiling():
         _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
-        _check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
+        _check_range("position_ids", position_ids, config.max_position_embeddings, _POSITIONS)
     return inputs
 
 

@@ -8,12 +8,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.cache_utils import Cache
 
+from .cache import Geometry, Places, StateLayer, Weights
 from .configuration_reformer_hf import ReformerHfConfig
 from .rng import draw_seed
-
-# Attention weights and the positions of their keys.
-Weights = tuple[Tensor, Tensor]
 
 # Rows (positions of all rows of a batch, times heads) that attention takes at a time: queries, keys and values of so
 # many lie in a cache of a CPU, and are enough to fill a GPU.
@@ -31,6 +30,9 @@ class AttentionCall:
         output_attentions: Whether the attention weights are wanted too.
         hash_seed: Seed of the hash rotations.
         dropout_seed: Seed of the dropout of attention weights.
+        num_buckets: Factors of the number of buckets, instead of the config's.
+        cache: Decoding state of the model, with what came before this input.
+        layer_idx: Whose part of it is this layer's.
     """
 
     padding: Tensor | None = None
@@ -38,6 +40,9 @@ class AttentionCall:
     output_attentions: bool = False
     hash_seed: int = 0
     dropout_seed: int = 0
+    num_buckets: Sequence[int] | None = None
+    cache: Cache | None = None
+    layer_idx: int = 0
     _kept: dict[Hashable, Any] = field(default_factory=dict)
     _weights: list[Weights] = field(default_factory=list)
 
@@ -47,9 +52,19 @@ class AttentionCall:
             self._kept[key] = compute()
         return self._kept[key]
 
-    def add_weights(self, weights: Weights) -> None:
-        """Take the attention weights `[B, H, R, L, W]` of some heads, and the positions of their keys."""
-        self._weights.append(weights)
+    @property
+    def state(self) -> StateLayer | None:
+        """This layer's decoding state."""
+        return None if self.cache is None else self.cache.layers[self.layer_idx]
+
+    def update(self, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Put keys and values into the state; returns those that the new tokens attend to."""
+        return self.cache.update(key, value, self.layer_idx, places)
+
+    def add_weights(self, weights: Weights | None) -> None:
+        """Take the attention weights `[B, H, R, L, W]` of some heads, and the positions of their keys, if any."""
+        if weights is not None:
+            self._weights.append(weights)
 
     def take_weights(self) -> Weights | None:
         """Those of all heads; `None` where they are not wanted. They are not wanted again."""
@@ -87,14 +102,10 @@ class SelfAttention(nn.Module):
         size = self.config.attention_head_size
         return slice(heads.start * size, heads.stop * size)
 
-    def begin(
-        self, padding: Tensor | None = None, num_hashes: int | None = None, output_attentions: bool = False
-    ) -> AttentionCall:
-        """A new call; draws the seeds that it needs from torch's global generator."""
+    def begin(self, padding: Tensor | None = None, **options) -> AttentionCall:
+        """A new call; draws the seeds that it needs from torch's global generator. Options as in `AttentionCall`."""
         hash_seed = self._hash_seed()
-        return AttentionCall(
-            padding, num_hashes, output_attentions, hash_seed, dropout_seed=draw_seed() if self.dropout else 0
-        )
+        return AttentionCall(padding, hash_seed=hash_seed, dropout_seed=draw_seed() if self.dropout else 0, **options)
 
     def _hash_seed(self) -> int:
         return 0
@@ -127,6 +138,14 @@ class SelfAttention(nn.Module):
 
     def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
         """Output `[B, L, H, D]` of what `project` gave."""
+        raise NotImplementedError
+
+    def geometry(self, num_hashes: int | None = None) -> Geometry:
+        """What the decoding state of this layer is made for."""
+        raise NotImplementedError
+
+    def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
+        """Output `[B, n, H, D]` for new tokens, all heads, by looking up in the state what they attend to."""
         raise NotImplementedError
 
     def head_groups(self, hidden_states: Tensor, output: nn.Module) -> list[slice]:
