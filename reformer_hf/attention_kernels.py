@@ -115,20 +115,36 @@ def attend_to(
     Plain attention, for few queries.
 
     Args:
-        query: `[…, n, D]`.
-        key, value: `[…, T, D or E]`.
-        visible: `[…, n, T]`, which keys a query sees; `None` for all.
+        query: `[b, n, D]`.
+        key, value: `[b, T, D or E]`.
+        visible: `[b or 1, n, T]`, which keys a query sees; `None` for all.
         dropout: Rate at which weights are dropped, by torch's global generator.
 
     Returns:
-        Output `[…, n, E]`, and the weights `[…, n, T]` before dropout. Those of a query that sees nothing mean nothing.
+        Output `[b, n, E]`, and the weights `[b, n, T]` before dropout. Those of a query that sees nothing mean nothing.
     """
-    scores = torch.matmul(query, key.transpose(-1, -2))
+    scores = torch.bmm(query, key.transpose(1, 2))
     if visible is not None:
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     kept = torch.dropout(weights, dropout, train=True) if dropout else weights
-    return torch.matmul(kept.to(value.dtype), value), weights
+    return torch.bmm(kept.to(value.dtype), value), weights
+
+
+def attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """
+    `attend_to` for heads that see the same: queries `[B, n, H, D]`, keys and values `[B, T, H, D]`, `visible` `[B or 1,
+    n, T]`. Output `[B, n, H, D]`, weights `[B, H, n, T]`.
+    """
+    batch_size, num_new, num_heads, _ = query.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    if visible is not None and visible.shape[0] > 1:
+        visible = visible.repeat_interleave(num_heads, dim=0)
+    out, weights = attend_to(query, key, value, visible, dropout)
+    out = out.view(batch_size, num_heads, num_new, -1).transpose(1, 2)
+    return out, weights.view(batch_size, num_heads, num_new, -1)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 """
 Decoding state: what a causal model keeps of the tokens it has seen, as layers of the caches of Transformers.
 
-Every layer holds a table of keys and values `[B, rows, H, D]`, and knows which rows a new token attends to:
+Every layer holds a table of keys beside values `[B, rows, H, 2 * D]`, and knows which rows a new token attends to:
 
 * a local layer keeps the last chunks, row by row in a ring;
 * a full layer keeps everything;
@@ -16,14 +16,15 @@ Shapes: B batch, n new tokens, H heads, D head size, R rounds, N buckets (bucket
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-from .hashing import invert_order, sort_by_bucket, unpack_order
+from .hashing import both_signs, hash_few, invert_order, sort_by_bucket, unpack_order
 
 # Attention weights and the positions of their keys.
 Weights = tuple[Tensor, Tensor]
@@ -33,6 +34,19 @@ SLACK = 64
 
 # Of a table that grows, the least number of rows to add.
 _MIN_ROWS_ADDED = 64
+
+
+def _in_mode_of_table(method: Callable) -> Callable:
+    """Run a method that writes to or makes tensors as those of the state were made: in inference mode or not."""
+
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        if not self.is_initialized or torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        with torch.inference_mode(self.table.is_inference()), torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,14 @@ class Places:
         read: What the new tokens attend to, in the form that their layer wants; `None` for nothing.
         visible: Which of what is read each of them sees; `None` for all.
         heads: Whose keys and values are written, by default all.
+        columns: Of the new tokens, `[B * n]`, where the layer keeps them.
     """
 
     write: Tensor
     read: Tensor | int | None = None
     visible: Tensor | None = None
-    heads: slice = field(default_factory=lambda: slice(None))
+    heads: slice | None = None
+    columns: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,10 +141,10 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
     # Names of the tensors, which have the batch on their first axis.
-    tensors: tuple[str, ...] = ("keys", "values", "num_tokens")
+    tensors: tuple[str, ...] = ("table", "num_tokens")
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
-        super().__init__()
+        # Not that of the base class, whose keys and values are views here.
         self.max_cache_len = max_cache_len
         self.record_past = False
         self._clear()
@@ -136,12 +152,40 @@ class StateLayer(CacheLayerMixin):
     def _clear(self) -> None:
         for name in self.tensors:
             setattr(self, name, None)
-        self.is_initialized = self.has_tokens = False
+        self.is_initialized = self.has_tokens = self._offloaded = False
         self.geometry: Geometry | None = None
         self.length: int | Tensor = 0
         # The layers of all of the model, which are cropped together or not at all.
         self.peers: list[StateLayer] = [self]
         self._longest = self._last_kept = 0
+        # For which model and options the state was found to fit.
+        self.checked_by: tuple | None = None
+        self._table_changed()
+
+    def _table_changed(self) -> None:
+        """Forget what follows from the table and the batch."""
+        self._rows: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """The table as `[B * rows, H, 2 * D]`."""
+        if self._rows is None:
+            self._rows = self.table.flatten(0, 1)
+        return self._rows
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B, rows, H, D]`."""
+        return None if self.table is None else self.split(self.table)[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[B, rows, H, D]`."""
+        return None if self.table is None else self.split(self.table)[1]
+
+    def split(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return torch.chunk(table, 2, dim=-1)
 
     @property
     def is_compileable(self) -> bool:
@@ -161,10 +205,10 @@ class StateLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device = key_states.device
-        batch_size, rows = key_states.shape[0], self._first_rows()
-        shape = (batch_size, rows, self.geometry.num_heads)
-        self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
-        self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
+        batch_size, geometry = key_states.shape[0], self.geometry
+        self.table = key_states.new_zeros(
+            (batch_size, self._first_rows(), geometry.num_heads, 2 * geometry.head_size)
+        )
         self.num_tokens = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         if self.is_compileable:
             self.length = torch.zeros((), dtype=torch.long, device=self.device)
@@ -186,23 +230,41 @@ class StateLayer(CacheLayerMixin):
         """Whether `places` is the way for so many new tokens, rather than a parallel pass over them and the past."""
         return self.has_tokens and num_new <= SLACK
 
+    def reserve(self, num_new: int) -> None:
+        """Make room for new tokens."""
+
     def update(self, key_states: Tensor, value_states: Tensor, places: Places) -> tuple[Tensor | None, Tensor | None]:
         """
         Write keys and values `[B, n, h, D]`, and return those that the new tokens attend to.
 
         (The base class lets a subclass choose its arguments and the shape of what it returns.)
         """
-        if self.keys.device != self.device:
+        if self._offloaded:
             self.prefetch()
-        for table, states in ((self.keys, key_states), (self.values, value_states)):
-            rows = table.view(-1, *table.shape[2:])[:, places.heads]
-            rows.index_copy_(0, places.write, states.reshape(-1, *states.shape[2:]).to(table.dtype))
+        rows, states = self.rows, torch.cat([key_states, value_states], dim=-1).flatten(0, 1)
+        if places.heads is not None:
+            rows = rows[:, places.heads]
+        rows.index_copy_(0, places.write, states if states.dtype == rows.dtype else states.to(rows.dtype))
         if places.read is None:
             return None, None
-        return self._read(self.keys, places.read), self._read(self.values, places.read)
+        return self.split(self._read(places.read))
 
-    def _read(self, table: Tensor, read) -> Tensor:
+    def _read(self, read) -> Tensor:
         raise NotImplementedError
+
+    def offload(self) -> None:
+        """Put the table into the memory of the CPU."""
+        if self.is_initialized:
+            self.table = self.table.to("cpu", non_blocking=True)
+            self._offloaded = True
+            self._table_changed()
+
+    def prefetch(self) -> None:
+        """Bring the table back to where it is used."""
+        if self._offloaded:
+            self.table = self.table.to(self.device, non_blocking=True)
+            self._offloaded = False
+            self._table_changed()
 
     def advance(self, num_new: int, padding: Tensor | None) -> None:
         """Count the new tokens, when all heads have taken them; `padding` `[B, n]` is True where there is none."""
@@ -232,6 +294,7 @@ class StateLayer(CacheLayerMixin):
         """Keep whatever is needed to `crop` to where the state stood at the last crop."""
         self.record_past = True
 
+    @_in_mode_of_table
     def crop(self, tokens_to_remove: int) -> None:
         """
         Take back the last columns: `-5` five of them, as in Transformers.
@@ -291,6 +354,7 @@ class StateLayer(CacheLayerMixin):
         """Keep these rows of the batch."""
         self._map(lambda tensor: tensor[indices.to(tensor.device)])
 
+    @_in_mode_of_table
     def _map(self, function) -> None:
         for name in self.tensors:
             tensor = getattr(self, name)
@@ -302,13 +366,16 @@ class StateLayer(CacheLayerMixin):
                 tensor.copy_(mapped)
             else:
                 setattr(self, name, mapped)
+        self._table_changed()
 
+    @_in_mode_of_table
     def _resize(self, names: tuple[str, ...], axis: int, size: int, fill: int = 0) -> None:
         for name in names:
             old = getattr(self, name)
             new = old.new_full((*old.shape[:axis], size, *old.shape[axis + 1 :]), fill)
             new.narrow(axis, 0, old.shape[axis]).copy_(old)
             setattr(self, name, new)
+        self._table_changed()
 
 
 class FullStateLayer(StateLayer):
@@ -317,13 +384,13 @@ class FullStateLayer(StateLayer):
     tensors = (*StateLayer.tensors, "padding")
 
     def _make_tensors(self, batch_size: int) -> None:
-        self.padding = torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=self.device)
+        self.padding = torch.zeros(self.table.shape[:2], dtype=torch.bool, device=self.device)
         self.may_have_padding = self.is_compileable
 
     def places(self, num_new: int, padding: Tensor | None) -> Places:
         """Where new tokens stand, and which columns `[B, n, T]` they see."""
         write = self._write(num_new, padding)
-        total = self.keys.shape[1] if self.is_compileable else self.length + num_new
+        total = self.table.shape[1] if self.is_compileable else self.length + num_new
         if num_new == 1 and not self.may_have_padding:
             # All columns before its own, and where there are none itself, unseen.
             first = total == 1
@@ -338,25 +405,23 @@ class FullStateLayer(StateLayer):
         return Places(self._write(num_new, padding), heads=heads)
 
     def _write(self, num_new: int, padding: Tensor | None) -> Tensor:
-        self._reserve(num_new)
         columns = torch.arange(num_new, device=self.device) + self.length
         if padding is not None:
             self.may_have_padding = True
             self.padding.index_copy_(1, columns, padding)
-        return _table_rows(self.keys, columns.expand(self.keys.shape[0], -1)).flatten()
+        return _table_rows(self.table, columns.expand(self.table.shape[0], -1)).flatten()
 
-    def _reserve(self, num_new: int) -> None:
-        rows = self.keys.shape[1]
+    def reserve(self, num_new: int) -> None:
+        rows = self.table.shape[1]
         if not self.is_compileable and self.length + num_new > rows:
-            size = _grown(rows, self.length + num_new)
-            self._resize(("keys", "values", "padding"), 1, size)
+            self._resize(("table", "padding"), 1, _grown(rows, self.length + num_new))
 
     def positions(self, places: Places) -> Tensor:
         """The columns `[T]` of what is read."""
         return torch.arange(places.read, device=self.device)
 
-    def _read(self, table: Tensor, read: int) -> Tensor:
-        return table[:, :read]
+    def _read(self, read: int) -> Tensor:
+        return self.table[:, :read]
 
     def _crop(self, num_columns: int) -> None:
         target = int(self.length) - num_columns
@@ -390,28 +455,35 @@ class LocalStateLayer(StateLayer):
     @property
     def ring_length(self) -> int:
         # The last row takes what is to be written nowhere.
-        return self.keys.shape[1] - 1
+        return self.table.shape[1] - 1
 
     def _first_rows(self) -> int:
         return self.geometry.window_length + SLACK + 1
 
     def _make_tensors(self, batch_size: int) -> None:
-        shape = self.keys.shape[:2]
-        self.columns = torch.full(shape, self._NOTHING, dtype=torch.long, device=self.device)
+        self.columns = torch.full(self.table.shape[:2], self._NOTHING, dtype=torch.long, device=self.device)
 
     def places(self, num_new: int, padding: Tensor | None) -> Places:
-        """Where new tokens stand, and the rows `[B, S]` of the ring that hold what they see, `[B, n, S]`."""
-        self._keep_past(num_new)
+        """
+        Where new tokens stand, and the rows `[B, S]` of the ring that hold what they see, `[B, n, S]`.
+
+        The same for all layers of one geometry.
+        """
         ranks, totals = self._ranks(num_new, padding)
-        write = self._write(ranks, totals, padding)
+        write, columns = self._write(ranks, totals, padding)
         geometry = self.geometry
         num_read = geometry.window_length + num_new - 1
         read_ranks = totals[:, None] + torch.arange(-num_read, 0, device=self.device)
-        read = _table_rows(self.keys, read_ranks % self.ring_length)
+        read = _table_rows(self.table, read_ranks % self.ring_length)
         visible = (read_ranks[:, None] >= self._first_seen(ranks)[..., None]) & (read_ranks[:, None] <= ranks[..., None])
         if geometry.counts_padding:
-            visible = visible & (self.columns.view(-1)[read] >= 0)[:, None]
-        return Places(write, read, visible)
+            hidden = self.columns.view(-1).index_copy(0, write, columns)[read] < 0
+            visible = visible & ~hidden[:, None]
+        return Places(write, read, visible, columns=columns)
+
+    def update(self, key_states: Tensor, value_states: Tensor, places: Places) -> tuple[Tensor | None, Tensor | None]:
+        self.columns.view(-1).index_copy_(0, places.write, places.columns)
+        return super().update(key_states, value_states, places)
 
     def positions(self, places: Places) -> Tensor:
         """The columns `[B, 1, S]` of what is read; anything where nothing is visible."""
@@ -419,9 +491,9 @@ class LocalStateLayer(StateLayer):
 
     def fill(self, num_new: int, padding: Tensor | None, heads: slice) -> Places:
         """Where new tokens stand after a parallel pass. Nothing is read, and only the last of them are kept."""
-        self._keep_past(num_new)
         ranks, totals = self._ranks(num_new, padding)
-        return Places(self._write(ranks, totals, padding), heads=heads)
+        write, columns = self._write(ranks, totals, padding)
+        return Places(write, heads=heads, columns=columns)
 
     def past(self, heads: slice) -> Past | None:
         """What stands in the chunks that new tokens may see; `None` if there is nothing."""
@@ -429,9 +501,9 @@ class LocalStateLayer(StateLayer):
             return None
         first = self._first_seen(self._next_ranks)
         ranks = first[:, None] + torch.arange(self.geometry.window_length, device=self.device)
-        rows = _table_rows(self.keys, ranks % self.ring_length)
+        rows = _table_rows(self.table, ranks % self.ring_length)
         absent = ranks >= self._next_ranks[:, None]
-        key, value = (self._read(table, rows)[:, :, heads] for table in (self.keys, self.values))
+        key, value = self.split(self._read(rows)[:, :, heads])
         columns = self.columns.view(-1)[rows]
         return Past(key, value, absent | (columns < 0), columns[:, None].int(), absent)
 
@@ -456,7 +528,8 @@ class LocalStateLayer(StateLayer):
         counts = next_ranks[:, None] + (~padding).cumsum(-1)
         return counts - 1, counts[:, -1]
 
-    def _write(self, ranks: Tensor, totals: Tensor, padding: Tensor | None) -> Tensor:
+    def _write(self, ranks: Tensor, totals: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows to write, and the columns that are to stand there, `[B * n]`."""
         cells = ranks % self.ring_length
         num_new = ranks.shape[1]
         if num_new > self.ring_length:
@@ -467,30 +540,31 @@ class LocalStateLayer(StateLayer):
             columns = torch.where(padding, ~columns, columns)
         elif padding is not None:
             cells = torch.where(padding, self.ring_length, cells)
-        write = _table_rows(self.keys, cells).flatten()
-        self.columns.view(-1).index_copy_(0, write, columns.flatten())
-        return write
+        return _table_rows(self.table, cells).flatten(), columns.flatten()
 
-    def _read(self, table: Tensor, read: Tensor) -> Tensor:
-        rows = table.view(-1, *table.shape[2:]).index_select(0, read.flatten())
-        return rows.view(*read.shape, *rows.shape[1:])
+    def _read(self, read: Tensor) -> Tensor:
+        return self.rows.index_select(0, read.flatten()).unflatten(0, read.shape)
 
-    def _keep_past(self, num_new: int) -> None:
+    def reserve(self, num_new: int) -> None:
         """Where `crop` is to be expected, make room before what it needs is overwritten."""
         if not self.record_past or self.is_compileable or not self.has_tokens:
             return
         needed = self.geometry.window_length + max(self._longest, self.length + num_new) - self._last_kept
-        if needed <= self.ring_length:
-            return
+        if needed > self.ring_length:
+            self._enlarge(needed)
+
+    @_in_mode_of_table
+    def _enlarge(self, needed: int) -> None:
         old_length, new_length = self.ring_length, _grown(self.ring_length, needed)
         ranks = self._next_ranks[:, None] + torch.arange(-old_length, 0, device=self.device)
         old, new = ranks % old_length, torch.where(ranks < 0, new_length, ranks % new_length)
-        for name, fill in (("keys", 0), ("values", 0), ("columns", self._NOTHING)):
+        for name, fill in (("table", 0), ("columns", self._NOTHING)):
             table = getattr(self, name)
             grown = table.new_full((table.shape[0], new_length + 1, *table.shape[2:]), fill)
             index = torch.arange(len(table), device=self.device)[:, None]
             grown[index, new] = table[index, old]
             setattr(self, name, grown)
+        self._table_changed()
 
     def _can_restore(self, num_columns: int) -> bool:
         enough = num_columns <= self.ring_length - self.geometry.window_length
@@ -545,7 +619,8 @@ class LSHStateLayer(StateLayer):
         # Rows of the table in use. Differs from the length once something was dropped.
         self.stored: int | Tensor = 0
         self.dropped = False
-        self._bases: tuple[Tensor, Tensor] | None = None
+        self._ages: Tensor | None = None
+        self._signed: list[Tensor] | None = None
 
     @property
     def num_buckets(self) -> int:
@@ -568,7 +643,8 @@ class LSHStateLayer(StateLayer):
         rounds = (*heads, geometry.num_hashes)
         integers = {"dtype": torch.int32, "device": self.device}
         # The bucket of each row, N where there is padding or nothing.
-        self.buckets = torch.full((*rounds, self.keys.shape[1]), num_buckets, **integers)
+        rows = (*heads, self.table.shape[1], geometry.num_hashes)
+        self.buckets = torch.full(rows, num_buckets, **integers)
         self.counts = torch.zeros((*rounds, num_buckets + 1), dtype=torch.long, device=self.device)
         self.rings = torch.zeros((*self.counts.shape, geometry.window_length + SLACK), **integers)
         if geometry.chunk_length is not None:
@@ -582,34 +658,40 @@ class LSHStateLayer(StateLayer):
 
     def places(self, buckets: Tensor) -> Places:
         """
-        Where new tokens of these buckets `[B, H, R, n]` (N for padding), n at most `SLACK`, stand in the table, and
+        Where new tokens of these buckets `[B, H, n, R]` (N for padding), n at most `SLACK`, stand in the table, and
         what they see: for each head, rows and which of them are visible, `[B, H, n, R, W]`.
         """
-        self._reserve(buckets.shape[-1])
-        rows = torch.arange(buckets.shape[-1], device=self.device) + self.stored
-        self.buckets.index_copy_(3, rows, buckets)
+        num_new = buckets.shape[2]
+        rows = self._new_rows(num_new)
+        self.buckets.index_copy_(2, rows, buckets.int())
         if self._positions is not None:
             self._positions.index_copy_(2, rows, self._columns(rows))
-        rings, index = self._push(buckets.transpose(2, 3).long(), rows)
+        rings, index = self._push(buckets, rows)
         if self.geometry.chunk_length is None:
             seen, visible = self._in_window(rings, index)
         else:
             seen, visible = self._in_chunks(rings, index, rows)
         if self.geometry.each_key_once and self.geometry.num_hashes > 1:
             visible = visible & ~_seen_before(seen, visible)
-        batch_size, capacity, num_heads = self.keys.shape[:3]
-        write = _table_rows(self.keys, rows.expand(batch_size, -1)).flatten()
+        batch_size, _, num_heads, _ = self.table.shape
+        write = rows if batch_size == 1 else _table_rows(self.table, rows.expand(batch_size, -1)).flatten()
         read = torch.add(self._base_rows()[1], seen, alpha=num_heads)
         return Places(write, read, visible)
 
+    def _new_rows(self, num_new: int) -> Tensor:
+        if isinstance(self.stored, int):
+            return torch.arange(self.stored, self.stored + num_new, device=self.device)
+        return torch.arange(num_new, device=self.device) + self.stored
+
     def positions(self, places: Places) -> Tensor:
         """The columns of what is read, `[B, H, n, R, W]`; anything where nothing is visible."""
-        rows = (places.read - self._base_rows()[1]).div(self.keys.shape[2], rounding_mode="floor")
+        rows = (places.read - self._base_rows()[1]).div(self.table.shape[2], rounding_mode="floor")
         return rows if self._positions is None else self._positions.gather(-1, rows.flatten(2)).view(rows.shape)
 
-    def _read(self, table: Tensor, read: Tensor) -> Tensor:
-        rows = table.view(-1, table.shape[-1]).index_select(0, read.flatten())
-        return rows.view(*read.shape[:3], -1, rows.shape[-1])
+    def _read(self, read: Tensor) -> Tensor:
+        """`[B * H * n, R * W, 2 * D]`."""
+        rows, size = read.shape[:3].numel(), self.table.shape[-1]
+        return self.table.view(-1, size).index_select(0, read.flatten()).view(rows, -1, size)
 
     def _push(self, buckets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -628,7 +710,7 @@ class LSHStateLayer(StateLayer):
             index = index + (same & earlier[..., None]).sum(3)
         flat_rings, flat_index = rings.flatten(), index.flatten()
         values = rows.int()[:, None].expand(rings.shape).flatten()
-        cells = flat_rings * self.ring_length + flat_index % self.ring_length
+        cells = torch.add(flat_index % self.ring_length, flat_rings, alpha=self.ring_length)
         self.rings.view(-1).index_copy_(0, cells, values)
         if self.firsts is not None:
             chunk_length = self.firsts.shape[-1]
@@ -643,8 +725,10 @@ class LSHStateLayer(StateLayer):
     def _in_window(self, rings: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The last rows of each token's own bucket before it, `[B, H, n, R, W]`, and which of them there are."""
         window_length = self.geometry.window_length
-        earlier = index[..., None] - torch.arange(window_length, 0, -1, device=self.device)
-        cells = (rings * self.ring_length)[..., None] + earlier % self.ring_length
+        if self._ages is None:
+            self._ages = torch.arange(window_length, 0, -1, device=self.device)
+        earlier = index[..., None] - self._ages
+        cells = torch.add(earlier % self.ring_length, rings[..., None], alpha=self.ring_length)
         return self.rings.view(-1).take(cells), earlier >= 0
 
     def _in_chunks(self, rings: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -691,23 +775,29 @@ class LSHStateLayer(StateLayer):
     def _base_rows(self) -> tuple[Tensor, Tensor]:
         """First of the rings of each row and round, `[B, H, 1, R]`, and of the rows of the table, `[B, H, 1, 1, 1]`."""
         if self._bases is None:
-            batch_size, capacity, num_heads = self.keys.shape[:3]
+            batch_size, capacity, num_heads, _ = self.table.shape
             rounds = torch.arange(self.counts.shape[:3].numel(), device=self.device).view(self.counts.shape[:3])
             batch_rows = torch.arange(batch_size, device=self.device)[:, None] * (capacity * num_heads)
             rows = batch_rows + torch.arange(num_heads, device=self.device)
             self._bases = rounds[:, :, None] * (self.num_buckets + 1), rows[:, :, None, None, None]
         return self._bases
 
-    def past(self, heads: slice, num_new: int) -> Past | None:
+    def hash(self, query: Tensor, padding: Tensor | None) -> Tensor:
+        """Buckets `[B, H, n, R]` of a few queries `[B, n, H, D]`, N for padding."""
+        num_hashes = self.geometry.num_hashes
+        if self._signed is None:
+            self._signed = both_signs(self.projections, num_hashes)
+        buckets = hash_few(self._signed, query, num_hashes)
+        return buckets if padding is None else buckets.masked_fill(padding[:, None, :, None], self.num_buckets)
+
+    def past(self, heads: slice) -> Past | None:
         """All that is held; `None` if there is nothing."""
         if not self.has_tokens:
             return None
-        if heads.start == 0:
-            self._reserve(num_new)
         stored = int(self.stored)
-        buckets = self.buckets[:, heads, :, :stored]
+        buckets = self.buckets[:, heads, :stored].transpose(2, 3)
         hidden = buckets[:, 0, 0] == self.num_buckets
-        key, value = (table[:, :stored, heads] for table in (self.keys, self.values))
+        key, value = self.split(self.table[:, :stored, heads])
         if self._positions is None:
             columns = torch.arange(stored, dtype=torch.int32, device=self.device).expand(len(hidden), 1, -1)
         else:
@@ -723,18 +813,16 @@ class LSHStateLayer(StateLayer):
             order: Rows held before and new tokens in sorted order, as `sort_by_bucket` gives it, `[B, h, R, T + n]`.
         """
         num_new = buckets.shape[-1]
-        if heads.start == 0:
-            self._reserve(num_new)
         rows = torch.arange(num_new, device=self.device) + int(self.stored)
-        self.buckets[:, heads].index_copy_(3, rows, buckets)
+        self.buckets[:, heads].index_copy_(2, rows, buckets.transpose(2, 3))
         if self._positions is not None and heads.start == 0:
             self._positions.index_copy_(2, rows, self._columns(rows))
         self._rebuild(heads, unpack_order(order)[0])
-        return Places(_table_rows(self.keys, rows.expand(buckets.shape[0], -1)).flatten(), heads=heads)
+        return Places(_table_rows(self.table, rows.expand(buckets.shape[0], -1)).flatten(), heads=heads)
 
     def _rebuild(self, heads: slice, order: Tensor) -> None:
         """Make counts and rings of the sorted order `[B, h, R, T]` of all rows."""
-        buckets = self.buckets[:, heads, :, : order.shape[-1]].long()
+        buckets = self.buckets[:, heads, : order.shape[-1]].transpose(2, 3).long()
         counts = torch.zeros_like(self.counts[:, heads]).scatter_add_(3, buckets, torch.ones_like(buckets))
         starts = counts.cumsum(-1) - counts
         self.counts[:, heads] = counts
@@ -761,11 +849,11 @@ class LSHStateLayer(StateLayer):
         columns = (rows - self.stored + self.length).int()
         return columns.expand(*self._positions.shape[:2], -1)
 
-    def _reserve(self, num_new: int) -> None:
+    def reserve(self, num_new: int) -> None:
         """Make room in the table: drop what no ring holds, where that is worth while, else grow."""
         if self.is_compileable:
             return
-        if self.stored + num_new > self.keys.shape[1]:
+        if self.stored + num_new > self.table.shape[1]:
             bound = self.counts.shape[2:].numel() * self.ring_length + SLACK
             bound += max(bound // 4, SLACK)
             recent = max(self._longest, self.length + num_new) - self._last_kept
@@ -773,16 +861,16 @@ class LSHStateLayer(StateLayer):
                 if not self.record_past or recent <= SLACK:
                     self._drop()
             needed = self.stored + num_new
-            if needed > self.keys.shape[1]:
-                size = _grown(self.keys.shape[1], needed)
+            if needed > self.table.shape[1]:
+                size = _grown(self.table.shape[1], needed)
                 if self.geometry.chunk_length is None and needed <= bound:
                     size = min(size, bound)
-                self._resize(("keys", "values"), 1, size)
-                self._resize(("buckets",), 3, size, fill=self.num_buckets)
+                self._resize(("table",), 1, size)
+                self._resize(("buckets",), 2, size, fill=self.num_buckets)
                 if self._positions is not None:
                     self._resize(("_positions",), 2, size)
-                self._bases = None
 
+    @_in_mode_of_table
     def _drop(self) -> None:
         """Keep the rows that rings hold and the last ones, of each head, at the end of the part in use."""
         stored = self.stored
@@ -795,16 +883,14 @@ class LSHStateLayer(StateLayer):
         places = (invert_order(order) - (stored - num_kept)).clamp(min=0)
         kept = order[..., stored - num_kept :]
         if self._positions is None:
-            self._positions = kept.new_zeros((*kept.shape[:2], self.keys.shape[1]), dtype=torch.int32)
+            self._positions = kept.new_zeros((*kept.shape[:2], self.table.shape[1]), dtype=torch.int32)
             self._positions[..., :stored] = torch.arange(stored, device=self.device)
         self._positions[..., :num_kept] = self._positions.gather(-1, kept)
-        index = kept.transpose(1, 2)[..., None]
-        for table in (self.keys, self.values):
-            table[:, :num_kept] = table.gather(1, index.expand(-1, -1, -1, table.shape[-1]))
-        self.buckets[..., :num_kept] = self.buckets.gather(
-            -1, kept[:, :, None].expand(*self.buckets.shape[:3], -1)
-        )
-        self.buckets[..., num_kept:] = self.num_buckets
+        index = kept.transpose(1, 2)[..., None].expand(-1, -1, -1, self.table.shape[-1])
+        self.table[:, :num_kept] = self.table.gather(1, index)
+        index = kept[..., None].expand(-1, -1, -1, self.buckets.shape[-1])
+        self.buckets[:, :, :num_kept] = self.buckets.gather(2, index)
+        self.buckets[:, :, num_kept:] = self.num_buckets
         held = self.rings.flatten(2).long().clamp(max=stored - 1)
         self.rings.copy_(places.gather(-1, held).view(self.rings.shape))
         self.stored = num_kept
@@ -815,23 +901,25 @@ class LSHStateLayer(StateLayer):
 
     def _crop(self, num_columns: int) -> None:
         stored = int(self.stored)
-        removed = self.buckets[..., stored - num_columns : stored]
+        removed = self.buckets[:, :, stored - num_columns : stored].transpose(2, 3)
         self.num_tokens -= (removed[:, 0, 0] != self.num_buckets).sum(-1)
         kept = stored - num_columns
         within_slack = max(self._longest, int(self.length)) - (int(self.length) - num_columns) <= SLACK
         if within_slack:
             index = removed.long()
             self.counts.scatter_add_(-1, index, -torch.ones_like(index))
-        self.buckets[..., kept:stored] = self.num_buckets
+        self.buckets[:, :, kept:stored] = self.num_buckets
         if not self.is_compileable:
             self.stored = kept
         if not within_slack:
-            self._rebuild(slice(None), unpack_order(sort_by_bucket(self.buckets[..., :kept]))[0])
+            order = sort_by_bucket(self.buckets[:, :, :kept].transpose(2, 3))
+            self._rebuild(slice(None), unpack_order(order)[0])
             self._longest = int(self.length) - num_columns
 
-    def _map(self, function) -> None:
-        super()._map(function)
-        self._bases = None
+    def _table_changed(self) -> None:
+        super()._table_changed()
+        # See `_base_rows`.
+        self._bases: tuple[Tensor, Tensor] | None = None
 
 
 class _OfRounds:

@@ -35,5 +35,7 @@ class ReformerHfFeedForward(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The branch of the second stream, `[B, L, E]`; what is computed at a time is up to the caller."""
         hidden_states = self.dense(self.layer_norm(hidden_states))
-        hidden_states = self.activation(dropout(hidden_states, self.dropout, training=self.training))
-        return dropout(self.output(hidden_states), self.dropout, training=self.training)
+        if not self.training:
+            return self.output(self.activation(hidden_states))
+        hidden_states = self.activation(dropout(hidden_states, self.dropout))
+        return dropout(self.output(hidden_states), self.dropout)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention_kernels import attend_to, normalized_keys
+from .attention_kernels import attend_rows, normalized_keys
 from .cache import Geometry
 from .self_attention import AttentionCall, SharedQueryKeyAttention
 
@@ -21,6 +21,7 @@ class FullSelfAttention(SharedQueryKeyAttention):
         if call.state is not None:
             states = key.transpose(1, 2), projected[1]
             call.state.prepare(self.geometry(), *states)
+            call.state.reserve(key.shape[2])
             call.update(*states, call.state.fill(key.shape[2], call.padding, heads))
         if self.config.is_decoder and call.padding is None:
             out = _causal_attention(query, key, value, self.dropout)
@@ -33,15 +34,15 @@ class FullSelfAttention(SharedQueryKeyAttention):
     def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
         query, value = projected
         state, num_new = call.state, query.shape[1]
+        state.reserve(num_new)
         places = state.places(num_new, call.padding)
         seen = call.update(normalized_keys(query), value, places)
-        query, value, seen_keys, seen_values = (x.transpose(1, 2) for x in (query, value, *seen))
-        visible = None if places.visible is None else places.visible[:, None]
-        out, weights = attend_to(query, seen_keys, seen_values, visible, self.dropout)
-        alone = None
-        if visible is not None:
+        out, weights = attend_rows(query, *seen, places.visible, self.dropout)
+        visible = alone = None
+        if places.visible is not None:
+            visible = places.visible[:, None]
             alone = ~visible.any(-1, keepdim=True)
-            out = torch.where(alone, value, out)
+            out = torch.where(alone.transpose(1, 2), value, out)
         if call.output_attentions:
             positions = state.positions(places).int().expand(weights.shape)
             if visible is not None:
@@ -51,7 +52,7 @@ class FullSelfAttention(SharedQueryKeyAttention):
                 positions[..., -1:] = torch.where(alone, own[:, None], positions[..., -1:])
             call.add_weights((weights[:, :, None], positions[:, :, None]))
         state.advance(num_new, call.padding)
-        return out.transpose(1, 2)
+        return out
 
     def geometry(self, num_hashes: int | None = None) -> Geometry:
         return Geometry(self.config.num_attention_heads, self.config.attention_head_size)

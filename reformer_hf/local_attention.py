@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention_kernels import attend_to
+from .attention_kernels import attend_rows
 from .cache import LocalGeometry, with_past
 from .chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
 from .hashing import sort_by_bucket
@@ -24,14 +24,21 @@ class LocalSelfAttention(SelfAttention):
         return self.config.local_attention_probs_dropout_prob if self.training else 0.0
 
     def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
-        query, key, value = super().project(hidden_states, heads, values)
-        return [query, key / math.sqrt(self.config.attention_head_size), value]
+        return self._scaled(*super().project(hidden_states, heads, values))
+
+    def project_all(self, hidden_states: Tensor) -> list[Tensor]:
+        return self._scaled(*super().project_all(hidden_states))
+
+    def _scaled(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        return [query, key / math.sqrt(self.head_size), value]
 
     def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
         query, key, value = projected
         state, past, padding = call.state, None, call.padding
         if state is not None:
             state.prepare(self.geometry(), key, value)
+            if heads.start == 0:
+                state.reserve(key.shape[1])
             past = state.past(heads)
         if past is None:
             # In-tree, padding has its place.
@@ -60,16 +67,17 @@ class LocalSelfAttention(SelfAttention):
     def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
         query, key, value = projected
         state, num_new = call.state, query.shape[1]
-        places = state.places(num_new, call.padding)
-        seen_keys, seen_values = (x.transpose(1, 2) for x in call.update(key, value, places))
-        visible = places.visible[:, None]
-        out, weights = attend_to(query.transpose(1, 2), seen_keys, seen_values, visible, self.dropout)
+        state.reserve(num_new)
+        places = call.share(state.geometry, lambda: state.places(num_new, call.padding))
+        seen = call.update(key, value, places)
+        out, weights = attend_rows(query, *seen, places.visible, self.dropout)
         if call.output_attentions:
+            visible = places.visible[:, None]
             positions = state.positions(places)[:, None].masked_fill(~visible, -1).int()
             weights = weights.masked_fill(~visible, 0.0)
             call.add_weights((weights[:, :, None], positions.expand(weights.shape)[:, :, None]))
         state.advance(num_new, call.padding)
-        return out.transpose(1, 2)
+        return out
 
     def geometry(self, num_hashes: int | None = None) -> LocalGeometry:
         config = self.config

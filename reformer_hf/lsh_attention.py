@@ -67,7 +67,9 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             rotations = self._rotations(call, query.shape[3], factors)
             state.prepare_hashing(factors, projections_of(rotations, factors, query))
             state.prepare(self.geometry(call.num_hashes), key, value)
-        past = state.past(heads, query.shape[1])
+        if heads.start == 0:
+            state.reserve(query.shape[1])
+        past = state.past(heads)
         buckets = self._buckets(query, call, heads, call.padding)
         if past is None:
             order = sort_by_bucket(buckets)
@@ -84,7 +86,7 @@ class LSHSelfAttention(SharedQueryKeyAttention):
     def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
         query, value = projected
         # In chunks of the sorted order each token moves what the next one sees.
-        size = SLACK if self.config.lsh_pattern == "window" else 1
+        size = SLACK if call.state.geometry.chunk_length is None else 1
         outs, weights = [], []
         for start in range(0, query.shape[1], size):
             at = slice(start, start + size)
@@ -100,17 +102,18 @@ class LSHSelfAttention(SharedQueryKeyAttention):
         self, query: Tensor, value: Tensor, padding: Tensor | None, call: AttentionCall
     ) -> tuple[Tensor, Weights | None]:
         state, num_new = call.state, query.shape[1]
-        places = state.places(self._buckets(query, call, self.all_heads, padding))
+        state.reserve(num_new)
+        places = state.places(state.hash(query, padding))
         seen_keys, seen_values = call.update(normalized_keys(query), value, places)
-        # [B, H, n, 1, …]
-        query, value = (x.transpose(1, 2)[..., None, :] for x in (query, value))
-        visible = places.visible.flatten(3)[..., None, :]
-        out, weights = attend_to(query, seen_keys, seen_values, visible, self.dropout)
-        alone = ~visible.any(-1, keepdim=True)
-        out = torch.where(alone, value, out)[..., 0, :].transpose(1, 2)
+        # One batch row of attention for each token and head.
+        query, value = query.transpose(1, 2), value.transpose(1, 2)
+        visible = places.visible.view(seen_keys.shape[0], 1, -1)
+        out, weights = attend_to(query.reshape(-1, 1, query.shape[3]), seen_keys, seen_values, visible, self.dropout)
+        sees = visible.any(-1).view(*query.shape[:3], 1)
+        out = torch.where(sees, out.view(query.shape), value).transpose(1, 2)
         seen = None
         if call.output_attentions:
-            seen = self._step_weights(weights.view(places.visible.shape), alone[..., 0], places, state)
+            seen = self._step_weights(weights.view(places.visible.shape), ~sees, places, state)
         state.advance(num_new, padding)
         return out, seen
 

@@ -9,8 +9,10 @@ Parameter names are those of the in-tree model, so that its checkpoints load as 
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,9 @@ from .stream_norm import StreamLayerNorm
 LORA_TARGETS = ["query_key", "query", "value"]
 
 _POSITIONS = "max_position_embeddings"
+
+# Ids that are compared faster one by one.
+_FEW_IDS = 16
 
 # Label of a position that has no part in the loss.
 IGNORED = -100
@@ -96,7 +101,8 @@ class ReformerHfEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor | None, position_ids: Tensor, inputs_embeds: Tensor | None) -> Tensor:
         """`[B, L, E]`, in fp32 at least: the streams of the reversible stack start here."""
         embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        embeds = dropout(embeds, self.dropout, training=self.training)
+        if self.training:
+            embeds = dropout(embeds, self.dropout)
         embeds = embeds + self.position_embeddings(position_ids)
         return embeds.to(torch.promote_types(embeds.dtype, torch.float32))
 
@@ -140,9 +146,10 @@ class ReformerHfAttention(nn.Module):
 
     def step(self, stream: Tensor, call: AttentionCall) -> Tensor:
         """What the branch adds for few new tokens `[B, n, E]`, by looking up in the decoding state what they see."""
-        projected = self.self_attention.project(self.layer_norm(stream), self.self_attention.all_heads)
-        added = self.output.dense(self.self_attention.step(projected, call).flatten(2))
-        return dropout(added, self.dropout, training=self.training) if self.training else added
+        self_attention = self.self_attention
+        projected = self_attention.project_all(self.layer_norm(stream))
+        added = self.output.dense(self_attention.step(projected, call).flatten(2))
+        return dropout(added, self.dropout) if self.training else added
 
     def _part(self, call: AttentionCall, heads: slice) -> AttentionPart:
         features = self.self_attention.features(heads)
@@ -181,12 +188,14 @@ class ReformerHfLayer(nn.Module):
         Returns:
             The streams after the layer, and attention weights with positions or `None`.
         """
-        call = self.attention.self_attention.begin(padding, layer_idx=self.layer_idx, **options)
         batch_size, length, _ = x1.shape
-        state = call.state
+        cache = options.get("cache")
+        state = None if cache is None else cache.layers[self.layer_idx]
         if state is not None and state.takes_step(length):
+            call = AttentionCall(padding, layer_idx=self.layer_idx, **options)
             y1 = x1 + self.attention.step(x2, call)
             return y1, x2 + self.feed_forward(y1), call.take_weights()
+        call = self.attention.self_attention.begin(padding, layer_idx=self.layer_idx, **options)
         attention = self.attention.branch(x2, call)
         feed_forward = PositionWiseBranch(
             self.feed_forward,
@@ -249,7 +258,7 @@ class ReformerHfEncoder(nn.Module):
         del x1, x2
         hidden_states = self.layer_norm(both)
         return ReformerHfModelOutput(
-            last_hidden_state=dropout(hidden_states, self.dropout, training=self.training),
+            last_hidden_state=dropout(hidden_states, self.dropout) if self.training else hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(weights for weights, _ in all_attentions) if output_attentions else None,
             attention_positions=tuple(positions for _, positions in all_attentions) if output_attentions else None,
@@ -281,6 +290,8 @@ class ReformerHfLMHead(nn.Module):
             hidden_states = hidden_states.unflatten(-1, (2, -1)).mean(-2)
         if targets is not None:
             return self._sum_cross_entropy(hidden_states, targets)
+        if not torch.is_grad_enabled() and not 0 < self.chunk_size < hidden_states.shape[1]:
+            return self.decoder(hidden_states)
         return apply_chunked(self.decoder, hidden_states, self.chunk_size, list(self.decoder.parameters()))
 
     def _sum_cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
@@ -356,6 +367,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         super().__init__(config)
         self.embeddings = ReformerHfEmbeddings(config)
         self.encoder = ReformerHfEncoder(config)
+        # By which a cache remembers that it is one for this model.
+        self._cache_key = uuid4().hex
         self.post_init()
 
     @can_return_tuple
@@ -413,15 +426,26 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 padding = ~attention_mask
         if position_ids is None:
             position_ids = self._position_ids(inputs, padding, cache)
-        options = {"num_hashes": num_hashes, "num_buckets": factors, "cache": cache}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            return self.encoder(
+        options = {"num_hashes": num_hashes, "num_buckets": factors, "cache": cache, "shared": {}}
+        mode = nullcontext() if cache is None else torch.no_grad()
+        # Less is done for each operation then.
+        is_step = cache is not None and self._may_leave_autograd(cache, inputs.shape[1])
+        with torch.inference_mode() if is_step else mode:
+            outputs = self.encoder(
                 self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
                 padding,
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
                 self.config.output_attentions if output_attentions is None else output_attentions,
                 **options,
             )
+        return _ordinary(outputs) if is_step else outputs
+
+    def _may_leave_autograd(self, cache: Cache, num_new: int) -> bool:
+        """Whether this is a step and no hook, such as that of FSDP, makes tensors that training could meet later."""
+        if torch.compiler.is_compiling() or not all(layer.takes_step(num_new) for layer in cache.layers):
+            return False
+        modules = (self, self.embeddings, self.encoder, self.encoder.layers[0])
+        return not any(module._forward_pre_hooks or "forward" in vars(module) for module in modules)
 
     def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
         """Tokens counted from those that the cache holds, `[B or 1, L]`; padding has the place of the one before."""
@@ -438,16 +462,38 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
 
     def _check_cache(self, cache: Cache, inputs: Tensor, num_hashes: int | None, factors: list[int] | None) -> None:
         """Raise a `ValueError`, before anything has changed, where a cache is not one of this model and input."""
+        layers = getattr(cache, "layers", ())
+        key = (self._cache_key, num_hashes, factors)
+        if not layers or any(getattr(layer, "checked_by", None) != key for layer in layers):
+            self._check_layers(cache, key)
+        if torch.compiler.is_compiling():
+            return
+        layer = layers[0]
+        if layer.is_initialized and layer.batch_size != inputs.shape[0]:
+            raise ValueError(
+                f"The input has {inputs.shape[0]} rows, but `cache` holds {layer.batch_size}: repeat or select its "
+                "rows (`batch_repeat_interleave`, `batch_select_indices`), or begin with a new cache."
+            )
+        if layer.is_initialized and layer.device != inputs.device:
+            raise ValueError(f"The input is on {inputs.device}, but `cache` on {layer.device}: move the input there.")
+        room = layer.get_max_length()
+        if 0 <= room < layer.length + inputs.shape[1]:
+            raise ValueError(
+                f"`cache` holds {int(layer.length)} of at most {room} tokens, too many for {inputs.shape[1]} more: "
+                f"make it with `max_cache_len` of at least {int(layer.length) + inputs.shape[1]}."
+            )
+
+    def _check_layers(self, cache: Cache, key: tuple) -> None:
+        """Raise a `ValueError` where a cache is not made for this model, or for other options."""
+        _, num_hashes, factors = key
+        layers = getattr(cache, "layers", ())
         kinds = [LAYER_TYPES[kind].__name__ for kind in self.config.attn_layers]
-        layers = getattr(cache, "layers", None)
         if not isinstance(cache, Cache) or [type(layer).__name__ for layer in layers] != kinds:
             held = f" of {[type(layer).__name__ for layer in layers]}" if layers else ""
             raise ValueError(
                 f"`cache` is a {type(cache).__name__}{held}, but the layers of this model need {kinds}: make it with "
                 "`DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`."
             )
-        if torch.compiler.is_compiling():
-            return
         if not self.config.is_decoder:
             raise ValueError("`cache` is given, but without `is_decoder=True` each token sees those after it.")
         for encoder_layer, layer in zip(self.encoder.layers, layers, strict=True):
@@ -463,20 +509,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                     f"`num_buckets` is {factors}, but `cache` has hashed what it holds into {layer.factors}: leave "
                     "it None, or begin with a new cache."
                 )
-        layer = layers[0]
-        if layer.is_initialized and layer.batch_size != inputs.shape[0]:
-            raise ValueError(
-                f"The input has {inputs.shape[0]} rows, but `cache` holds {layer.batch_size}: repeat or select its "
-                "rows (`batch_repeat_interleave`, `batch_select_indices`), or begin with a new cache."
-            )
-        if layer.is_initialized and layer.device != inputs.device:
-            raise ValueError(f"The input is on {inputs.device}, but `cache` on {layer.device}: move the input there.")
-        room, length = layer.get_max_length(), int(layer.length)
-        if 0 <= room < length + inputs.shape[1]:
-            raise ValueError(
-                f"`cache` holds {length} of at most {room} tokens, too many for {inputs.shape[1]} more: make it with "
-                f"`max_cache_len` of at least {length + inputs.shape[1]}."
-            )
+        for layer in layers:
+            layer.checked_by = key
 
 
 class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
@@ -685,6 +719,16 @@ def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor, attention_mask: T
     return hidden_states.gather(1, places)
 
 
+def _ordinary(outputs: ReformerHfModelOutput) -> ReformerHfModelOutput:
+    """Copies of what was computed in inference mode, with which anything may be done."""
+    for name, value in outputs.items():
+        if torch.is_tensor(value):
+            outputs[name] = value.clone()
+        elif isinstance(value, tuple):
+            outputs[name] = tuple(tensor.clone() for tensor in value)
+    return outputs
+
+
 def _only_cache(cache: Cache | None, kwargs: dict) -> Cache | None:
     """The decoding state, by whichever name it was given."""
     old = kwargs.pop("past_key_values", None)
@@ -754,7 +798,10 @@ def _check_inputs(
 def _check_range(name: str, ids: Tensor | None, limit: int, field: str):
     if ids is None or ids.numel() == 0:
         return
-    smallest, largest = (int(x) for x in torch.aminmax(ids))
+    if ids.numel() <= _FEW_IDS:
+        smallest, largest = min(few := ids.flatten().tolist()), max(few)
+    else:
+        smallest, largest = (int(x) for x in torch.aminmax(ids))
     if smallest < 0 or largest >= limit:
         wrong = smallest if smallest < 0 else largest
         raise ValueError(

@@ -33,6 +33,7 @@ class AttentionCall:
         num_buckets: Factors of the number of buckets, instead of the config's.
         cache: Decoding state of the model, with what came before this input.
         layer_idx: Whose part of it is this layer's.
+        shared: What layers have in common in this call of the model.
     """
 
     padding: Tensor | None = None
@@ -43,6 +44,7 @@ class AttentionCall:
     num_buckets: Sequence[int] | None = None
     cache: Cache | None = None
     layer_idx: int = 0
+    shared: dict[Hashable, Any] | None = None
     _kept: dict[Hashable, Any] = field(default_factory=dict)
     _weights: list[Weights] = field(default_factory=list)
 
@@ -51,6 +53,14 @@ class AttentionCall:
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
+
+    def share(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, or gave the first layer that asked for it by this key."""
+        if self.shared is None:
+            return compute()
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
 
     @property
     def state(self) -> StateLayer | None:
@@ -84,6 +94,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.config = config
+        self.head_size = config.attention_head_size
         all_head_size = config.num_attention_heads * config.attention_head_size
         for name in self.projections:
             setattr(self, name, nn.Linear(config.hidden_size, all_head_size, bias=False))
@@ -99,7 +110,7 @@ class SelfAttention(nn.Module):
 
     def features(self, heads: slice) -> slice:
         """Where some heads stand among the features of all."""
-        size = self.config.attention_head_size
+        size = self.head_size
         return slice(heads.start * size, heads.stop * size)
 
     def begin(self, padding: Tensor | None = None, **options) -> AttentionCall:
@@ -133,12 +144,17 @@ class SelfAttention(nn.Module):
         features = self.features(heads)
         # One view for all, so that autograd sums their gradients in place.
         rows = hidden_states.flatten(0, 1)
-        shape = (*hidden_states.shape[:2], -1, self.config.attention_head_size)
+        shape = (*hidden_states.shape[:2], -1, self.head_size)
         return [project(getattr(self, name), rows, features, values).view(shape) for name in self.projections]
 
     def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
         """Output `[B, L, H, D]` of what `project` gave."""
         raise NotImplementedError
+
+    def project_all(self, hidden_states: Tensor) -> list[Tensor]:
+        """What `project` gives for all heads, in the least time for a few positions."""
+        shape = (*hidden_states.shape[:2], -1, self.head_size)
+        return [getattr(self, name)(hidden_states).view(shape) for name in self.projections]
 
     def geometry(self, num_hashes: int | None = None) -> Geometry:
         """What the decoding state of this layer is made for."""
