@@ -16,9 +16,6 @@ class _Dense(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_features, out_features)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dense(hidden_states)
-
 
 class ReformerHfFeedForward(nn.Module):
     """Layer norm, widen, activate, narrow."""
@@ -34,8 +31,8 @@ class ReformerHfFeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The branch of the second stream, `[B, L, E]`; what is computed at a time is up to the caller."""
-        hidden_states = self.dense(self.layer_norm(hidden_states))
+        hidden_states = self.dense.dense(self.layer_norm(hidden_states))
         if not self.training:
-            return self.output(self.activation(hidden_states))
+            return self.output.dense(self.activation(hidden_states))
         hidden_states = self.activation(dropout(hidden_states, self.dropout))
-        return dropout(self.output(hidden_states), self.dropout)
+        return dropout(self.output.dense(hidden_states), self.dropout)
