@@ -169,6 +169,9 @@ class StateLayer(CacheLayerMixin):
     @property
     def rows(self) -> Tensor:
         """The table as `[B * rows, H, 2 * D]`."""
+        if self.is_compileable:
+            # Two inputs of compiled code that share memory would be copied.
+            return self.table.flatten(0, 1)
         if self._rows is None:
             self._rows = self.table.flatten(0, 1)
         return self._rows
@@ -326,8 +329,7 @@ class StateLayer(CacheLayerMixin):
             self.reset()
 
     def _check_crop(self, target: int) -> None:
-        restorable = max(self._longest, int(self.length)) - target
-        if self.is_initialized and 0 < target < int(self.length) and not self._can_restore(restorable):
+        if self.is_initialized and 0 < target < int(self.length) and not self._can_restore(target):
             raise ValueError(
                 f"A cache of {int(self.length)} tokens is to be cropped to {target}, but its {type(self).__name__} "
                 f"has dropped what came before: it can give back {SLACK} tokens of the longest state it had. Crop by "
@@ -335,8 +337,8 @@ class StateLayer(CacheLayerMixin):
                 "new cache."
             )
 
-    def _can_restore(self, num_columns: int) -> bool:
-        """Whether what was overwritten since so many columns ago is not needed there."""
+    def _can_restore(self, target: int) -> bool:
+        """Whether nothing that a token at column `target` sees was overwritten."""
         return True
 
     def _crop(self, num_columns: int) -> None:
@@ -566,9 +568,9 @@ class LocalStateLayer(StateLayer):
             setattr(self, name, grown)
         self._table_changed()
 
-    def _can_restore(self, num_columns: int) -> bool:
-        enough = num_columns <= self.ring_length - self.geometry.window_length
-        return enough or max(self._longest, int(self.length)) <= self.ring_length
+    def _can_restore(self, target: int) -> bool:
+        longest = max(self._longest, int(self.length))
+        return longest - target <= self.ring_length - self.geometry.window_length or longest <= self.ring_length
 
     def _crop(self, num_columns: int) -> None:
         target = int(self.length) - num_columns
@@ -618,9 +620,9 @@ class LSHStateLayer(StateLayer):
         self.factors: list[int] = []
         # Rows of the table in use. Differs from the length once something was dropped.
         self.stored: int | Tensor = 0
-        self.dropped = False
-        self._ages: Tensor | None = None
-        self._signed: list[Tensor] | None = None
+        # Columns that there were when something was last dropped.
+        self._dropped_at = 0
+        self._signed: list[Tensor] = []
 
     @property
     def num_buckets(self) -> int:
@@ -630,9 +632,10 @@ class LSHStateLayer(StateLayer):
     def ring_length(self) -> int:
         return self.rings.shape[-1]
 
-    def prepare_hashing(self, factors: list[int], projections: list[Tensor]) -> None:
+    def prepare_hashing(self, factors: list[int], projections: list[Tensor], num_hashes: int) -> None:
         """What the first input says of all later ones."""
         self.factors, self.projections = factors, projections
+        self._signed = both_signs(projections, num_hashes)
 
     def _make_tensors(self, batch_size: int) -> None:
         geometry = self.geometry
@@ -649,6 +652,7 @@ class LSHStateLayer(StateLayer):
         self.rings = torch.zeros((*self.counts.shape, geometry.window_length + SLACK), **integers)
         if geometry.chunk_length is not None:
             self.firsts = torch.zeros((*self.counts.shape, geometry.chunk_length), **integers)
+        self._ages = torch.arange(geometry.window_length, 0, -1, device=self.device)
         if self.is_compileable:
             self.stored = self.length
 
@@ -724,9 +728,6 @@ class LSHStateLayer(StateLayer):
 
     def _in_window(self, rings: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The last rows of each token's own bucket before it, `[B, H, n, R, W]`, and which of them there are."""
-        window_length = self.geometry.window_length
-        if self._ages is None:
-            self._ages = torch.arange(window_length, 0, -1, device=self.device)
         earlier = index[..., None] - self._ages
         cells = torch.add(earlier % self.ring_length, rings[..., None], alpha=self.ring_length)
         return self.rings.view(-1).take(cells), earlier >= 0
@@ -785,8 +786,6 @@ class LSHStateLayer(StateLayer):
     def hash(self, query: Tensor, padding: Tensor | None) -> Tensor:
         """Buckets `[B, H, n, R]` of a few queries `[B, n, H, D]`, N for padding."""
         num_hashes = self.geometry.num_hashes
-        if self._signed is None:
-            self._signed = both_signs(self.projections, num_hashes)
         buckets = hash_few(self._signed, query, num_hashes)
         return buckets if padding is None else buckets.masked_fill(padding[:, None, :, None], self.num_buckets)
 
@@ -831,6 +830,8 @@ class LSHStateLayer(StateLayer):
         # The last position whose index has this remainder.
         index = last - (last - cells) % self.ring_length
         self.rings[:, heads] = self._rows_at(order, starts[..., None] + index)
+        # Made here, not in a step, which may be compiled.
+        self._base_rows()
         if self.firsts is not None:
             firsts = starts[..., None] + torch.arange(self.firsts.shape[-1], device=self.device)
             self.firsts[:, heads] = self._rows_at(order, firsts)
@@ -851,24 +852,25 @@ class LSHStateLayer(StateLayer):
 
     def reserve(self, num_new: int) -> None:
         """Make room in the table: drop what no ring holds, where that is worth while, else grow."""
-        if self.is_compileable:
+        if self.is_compileable or self.stored + num_new <= self.table.shape[1]:
             return
-        if self.stored + num_new > self.table.shape[1]:
-            bound = self.counts.shape[2:].numel() * self.ring_length + SLACK
-            bound += max(bound // 4, SLACK)
+        # What rings hold, and a quarter more, so that rows are dropped now and then only.
+        bound = self.counts.shape[2:].numel() * self.ring_length + SLACK
+        bound += max(bound // 4, SLACK)
+        is_window = self.geometry.chunk_length is None
+        if is_window and self.stored > bound // 2 and self.stored + num_new > bound:
             recent = max(self._longest, self.length + num_new) - self._last_kept
-            if self.geometry.chunk_length is None and self.stored >= bound:
-                if not self.record_past or recent <= SLACK:
-                    self._drop()
-            needed = self.stored + num_new
-            if needed > self.table.shape[1]:
-                size = _grown(self.table.shape[1], needed)
-                if self.geometry.chunk_length is None and needed <= bound:
-                    size = min(size, bound)
-                self._resize(("table",), 1, size)
-                self._resize(("buckets",), 2, size, fill=self.num_buckets)
-                if self._positions is not None:
-                    self._resize(("_positions",), 2, size)
+            if not self.record_past or recent <= SLACK:
+                self._drop()
+        needed = self.stored + num_new
+        if needed > self.table.shape[1]:
+            size = _grown(self.table.shape[1], needed)
+            if is_window:
+                size = max(needed, min(size, bound))
+            self._resize(("table",), 1, size)
+            self._resize(("buckets",), 2, size, fill=self.num_buckets)
+            if self._positions is not None:
+                self._resize(("_positions",), 2, size)
 
     @_in_mode_of_table
     def _drop(self) -> None:
@@ -894,10 +896,10 @@ class LSHStateLayer(StateLayer):
         held = self.rings.flatten(2).long().clamp(max=stored - 1)
         self.rings.copy_(places.gather(-1, held).view(self.rings.shape))
         self.stored = num_kept
-        self.dropped = True
+        self._dropped_at = self.length
 
-    def _can_restore(self, num_columns: int) -> bool:
-        return num_columns <= SLACK or not self.dropped
+    def _can_restore(self, target: int) -> bool:
+        return max(self._longest, int(self.length)) - target <= SLACK or target >= self._dropped_at
 
     def _crop(self, num_columns: int) -> None:
         stored = int(self.stored)

@@ -65,7 +65,7 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             factors = state.factors if call.num_buckets is None and state.factors else None
             factors = factors or self._factors(query.shape[1], call)
             rotations = self._rotations(call, query.shape[3], factors)
-            state.prepare_hashing(factors, projections_of(rotations, factors, query))
+            state.prepare_hashing(factors, projections_of(rotations, factors, query), rotations.shape[2])
             state.prepare(self.geometry(call.num_hashes), key, value)
         if heads.start == 0:
             state.reserve(query.shape[1])

@@ -398,8 +398,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             cache (`Cache`, *optional*): Decoding state, a `DynamicCache(config=model.config)` or `StaticCache`: the
                 input continues what it holds, and is taken into it. Nothing has a gradient then. (`past_key_values`
                 is what Transformers before 5.24 calls it.)
-            use_cache (`bool`, *optional*): Whether to make a `DynamicCache` and return it, where none is given; not in
-                training. Otherwise than in other models, None means no.
+            use_cache (`bool`, *optional*): Whether to make a `DynamicCache` and return it, where none is given; a
+                causal model does so in evaluation. Otherwise than in other models, None means no.
             output_hidden_states, output_attentions (`bool`, *optional*): What to return besides; for its form see
                 `ReformerHfModelOutput`.
 
@@ -412,7 +412,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 "`torch.export` traces one order of the sorted positions, which is another one for each input: use "
                 "`torch.compile`, or share the model as a folder (`save_pretrained`)."
             )
-        if cache is None and use_cache and not self.training:
+        if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
         inputs = _check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)
         factors = _bucket_factors(self.config, num_buckets)
@@ -427,10 +427,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         if position_ids is None:
             position_ids = self._position_ids(inputs, padding, cache)
         options = {"num_hashes": num_hashes, "num_buckets": factors, "cache": cache, "shared": {}}
+        leaves_autograd = cache is not None and self._leaves_autograd(cache, inputs.shape[1])
         mode = nullcontext() if cache is None else torch.no_grad()
-        # Less is done for each operation then.
-        is_step = cache is not None and self._may_leave_autograd(cache, inputs.shape[1])
-        with torch.inference_mode() if is_step else mode:
+        with torch.inference_mode() if leaves_autograd else mode:
             outputs = self.encoder(
                 self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
                 padding,
@@ -438,11 +437,16 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 self.config.output_attentions if output_attentions is None else output_attentions,
                 **options,
             )
-        return _ordinary(outputs) if is_step else outputs
+        return _ordinary(outputs) if leaves_autograd else outputs
 
-    def _may_leave_autograd(self, cache: Cache, num_new: int) -> bool:
-        """Whether this is a step and no hook, such as that of FSDP, makes tensors that training could meet later."""
-        if torch.compiler.is_compiling() or not all(layer.takes_step(num_new) for layer in cache.layers):
+    def _leaves_autograd(self, cache: Cache, num_new: int) -> bool:
+        """Whether to compute in inference mode: where the state was made in it, and in steps, of which each operation
+        then costs less, unless a hook, such as that of FSDP, could make tensors that training meets later."""
+        if torch.compiler.is_compiling():
+            return False
+        if cache.layers[0].is_initialized and cache.layers[0].table.is_inference():
+            return True
+        if not all(layer.takes_step(num_new) for layer in cache.layers):
             return False
         modules = (self, self.embeddings, self.encoder, self.encoder.layers[0])
         return not any(module._forward_pre_hooks or "forward" in vars(module) for module in modules)

@@ -1,0 +1,569 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Decoding state: new tokens get the logits of a parallel pass, whatever was done to the state before."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from reformer_hf import ReformerHfForCausalLM
+from reformer_hf.cache import SLACK
+
+from .helpers import assert_close, random_model, relative_rms, tiny_config
+
+KINDS = {
+    "local": {"attn_layers": ["local", "local"]},
+    "full": {"attn_layers": ["full", "full"]},
+    "lsh": {"attn_layers": ["lsh", "lsh"]},
+    "mixed": {},
+}
+CHUNKS = {
+    "in-tree": {"lsh_pattern": "chunk", "lsh_across_buckets": True, "wrap_chunks": True},
+    "across-buckets": {"lsh_pattern": "chunk", "lsh_across_buckets": True},
+    "same-bucket": {"lsh_pattern": "chunk"},
+    "each-key-once": {"lsh_pattern": "chunk", "lsh_count_duplicates": False},
+    "two-before": {"lsh_pattern": "chunk", "lsh_across_buckets": True, "lsh_num_chunks_before": 2},
+    "none-before": {"lsh_pattern": "chunk", "lsh_across_buckets": True, "lsh_num_chunks_before": 0},
+}
+
+each_kind = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+each_cache = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+
+
+def _new_cache(model, static=False, length=256):
+    if static:
+        return StaticCache(config=model.config, max_cache_len=length)
+    return DynamicCache(config=model.config)
+
+
+class Decoding:
+    """A sequence that grows and shrinks along with the decoding state, and the logits that each token got."""
+
+    def __init__(self, model, cache, batch_size=3, seed=0):
+        self.model, self.cache = model, cache
+        self._generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.zeros(batch_size, 0, dtype=torch.long)
+        self.mask = torch.zeros(batch_size, 0, dtype=torch.long)
+        dtype = model.lm_head.decoder.weight.dtype
+        self.logits = torch.zeros(batch_size, 0, model.config.vocab_size, dtype=dtype)
+
+    @property
+    def length(self):
+        return self.ids.shape[1]
+
+    @torch.no_grad()
+    def take(self, num_new, padding=None, new=None):
+        """New tokens, random unless they are given, `padding` of them per row at the beginning."""
+        if new is None:
+            new = torch.randint(1, 60, (self.ids.shape[0], num_new), generator=self._generator)
+        mask = torch.ones_like(new)
+        for row, num_padding in enumerate(padding or ()):
+            mask[row, :num_padding] = 0
+        ids, mask = torch.cat([self.ids, new], dim=1), torch.cat([self.mask, mask], dim=1)
+        logits = self.model(new, attention_mask=mask, cache=self.cache).logits
+        self.ids, self.mask, self.logits = ids, mask, torch.cat([self.logits, logits], dim=1)
+        return self
+
+    def crop(self, num_removed):
+        self.cache.crop(-num_removed)
+        kept = slice(0, self.length - num_removed)
+        self.ids, self.mask, self.logits = (x[:, kept] for x in (self.ids, self.mask, self.logits))
+
+    def map_rows(self, change, rows):
+        change(self.cache)
+        self.ids, self.mask, self.logits = (x[rows] for x in (self.ids, self.mask, self.logits))
+
+    @torch.no_grad()
+    def expected(self):
+        return self.model(self.ids, attention_mask=self.mask).logits
+
+    def check(self, limit=1e-12):
+        assert self.cache.get_seq_length() == self.length
+        tokens = self.mask.bool()
+        assert_close(self.logits[tokens], self.expected()[tokens], limit)
+
+
+@each_cache
+@each_kind
+@pytest.mark.parametrize("num_hashes", [1, 2, 4])
+@pytest.mark.parametrize("once", [False, True], ids=["duplicates", "each-key-once"])
+def test_steps_equal_the_parallel_pass(num_hashes, once, fields, static):
+    if "lsh" not in fields.get("attn_layers", ["lsh"]) and (num_hashes > 1 or once):
+        pytest.skip("There is no hashing.")
+    model = random_model(torch.float64, num_hashes=num_hashes, lsh_count_duplicates=not once, **fields)
+    decoding = Decoding(model, _new_cache(model, static)).take(20, padding=[0, 9, 3])
+    while decoding.length < 130:
+        decoding.take(1)
+    decoding.check()
+    # They depend on what was before, so that a state that forgot it would be found out.
+    other = decoding.ids.clone()
+    other[:, 50] = 59 - other[:, 50]
+    with torch.no_grad():
+        changed = model(other, attention_mask=decoding.mask).logits
+    assert relative_rms(changed[:, 52:66], decoding.logits[:, 52:66]) > 1e-4
+
+
+@pytest.mark.slow
+@each_kind
+@pytest.mark.parametrize("num_hashes", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+def test_two_thousand_positions(dtype, limit, num_hashes, fields):
+    """At every position, from prompts of all kinds of lengths, in one piece and in several."""
+    if "lsh" not in fields.get("attn_layers", ["lsh"]) and num_hashes > 1:
+        pytest.skip("There is no hashing.")
+    sizes = {"local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64, "max_position_embeddings": 2048}
+    model = random_model(dtype, num_hashes=num_hashes, num_buckets=16, **sizes, **fields)
+    prompts = {1: [1], 5: [5], 63: [63], 64: [64], 65: [65], 1000: [1000]}
+    pieces = {"in-pieces": [1, 62, 1, 200, 500, 36, 200], "in-two": [64, 936]}
+    for prompt in (*prompts.values(), *pieces.values()):
+        decoding = Decoding(model, _new_cache(model), seed=1)
+        for at, piece in enumerate(prompt):
+            decoding.take(piece, padding=[0, piece // 2, piece // 3] if at == 0 else None)
+        while decoding.length < 2000:
+            decoding.take(1)
+        tokens, expected = decoding.mask.bool(), decoding.expected()
+        difference = (decoding.logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert difference[tokens].max() <= limit, (prompt, difference[tokens].max())
+
+
+@each_cache
+@each_kind
+@pytest.mark.parametrize("pieces", [[1, 1, 1], [7, 3, 20, 1, 64, 65, 1, 30], [90, 100], [3, 150, 2, 90]], ids=str)
+def test_pieces_of_any_size(pieces, fields, static):
+    model = random_model(torch.float64, **fields)
+    decoding = Decoding(model, _new_cache(model, static))
+    for at, piece in enumerate(pieces):
+        decoding.take(piece, padding=[0, piece // 2, 0] if at < 2 else None)
+    decoding.check()
+
+
+@each_cache
+@each_kind
+def test_padding_anywhere(fields, static):
+    """On the right of a prompt, in a step, a whole row of it, and none but padding at first."""
+    model = random_model(torch.float64, **fields)
+    decoding = Decoding(model, _new_cache(model, static))
+    for padding in ([5, 0, 2], [3, 5, 0], [0, 5, 5], [1, 0, 1]):
+        decoding.take(5, padding)
+    for padding in ([1, 0, 0], [0, 1, 1], None, None):
+        decoding.take(1, padding)
+    decoding.take(70, [70, 0, 65])
+    for _ in range(20):
+        decoding.take(1)
+    decoding.check()
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("take"), st.integers(1, 12)),
+    st.tuples(st.just("take"), st.integers(1, 90)),
+    st.tuples(st.just("crop"), st.integers(0, 70)),
+    st.tuples(st.just("reorder"), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
+    st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=1, max_size=3)),
+    st.tuples(st.just("repeat"), st.just(2)),
+    st.tuples(st.just("copy"), st.just(0)),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    static=st.booleans(),
+    prompt=st.integers(1, 100),
+    operations=st.lists(OPERATIONS, min_size=1, max_size=8),
+)
+def test_whatever_is_done_to_a_state(kind, static, prompt, operations):
+    model = random_model(torch.float64, **KINDS[kind])
+    decoding = Decoding(model, _new_cache(model, static)).take(prompt, padding=[0, prompt // 2, prompt - 1])
+    longest = 0
+    for name, value in operations:
+        rows, longest = len(decoding.ids), max(longest, decoding.length)
+        if name == "take" and decoding.length + value <= 250:
+            decoding.take(value)
+        elif name == "crop" and value < decoding.length:
+            try:
+                decoding.crop(value)
+            except ValueError:
+                # Not within what is promised; and the state is as it was.
+                assert longest - decoding.length + value > SLACK
+        elif name in ("reorder", "select"):
+            index = torch.tensor([row for row in value if row < rows] or [0])
+            if name == "reorder":
+                index = torch.nn.functional.pad(index, (0, max(rows - len(index), 0)))[:rows]
+                decoding.map_rows(lambda cache, index=index: cache.reorder_cache(index), index)
+            else:
+                decoding.map_rows(lambda cache, index=index: cache.batch_select_indices(index), index)
+        elif name == "repeat" and rows <= 3:
+            index = torch.arange(rows).repeat_interleave(2)
+            decoding.map_rows(lambda cache: cache.batch_repeat_interleave(2), index)
+        elif name == "copy":
+            decoding.cache = copy.deepcopy(decoding.cache)
+    decoding.take(1).take(1)
+    decoding.check()
+
+
+@each_cache
+@pytest.mark.parametrize("pattern", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("prompt", [3, 8, 9, 50])
+@torch.no_grad()
+def test_step_in_chunks_is_the_last_row_of_the_parallel_pass(prompt, pattern, static):
+    """In one layer, where nothing comes before it that a new token could change."""
+    for kind in ("lsh", "local"):
+        model = random_model(torch.float64, attn_layers=[kind], num_hashes=3, **pattern)
+        decoding = Decoding(model, _new_cache(model, static)).take(2).take(prompt - 2, padding=[0, prompt // 2, 1])
+        while decoding.length < 90:
+            decoding.take(1)
+            assert_close(decoding.logits[:, -1], decoding.expected()[:, -1], 1e-12, f"length {decoding.length}")
+
+
+@pytest.mark.parametrize("pattern", CHUNKS.values(), ids=CHUNKS)
+def test_several_tokens_in_chunks_equal_one_after_the_other(pattern):
+    model = random_model(torch.float64, num_hashes=3, **pattern)
+    one, several = (Decoding(model, _new_cache(model)).take(20) for _ in range(2))
+    several.take(15)
+    for column in range(20, 35):
+        one.take(1, new=several.ids[:, column : column + 1])
+    assert_close(several.logits, one.logits, 1e-12)
+
+
+@each_kind
+def test_what_no_ring_holds_is_dropped(fields):
+    """Small rings, and more tokens than they hold: the state stops growing and the logits are right all the same."""
+    model = random_model(
+        torch.float64, num_buckets=2, lsh_num_chunks_before=1, num_hashes=2, max_position_embeddings=2048, **fields
+    )
+    decoding = Decoding(model, _new_cache(model), batch_size=2).take(400, padding=[0, 5])
+    sizes = []
+    while decoding.length < 1600:
+        decoding.take(1 if len(sizes) % 50 else 40)
+        sizes.append((decoding.length, _elements(decoding.cache)))
+    decoding.check()
+    if "full" not in model.config.attn_layers:
+        assert len({size for length, size in sizes if length > 800}) == 1
+        assert all(getattr(layer, "_dropped_at", 1) for layer in decoding.cache.layers)
+    # What was long ago does not come back, and to ask for it changes nothing.
+    if "full" not in model.config.attn_layers:
+        with pytest.raises(ValueError, match=f"1600 tokens is to be cropped to 1500.*give back {SLACK} tokens"):
+            decoding.crop(100)
+    decoding.crop(SLACK - 10)
+    decoding.take(20)
+    decoding.check()
+    with torch.no_grad():
+        whole = model(decoding.ids, attention_mask=decoding.mask, output_attentions=True)
+        decoding.crop(1)
+        step = model(
+            decoding.ids.new_full((2, 1), 7), attention_mask=None, cache=decoding.cache, output_attentions=True
+        )
+    for layer, kind in enumerate(model.config.attn_layers):
+        if kind == "lsh":
+            seen = set(step.attention_positions[layer][0].flatten().tolist())
+            assert max(seen) < decoding.length + 1 and len(seen) > 4
+    assert whole.attentions is not None
+
+
+def _elements(cache):
+    tensors = [getattr(layer, name) for layer in cache.layers for name in layer.tensors]
+    return sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+
+def test_crop_back_to_the_prompt():
+    """Further than the slack, as long as nothing was dropped that would be needed."""
+    for kind in ("lsh", "full"):
+        model = random_model(torch.float64, attn_layers=[kind, kind])
+        decoding = Decoding(model, _new_cache(model)).take(30, padding=[0, 7, 29]).take(150)
+        decoding.crop(150)
+        decoding.take(100)
+        decoding.crop(30)
+        for _ in range(5):
+            decoding.take(1)
+        decoding.check()
+
+
+@each_kind
+def test_recording_the_past(fields):
+    """Then there is room to go back to where the last crop was, however far."""
+    model = random_model(torch.float64, num_buckets=2, max_position_embeddings=1024, **fields)
+    decoding = Decoding(model, _new_cache(model)).take(700)
+    decoding.cache.activate_past_recording()
+    decoding.crop(0)
+    for _ in range(3):
+        decoding.take(60).take(60).take(60)
+        decoding.crop(175)
+    decoding.take(1)
+    decoding.check()
+
+
+@each_kind
+def test_crop_to_nothing_begins_anew(fields):
+    model = random_model(torch.float64, **fields)
+    decoding = Decoding(model, _new_cache(model)).take(30).take(1)
+    decoding.crop(31)
+    assert decoding.cache.get_seq_length() == 0
+    decoding.take(9).take(1)
+    decoding.check()
+    decoding.cache.reset()
+    again = Decoding(model, decoding.cache, batch_size=2).take(9).take(1)
+    again.check()
+
+
+@each_cache
+@each_kind
+def test_attentions_and_hidden_states_of_a_step(fields, static):
+    model = random_model(torch.float64, num_hashes=3, **fields)
+    decoding = Decoding(model, _new_cache(model, static)).take(1)
+    wanted = {"output_attentions": True, "output_hidden_states": True}
+    for num_new in (1, 40, 3, 1, 70, 1):
+        new = torch.randint(1, 60, (3, num_new))
+        decoding.ids = torch.cat([decoding.ids, new], dim=1)
+        with torch.no_grad():
+            step = model(new, cache=decoding.cache, **wanted)
+            whole = model(decoding.ids, **wanted)
+        for found, expected in zip(step.hidden_states, whole.hidden_states, strict=True):
+            assert_close(found, expected[:, -num_new:], 1e-12)
+        for layer in range(len(model.config.attn_layers)):
+            found, expected = (
+                _by_column(output.attentions[layer], output.attention_positions[layer], decoding.length)
+                for output in (step, whole)
+            )
+            assert_close(found, expected[:, :, -num_new:], 1e-12)
+
+
+def _by_column(weights, positions, length):
+    """Attention weights `[B, H, n, L]` of `[B, H, R, n, W]`, of all rounds."""
+    weights, positions = (x.transpose(2, 3).flatten(3) for x in (weights, positions.long()))
+    assert torch.equal(weights > 0, positions >= 0)
+    return weights.new_zeros(*weights.shape[:3], length + 1).scatter_add_(3, positions % (length + 1), weights)[..., :-1]
+
+
+def test_rows_of_a_step_sum_to_one():
+    model = random_model(torch.float64, attn_layers=["lsh", "local", "full"])
+    cache = model(torch.ones(1, 1, dtype=torch.long), use_cache=True).cache
+    for token in range(1, 30):
+        output = model(torch.tensor([[token]]), cache=cache, output_attentions=True)
+        for weights in output.attentions:
+            assert_close(weights.sum((2, 4)), torch.ones(1, 2, 1, dtype=torch.float64), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    model = random_model(torch.float32)
+    decoding = Decoding(model.to(dtype), _new_cache(model)).take(60)
+    for _ in range(10):
+        decoding.take(1)
+    assert decoding.cache.layers[0].keys.dtype == dtype
+    assert decoding.logits.isfinite().all()
+    assert_close(decoding.logits, decoding.expected(), 0.05)
+
+
+def test_autocast():
+    model = random_model(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoding = Decoding(model, _new_cache(model)).take(60)
+        for _ in range(10):
+            decoding.take(1)
+        assert_close(decoding.logits, decoding.expected(), 0.05)
+
+
+def test_train_mode_draws_its_rotations_once():
+    """Without a seed of its own, training hashes by new rotations in each call, but a state keeps those that it has."""
+    model = random_model(torch.float64, attn_layers=["lsh"]).train()
+    torch.manual_seed(3)
+    decoding = Decoding(model, _new_cache(model)).take(40)
+    state = torch.get_rng_state()
+    for _ in range(20):
+        decoding.take(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    decoding.check()
+    assert model(decoding.ids, use_cache=True).cache is None
+
+
+def test_no_state_unless_it_is_wanted():
+    model = random_model()
+    ids = torch.ones(1, 9, dtype=torch.long)
+    assert model(ids).cache is None
+    assert "cache" not in model(ids) and "past_key_values" not in model(ids)
+    output = model(ids, use_cache=True)
+    assert output.cache.get_seq_length() == 9
+    assert output.past_key_values is output.cache
+    assert model.reformer(ids, use_cache=True).cache.get_seq_length() == 9
+
+
+def test_outputs_of_a_step_are_ordinary_tensors():
+    """Steps leave autograd behind; what they give may be used in it all the same, and the model be trained after."""
+    model = random_model()
+    ids = torch.ones(2, 9, dtype=torch.long)
+    cache = model(ids, use_cache=True).cache
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    output = model(ids[:, :1], cache=cache, **wanted)
+    assert not output.logits.is_inference()
+    probe = torch.nn.Linear(32, 1)
+    for hidden in (*output.hidden_states, output.attentions[0][..., :1].expand(*[-1] * 4, 32)):
+        probe(hidden).sum().backward()
+    assert all(not getattr(layer, name).is_inference() for layer in cache.layers for name in ("table", "num_tokens"))
+    model.train()(ids, labels=ids).loss.backward()
+
+
+def test_state_made_in_inference_mode():
+    model = random_model(torch.float64)
+    with torch.inference_mode():
+        decoding = Decoding(model, _new_cache(model)).take(30).take(1)
+    decoding.take(60).take(1)
+    decoding.map_rows(lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), torch.tensor([2, 0, 1]))
+    decoding.crop(20)
+    decoding.take(1).take(90)
+    decoding.check()
+
+
+def test_copies_are_independent_and_can_be_pickled():
+    model = random_model(torch.float64)
+    first = Decoding(model, _new_cache(model)).take(30).take(1)
+    second = copy.copy(first)
+    second.cache = copy.deepcopy(first.cache)
+    third = copy.copy(first)
+    third.cache = pickle.loads(pickle.dumps(first.cache))
+    for decoding, num_new in ((first, 5), (second, 1), (third, 90)):
+        decoding.take(num_new).take(1)
+    for decoding in (first, second, third):
+        decoding.check()
+
+
+def test_offload_and_prefetch():
+    """What `Cache` does between layers when it was made with `offloading=True`, which needs CUDA itself."""
+    model = random_model(torch.float64)
+    decoding = Decoding(model, _new_cache(model)).take(30)
+    for _ in range(5):
+        for layer in decoding.cache.layers:
+            layer.offload()
+        decoding.cache.layers[0].prefetch()
+        decoding.take(1)
+    decoding.check()
+
+
+@pytest.mark.cuda
+@each_kind
+def test_offloading_on_cuda(fields):
+    model = random_model(torch.float64, **fields).cuda()
+    ids = torch.randint(1, 60, (2, 30), device="cuda")
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **options, use_cache=False)
+    assert torch.equal(model.generate(ids, **options, cache_implementation="offloaded"), expected)
+
+
+def _state(cache):
+    tensors = {(i, name): getattr(layer, name) for i, layer in enumerate(cache.layers) for name in layer.tensors}
+    return {key: tensor.clone() for key, tensor in tensors.items() if tensor is not None}
+
+
+IDS = torch.ones(2, 1, dtype=torch.long)
+
+BAD_CALLS = {
+    "of-no-layers": (
+        {"cache": DynamicCache()},
+        r"`cache` is a DynamicCache, but.*\['LocalStateLayer', 'LSHStateLayer', 'FullStateLayer'\].*"
+        r"`DynamicCache\(config=model.config\)`",
+    ),
+    "of-dense-layers": (
+        {"cache": DynamicCache(ddp_cache_data=[(torch.ones(1, 1, 1, 1),) * 2] * 3)},
+        "`cache` is a DynamicCache of .*DynamicLayer",
+    ),
+    "a-tuple": ({"past_key_values": ()}, "`cache` is a tuple, but"),
+    "both": ({"past_key_values": DynamicCache(), "cache": DynamicCache()}, "one of `cache` and `past_key_values`"),
+    "other-rows": ({"input_ids": IDS[:1]}, "The input has 1 rows, but `cache` holds 2: repeat or select"),
+    "other-rounds": ({"num_hashes": 3}, "`cache` is that of another model, or of other options.*num_hashes=2"),
+    "other-buckets": ({"num_buckets": 4}, r"`num_buckets` is \[4\], but `cache` has hashed.*into \[8\]"),
+    "odd-buckets": ({"num_buckets": 3}, "`num_buckets` is 3, but random rotations give an even number"),
+    "mask-too-short": (
+        {"attention_mask": torch.ones(2, 20)},
+        r"`attention_mask` has shape \(2, 20\), but must be \(2, 31\).*or \(2, 1\) for the new ones",
+    ),
+    "a-token-of-another-vocabulary": ({"input_ids": IDS * 60}, "`input_ids` holds 60"),
+    "a-position-too-many": ({"input_ids": IDS.expand(2, 227)}, "`position_ids` holds 256.*`max_position_embeddings`"),
+}
+
+
+@each_cache
+@pytest.mark.parametrize(("call", "said"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_leave_the_state_as_it_was(call, said, static):
+    model = random_model()
+    cache = model(torch.ones(2, 30, dtype=torch.long), cache=_new_cache(model, static, 300)).cache
+    if "past_key_values" not in call and "cache" not in call:
+        call = {**call, "cache": cache}
+    before = _state(cache)
+    with pytest.raises(ValueError, match=said):
+        model(**{"input_ids": IDS, **call})
+    after = _state(cache)
+    assert cache.get_seq_length() == 30
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_state_of_another_model_is_refused():
+    cache = random_model()(IDS, use_cache=True).cache
+    for other in ({"local_attn_chunk_length": 4}, {"lsh_num_chunks_before": 1}, {"num_attention_heads": 4}):
+        with pytest.raises(ValueError, match="`cache` is that of another model.*Begin with a new cache"):
+            random_model(**other)(IDS, cache=cache)
+    with pytest.raises(ValueError, match="the layers of this model need"):
+        random_model(attn_layers=["lsh"] * 3)(IDS, cache=cache)
+
+
+def test_a_static_state_that_is_full():
+    model = random_model()
+    cache = model(IDS.expand(2, 30), cache=_new_cache(model, True, 32)).cache
+    model(IDS, cache=cache)
+    before = _state(cache)
+    with pytest.raises(ValueError, match="`cache` holds 31 of at most 32 tokens, too many for 2 more.*at least 33"):
+        model(IDS.expand(2, 2), cache=cache)
+    assert all(torch.equal(before[key], value) for key, value in _state(cache).items())
+
+
+def test_crop_by_a_number_that_is_not_negative_or_too_large():
+    model = random_model()
+    cache = model(IDS.expand(2, 30), use_cache=True).cache
+    with pytest.raises(ValueError, match="`tokens_to_remove` is 5.*such as -1"):
+        cache.crop(5)
+    with pytest.raises(ValueError, match="31 tokens cannot be removed from a cache that holds 30"):
+        cache.crop(-31)
+
+
+def test_an_encoder_has_no_state():
+    from reformer_hf import ReformerHfModel
+
+    encoder = ReformerHfModel(tiny_config(is_decoder=False)).eval()
+    assert encoder(IDS, use_cache=True).cache is None
+    with pytest.raises(ValueError, match="without `is_decoder=True` each token sees those after it"):
+        encoder(IDS, cache=DynamicCache(config=encoder.config))
+
+
+def test_a_model_that_is_tied_or_not_has_the_same_kinds_of_state():
+    """By the names in the config, for `DynamicCache` and `StaticCache` to find."""
+    config = tiny_config()
+    names = ["LocalStateLayer", "LSHStateLayer", "FullStateLayer"]
+    assert [type(layer).__name__ for layer in DynamicCache(config=config).layers] == names
+    static = StaticCache(config=config, max_cache_len=9)
+    assert [type(layer).__name__ for layer in static.layers] == names
+    assert static.is_compileable and not DynamicCache(config=config).is_compileable
+    assert not any(isinstance(layer, DynamicLayer) for layer in static.layers)
+    assert "layer_types" not in config.to_dict()
+
+
+def test_buckets_of_one_call():
+    model, other = (random_model(torch.float64, num_buckets=n) for n in (8, 2))
+    ids = torch.arange(1, 59)[None]
+    expected = other(ids).logits
+    assert_close(model(ids, num_buckets=2).logits, expected, 1e-12)
+    assert_close(model(ids, num_buckets=[2]).logits, expected, 1e-12)
+    assert relative_rms(model(ids).logits, expected) > 1e-3
+    cache = model(ids[:, :40], num_buckets=2, use_cache=True).cache
+    assert_close(model(ids[:, 40:], cache=cache).logits, expected[:, 40:], 1e-12)
+
+
+def test_gradients_do_not_go_through_a_state():
+    model = random_model()
+    output = model(IDS.expand(2, 9), use_cache=True)
+    for layer in output.cache.layers:
+        assert not layer.keys.requires_grad
+    assert isinstance(model, ReformerHfForCausalLM)
