@@ -320,13 +320,14 @@ class StateLayer(CacheLayerMixin):
         for layer in self.peers:
             layer._check_crop(target)
         self._last_kept = target
-        if target == length:
-            return
-        self._longest = max(self._longest, length)
-        self._crop(-tokens_to_remove)
-        self.length -= length - target
+        if target < length:
+            self._longest = max(self._longest, length)
+            self._crop(-tokens_to_remove)
+            self.length -= length - target
         if target == 0:
             self.reset()
+        else:
+            self._after_crop()
 
     def _check_crop(self, target: int) -> None:
         if self.is_initialized and 0 < target < int(self.length) and not self._can_restore(target):
@@ -343,6 +344,9 @@ class StateLayer(CacheLayerMixin):
 
     def _crop(self, num_columns: int) -> None:
         raise NotImplementedError
+
+    def _after_crop(self) -> None:
+        """Give back what was kept for `crop` alone."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of the batch in this order."""
@@ -549,16 +553,23 @@ class LocalStateLayer(StateLayer):
 
     def reserve(self, num_new: int) -> None:
         """Where `crop` is to be expected, make room before what it needs is overwritten."""
-        if not self.record_past or self.is_compileable or not self.has_tokens:
+        if not self.record_past or self.is_compileable:
             return
         needed = self.geometry.window_length + max(self._longest, self.length + num_new) - self._last_kept
         if needed > self.ring_length:
-            self._enlarge(needed)
+            self._resize_ring(_grown(self.ring_length, needed))
+
+    def _after_crop(self) -> None:
+        usual = self._first_rows() - 1
+        if self.ring_length > usual and not self.is_compileable:
+            self._resize_ring(usual)
+            self._longest = int(self.length)
 
     @_in_mode_of_table
-    def _enlarge(self, needed: int) -> None:
-        old_length, new_length = self.ring_length, _grown(self.ring_length, needed)
-        ranks = self._next_ranks[:, None] + torch.arange(-old_length, 0, device=self.device)
+    def _resize_ring(self, new_length: int) -> None:
+        old_length = self.ring_length
+        kept = min(old_length, new_length)
+        ranks = self._next_ranks[:, None] + torch.arange(-kept, 0, device=self.device)
         old, new = ranks % old_length, torch.where(ranks < 0, new_length, ranks % new_length)
         for name, fill in (("table", 0), ("columns", self._NOTHING)):
             table = getattr(self, name)

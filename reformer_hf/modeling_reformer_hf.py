@@ -652,6 +652,8 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
         The other arguments, and what is raised, are those of `ReformerHfModel.forward`.
         """
         cache = _only_cache(cache, kwargs)
+        if cache is not None and isinstance(logits_to_keep, int) and logits_to_keep > 0:
+            _check_last_tokens(cache, attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
         outputs = self.reformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -721,6 +723,22 @@ def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor, attention_mask: T
     places = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).cummax(-1).values
     places = places[:, -logits_to_keep:, None].expand(-1, -1, hidden_states.shape[-1])
     return hidden_states.gather(1, places)
+
+
+def _check_last_tokens(cache: Cache, attention_mask: Tensor | None, inputs: Tensor):
+    """The last tokens, whose logits are wanted, must be among these inputs."""
+    if attention_mask is None or torch.compiler.is_compiling() or inputs is None:
+        return
+    empty = ~attention_mask[:, -inputs.shape[1] :].bool().any(-1)
+    layers = [layer for layer in getattr(cache, "layers", ()) if layer.is_initialized]
+    if not layers or not empty.any():
+        return
+    rows = (empty & (layers[0].num_tokens.to(empty.device) > 0)).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"The new input of row {rows[0]} is padding alone, after tokens in `cache`, so that the logits of its last "
+            "token are not to be had: pad on the left (`padding_side='left'`), or leave `prefill_chunk_size` None."
+        )
 
 
 def _ordinary(outputs: ReformerHfModelOutput) -> ReformerHfModelOutput:

@@ -2,7 +2,7 @@
 """Byte-level tokenizer: a fixed id for each byte of UTF-8, and four special tokens."""
 
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, groupby
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -45,7 +45,8 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
 
     Encoding is lossless: `decode(encode(text)) == text` for every text. This includes text that looks like a special
     token, which is read as its bytes; insert special tokens by id, or read them from text that you trust with
-    `split_special_tokens=False`. Ids that form no valid UTF-8 decode to U+FFFD; `decode_bytes` gives them unchanged.
+    `split_special_tokens=False`. Ids that form no valid UTF-8 decode to U+FFFD, or with `decode(…, errors="ignore")` to
+    nothing; `decode_bytes` gives them unchanged.
 
     Args:
         add_bos_token, add_eos_token (`bool`, defaults to `False`): Whether each sequence begins with `<s>` and ends
@@ -84,9 +85,27 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
         """Ids of any bytes, valid UTF-8 or not, without special tokens."""
         return [byte + FIRST_BYTE_ID for byte in data]
 
+    def _decode(self, token_ids, skip_special_tokens: bool = False, errors: str = "replace", **kwargs) -> str:
+        """As in Transformers; `errors` is that of `bytes.decode`: `"ignore"` leaves out what is no valid UTF-8, such
+        as a character that was cut off, instead of giving U+FFFD."""
+        if errors == "replace":
+            return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        ids = to_py_obj(token_ids)
+        text = ""
+        for is_byte, run in groupby([ids] if isinstance(ids, int) else ids, lambda i: self._is_byte(i)):
+            if is_byte:
+                text += self.decode_bytes(list(run)).decode("utf-8", errors)
+            else:
+                text += super()._decode(list(run), skip_special_tokens=skip_special_tokens, **kwargs)
+        return text
+
+    @staticmethod
+    def _is_byte(token_id: int) -> bool:
+        return FIRST_BYTE_ID <= token_id <= LAST_BYTE_ID
+
     def decode_bytes(self, token_ids: Sequence[int] | np.ndarray | Tensor) -> bytes:
         """Bytes of one sequence of ids. Ids that stand for no byte, such as special tokens, are left out."""
-        return bytes(i - FIRST_BYTE_ID for i in to_py_obj(token_ids) if FIRST_BYTE_ID <= i <= LAST_BYTE_ID)
+        return bytes(i - FIRST_BYTE_ID for i in to_py_obj(token_ids) if self._is_byte(i))
 
 
 ReformerHfByteTokenizer.register_for_auto_class()

@@ -264,7 +264,7 @@ BAD_INPUTS = {
     "no-rounds": ({"input_ids": IDS, "num_hashes": 0}, "`num_hashes` is 0.*at least 1; leave it None"),
     "cache": (
         {"input_ids": IDS, "past_key_values": ()},
-        "`past_key_values` is a tuple.*pass the whole sequence and `past_key_values=None`",
+        r"`cache` is a tuple.*make it with `DynamicCache\(config=model.config\)`",
     ),
 }
 

@@ -354,8 +354,8 @@ def test_loss_without_logits_in_half_precision(input_ids):
 
 @pytest.mark.parametrize("num_beams", [1, 3], ids=lambda beams: f"beams{beams}")
 @torch.no_grad()
-def test_generation_computes_each_prefix_anew(num_beams, input_ids):
-    """Without a decoding state: what `use_cache` says, which is True by default, means nothing. Nor does padding."""
+def test_generation_with_padding_and_with_or_without_a_state(num_beams, input_ids):
+    """Neither means anything for what comes out."""
     model = random_model()
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, :9] = 0
