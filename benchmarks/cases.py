@@ -9,6 +9,9 @@ WORKLOADS = {
     "forward": "the whole model in evaluation, without gradient, to the logits",
     "step": "the whole model in training: forward, loss, backward; no optimizer",
     "training": "a step of training on text: forward, loss, backward, AdamW",
+    "prefill": "the forward pass, and the decoding state that it leaves; the logits of the last token",
+    "last": "the forward pass to the logits of the last token, which leaves no state",
+    "tokens": "64 tokens of decoding, one by one, after a context of the case's length",
 }
 
 
@@ -45,6 +48,8 @@ SHAPES = {
         Shape("deep", ("lsh",) * 24, 256, 4, 64, 1024, 64, 64),
         Shape("wide", ("lsh",) * 6, 256, 4, 64, 16 * 1024, 64, 64, feed_forward_chunk=64),
         Shape("million", ("local", "lsh") * 6, 256, 4, 64, 512, 64, 64, head_chunk=4096),
+        # For generation: the layers and sizes of new configs.
+        Shape("decoder", ("local", "lsh") * 3, 256, 4, 64, 512, 64, 64),
         Shape("quick", ("lsh",) * 2, 32, 2, 16, 64, 16, 16),
     )
 }
@@ -76,7 +81,7 @@ class Case:
 Entry = tuple[Case, tuple[str, ...]]
 
 OURS, OURS_WIDE, OURS_IN_TREE = "reformer_hf", "reformer_hf-wide", "reformer_hf-in-tree"
-IN_TREE, DENSE = "transformers", "dense"
+IN_TREE, DENSE, COMPILED = "transformers", "dense", "reformer_hf-compiled"
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 ROUNDS = (1, 2, 4, 8)
 
@@ -141,6 +146,14 @@ def _million() -> list[Entry]:
     return [(Case("training", "million", 1 << 20, 1), (OURS_WIDE,))]
 
 
+def _generation() -> list[Entry]:
+    entries: list[Entry] = []
+    for length in (1024, 4096, 16384, 65536):
+        rivals = (IN_TREE, DENSE) if length <= 16384 else ()
+        entries.append((Case("tokens", "decoder", length, 4), (OURS, *rivals, OURS_WIDE, COMPILED)))
+    return entries + [(Case(workload, "decoder", 65536, 4), (OURS, OURS_WIDE)) for workload in ("last", "prefill")]
+
+
 def _quick() -> list[Entry]:
     reformers = (OURS, OURS_WIDE, OURS_IN_TREE, IN_TREE, "reformer-pytorch")
     return [
@@ -149,6 +162,9 @@ def _quick() -> list[Entry]:
         (Case("forward", "quick", 256, 2), (*reformers, DENSE)),
         (Case("attention", "quick", 256, 2), reformers),
         (Case("attention-step", "quick", 256, 2), reformers),
+        (Case("tokens", "quick", 256, 2), (OURS, OURS_WIDE, OURS_IN_TREE, IN_TREE, DENSE)),
+        (Case("prefill", "quick", 256, 2), (OURS, OURS_WIDE, OURS_IN_TREE)),
+        (Case("last", "quick", 256, 2), (OURS, OURS_WIDE, OURS_IN_TREE)),
     ]
 
 
@@ -159,5 +175,6 @@ SUITES = {
     "enwik8": _enwik8(),
     "memory": _memory(),
     "million": _million(),
+    "generation": _generation(),
     "quick": _quick(),
 }

@@ -11,7 +11,7 @@ from .cases import WORKLOADS, Case, Shape
 from .checks import Finding
 from .dense import dense_model
 from .floor import floor_of_step
-from .workloads import Build, Run, prepare
+from .workloads import Build, Run, prepare, prepare_compiled
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,19 @@ class Implementation:
 
 
 def _of_modules(
-    check: Callable[[Shape, int], list[Finding]], build_model: Build, build_attention: Build | None = None
+    check: Callable[[Shape, int], list[Finding]],
+    build_model: Build,
+    build_attention: Build | None = None,
+    workloads: frozenset[str] = frozenset(WORKLOADS),
 ) -> Implementation:
-    workloads = WORKLOADS if build_attention else ("forward", "step", "training")
     return Implementation(
-        lambda case, device: prepare(case, device, build_model, build_attention), check, frozenset(workloads)
+        lambda case, device: prepare(case, device, build_model, build_attention), check, workloads
     )
+
+
+# Without a state of its own, or one that the workloads know.
+_NO_STATE = frozenset(WORKLOADS) - {"tokens", "prefill", "last"}
+_OF_MODEL = frozenset(WORKLOADS) - {"attention", "attention-step"}
 
 
 IMPLEMENTATIONS = {
@@ -43,10 +50,20 @@ IMPLEMENTATIONS = {
     "reformer_hf-in-tree": _of_modules(
         checks.check_in_tree, reformers.our_in_tree_model, reformers.our_in_tree_attention
     ),
-    "transformers": _of_modules(checks.check_in_tree, reformers.in_tree_model, reformers.in_tree_attention),
-    "reformer-pytorch": _of_modules(
-        checks.check_reformer_pytorch, reformers.reformer_pytorch_model, reformers.reformer_pytorch_attention
+    "reformer_hf-compiled": Implementation(
+        lambda case, device: prepare_compiled(case, device, reformers.our_model),
+        checks.check_oracle,
+        frozenset({"tokens"}),
     ),
-    "dense": _of_modules(checks.check_dense, dense_model),
+    "transformers": _of_modules(
+        checks.check_in_tree, reformers.in_tree_model, reformers.in_tree_attention, _NO_STATE | {"tokens"}
+    ),
+    "reformer-pytorch": _of_modules(
+        checks.check_reformer_pytorch,
+        reformers.reformer_pytorch_model,
+        reformers.reformer_pytorch_attention,
+        _NO_STATE,
+    ),
+    "dense": _of_modules(checks.check_dense, dense_model, workloads=_OF_MODEL),
     "floor": Implementation(floor_of_step, lambda shape, num_hashes: [], frozenset({"step"})),
 }

@@ -27,7 +27,7 @@ def markdown(results: Results, plots: list[Path] | None = None) -> str:
     """The whole report."""
     parts = [f"# Benchmarks: {results.suite}, {results.date}", _machine(results)]
     parts.append(_table(_HEAD, _rows(results)))
-    if results.suite == "required":
+    if results.suite in ("required", "generation"):
         parts += ["## Required figures", _table(["case", "wanted", "measured", "met"], _required_rows(results))]
     parts += [f"![]({plot.name})" for plot in plots or []]
     parts += ["## Correctness", _table(_CHECKS_HEAD, _checks(results))]

@@ -14,17 +14,29 @@ GROWTH_LENGTHS = (4096, 65536)
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians that should be no smaller than `least`; ours is below the line but for the floor."""
+    """A ratio of medians, `rival` over ours in the same case unless another one is named below the line."""
 
     title: str
     case: str
     rival: str
-    least: float
+    least: float | None = None
     what: str = "seconds"
+    most: float | None = None
+    below: str | None = None
+
+    @property
+    def wanted(self) -> str:
+        return f"≥ {self.least:g}" if self.most is None else f"≤ {self.most:g}"
 
     def measured(self, results: Results) -> float | None:
-        above, below = (results.median(self.case, name, self.what) for name in (self.rival, OURS))
+        above = results.median(self.case, self.rival, self.what)
+        below = results.median(self.below or self.case, OURS, self.what)
         return above / below if above is not None and below else None
+
+    def met(self, value: float | None) -> bool | None:
+        if value is None:
+            return None
+        return value >= self.least if self.most is None else value <= self.most
 
 
 RATIOS = [
@@ -44,6 +56,26 @@ RATIOS = [
     Ratio("training step, L 65,536, 2 hashes: dense / ours", "step-L65536-R2", DENSE, 18.0),
 ]
 
+_TOKENS = "decoder-tokens-L{}-R4"
+GENERATION_RATIOS = [
+    Ratio("time of a token, context 4,096: in-tree / ours", _TOKENS.format(4096), IN_TREE, 10.0),
+    Ratio("time of a token, context 16,384: in-tree / ours", _TOKENS.format(16384), IN_TREE, 20.0),
+    Ratio(
+        "time of a token, ours: context 65,536 / 1,024",
+        _TOKENS.format(65536),
+        OURS,
+        most=1.2,
+        below=_TOKENS.format(1024),
+    ),
+    Ratio(
+        "prefill of 65,536 tokens / plain forward pass",
+        "decoder-prefill-L65536-R4",
+        OURS,
+        most=1.15,
+        below="decoder-last-L65536-R4",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -56,12 +88,14 @@ class Figure:
 
 
 def required_figures(results: Results) -> list[Figure]:
-    """All rows; where something was not measured, nothing is said of it."""
+    """All rows that the suite is for; where something was not measured, nothing is said of it."""
+    ratios = GENERATION_RATIOS if results.suite == "generation" else RATIOS
     figures = []
-    for ratio in RATIOS:
+    for ratio in ratios:
         value = ratio.measured(results)
-        met = None if value is None else value >= ratio.least
-        figures.append(Figure(ratio.title, f"≥ {ratio.least:g}", _number(value), met))
+        figures.append(Figure(ratio.title, ratio.wanted, _number(value), ratio.met(value)))
+    if results.suite == "generation":
+        return figures
     return [*figures, _shortest_length(results), *_growths(results)]
 
 

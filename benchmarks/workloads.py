@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from reformer_hf.tokenization_reformer_hf import FIRST_BYTE_ID
 
 from .cases import Case, Shape
+from .decoding import ROOM, decode
 from .reformers import random_ids
 
 Build = Callable[[Shape, int, int], nn.Module]
@@ -21,6 +22,12 @@ def prepare(case: Case, device: torch.device, build_model: Build, build_attentio
     """Build what the case needs; the function returned does the work once and returns a loss or output."""
     torch.manual_seed(0)
     sizes = (case.shape, case.length, case.num_hashes)
+    if case.workload == "tokens":
+        model = build_model(case.shape, case.length + ROOM, case.num_hashes).to(device).eval()
+        return decode(model, random_ids(case.shape, case.length, device))
+    if case.workload in ("last", "prefill"):
+        model = build_model(*sizes).to(device).eval()
+        return _last(model, random_ids(case.shape, case.length, device), case.workload == "prefill")
     if case.workload in ("forward", "step", "training"):
         model = build_model(*sizes).to(device)
         if case.workload == "training":
@@ -42,6 +49,21 @@ def _forward(model: nn.Module, ids: Tensor) -> Run:
             return model(input_ids=ids)["logits"]
 
     return run
+
+
+def _last(model: nn.Module, ids: Tensor, use_cache: bool) -> Run:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=use_cache, logits_to_keep=1)["logits"]
+
+    return run
+
+
+def prepare_compiled(case: Case, device: torch.device, build_model: Build) -> Run:
+    """Decoding from a state of fixed shape, by a compiled step."""
+    torch.manual_seed(0)
+    model = build_model(case.shape, case.length + ROOM, case.num_hashes).to(device).eval()
+    return decode(model, random_ids(case.shape, case.length, device), compiled=True)
 
 
 def _step(model: nn.Module, ids: Tensor) -> Run:

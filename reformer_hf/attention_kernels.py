@@ -109,7 +109,7 @@ def normalized_keys(query: Tensor) -> Tensor:
 
 
 def attend_to(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None, dropout: float = 0.0
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """
     Plain attention, for few queries.
@@ -117,32 +117,32 @@ def attend_to(
     Args:
         query: `[b, n, D]`.
         key, value: `[b, T, D or E]`.
-        visible: `[b or 1, n, T]`, which keys a query sees; `None` for all.
+        hidden: `[b or 1, n, T]`, which keys a query does not see; `None` for none.
         dropout: Rate at which weights are dropped, by torch's global generator.
 
     Returns:
         Output `[b, n, E]`, and the weights `[b, n, T]` before dropout. Those of a query that sees nothing mean nothing.
     """
     scores = torch.bmm(query, key.transpose(1, 2))
-    if visible is not None:
-        scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
+    if hidden is not None:
+        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     kept = torch.dropout(weights, dropout, train=True) if dropout else weights
-    return torch.bmm(kept.to(value.dtype), value), weights
+    return torch.bmm(kept if kept.dtype == value.dtype else kept.to(value.dtype), value), weights
 
 
 def attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """
-    `attend_to` for heads that see the same: queries `[B, n, H, D]`, keys and values `[B, T, H, D]`, `visible` `[B or 1,
+    `attend_to` for heads that see the same: queries `[B, n, H, D]`, keys and values `[B, T, H, D]`, `hidden` `[B or 1,
     n, T]`. Output `[B, n, H, D]`, weights `[B, H, n, T]`.
     """
     batch_size, num_new, num_heads, _ = query.shape
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if visible is not None and visible.shape[0] > 1:
-        visible = visible.repeat_interleave(num_heads, dim=0)
-    out, weights = attend_to(query, key, value, visible, dropout)
+    if hidden is not None and hidden.shape[0] > 1:
+        hidden = hidden.repeat_interleave(num_heads, dim=0)
+    out, weights = attend_to(query, key, value, hidden, dropout)
     out = out.view(batch_size, num_heads, num_new, -1).transpose(1, 2)
     return out, weights.view(batch_size, num_heads, num_new, -1)
 

@@ -57,14 +57,14 @@ class Places:
     Args:
         write: Rows `[B * n]` of the new tokens.
         read: What the new tokens attend to, in the form that their layer wants; `None` for nothing.
-        visible: Which of what is read each of them sees; `None` for all.
+        hidden: Which of what is read each of them does not see; `None` for nothing.
         heads: Whose keys and values are written, by default all.
         columns: Of the new tokens, `[B * n]`, where the layer keeps them.
     """
 
     write: Tensor
     read: Tensor | int | None = None
-    visible: Tensor | None = None
+    hidden: Tensor | None = None
     heads: slice | None = None
     columns: Tensor | None = None
 
@@ -394,17 +394,17 @@ class FullStateLayer(StateLayer):
         self.may_have_padding = self.is_compileable
 
     def places(self, num_new: int, padding: Tensor | None) -> Places:
-        """Where new tokens stand, and which columns `[B, n, T]` they see."""
+        """Where new tokens stand, and which columns `[B, n, T]` they do not see."""
         write = self._write(num_new, padding)
         total = self.table.shape[1] if self.is_compileable else self.length + num_new
         if num_new == 1 and not self.may_have_padding:
             # All columns before its own, and where there are none itself, unseen.
             first = total == 1
-            visible = torch.zeros((1, 1, 1), dtype=torch.bool, device=self.device) if first else None
-            return Places(write, 1 if first else total - 1, visible)
+            hidden = torch.ones((1, 1, 1), dtype=torch.bool, device=self.device) if first else None
+            return Places(write, 1 if first else total - 1, hidden)
         own = torch.arange(num_new, device=self.device) + self.length
-        visible = torch.arange(total, device=self.device) < own[:, None]
-        return Places(write, total, visible & ~self.padding[:, None, :total])
+        hidden = torch.arange(total, device=self.device) >= own[:, None]
+        return Places(write, total, hidden | self.padding[:, None, :total])
 
     def fill(self, num_new: int, padding: Tensor | None, heads: slice) -> Places:
         """Where new tokens stand after a parallel pass. Nothing is read."""
@@ -471,7 +471,7 @@ class LocalStateLayer(StateLayer):
 
     def places(self, num_new: int, padding: Tensor | None) -> Places:
         """
-        Where new tokens stand, and the rows `[B, S]` of the ring that hold what they see, `[B, n, S]`.
+        Where new tokens stand, and rows `[B, S]` of the ring, of which some are hidden from some, `[B, n, S]`.
 
         The same for all layers of one geometry.
         """
@@ -481,18 +481,17 @@ class LocalStateLayer(StateLayer):
         num_read = geometry.window_length + num_new - 1
         read_ranks = totals[:, None] + torch.arange(-num_read, 0, device=self.device)
         read = _table_rows(self.table, read_ranks % self.ring_length)
-        visible = (read_ranks[:, None] >= self._first_seen(ranks)[..., None]) & (read_ranks[:, None] <= ranks[..., None])
+        hidden = (read_ranks[:, None] < self._first_seen(ranks)[..., None]) | (read_ranks[:, None] > ranks[..., None])
         if geometry.counts_padding:
-            hidden = self.columns.view(-1).index_copy(0, write, columns)[read] < 0
-            visible = visible & ~hidden[:, None]
-        return Places(write, read, visible, columns=columns)
+            hidden |= (self.columns.view(-1).index_copy(0, write, columns)[read] < 0)[:, None]
+        return Places(write, read, hidden, columns=columns)
 
     def update(self, key_states: Tensor, value_states: Tensor, places: Places) -> tuple[Tensor | None, Tensor | None]:
         self.columns.view(-1).index_copy_(0, places.write, places.columns)
         return super().update(key_states, value_states, places)
 
     def positions(self, places: Places) -> Tensor:
-        """The columns `[B, 1, S]` of what is read; anything where nothing is visible."""
+        """The columns `[B, 1, S]` of what is read; anything for what is hidden."""
         return self.columns.view(-1)[places.read][:, None]
 
     def fill(self, num_new: int, padding: Tensor | None, heads: slice) -> Places:
@@ -674,7 +673,7 @@ class LSHStateLayer(StateLayer):
     def places(self, buckets: Tensor) -> Places:
         """
         Where new tokens of these buckets `[B, H, n, R]` (N for padding), n at most `SLACK`, stand in the table, and
-        what they see: for each head, rows and which of them are visible, `[B, H, n, R, W]`.
+        what they see: for each head, rows and which of them are hidden, `[B, H, n, R, W]`.
         """
         num_new = buckets.shape[2]
         rows = self._new_rows(num_new)
@@ -683,15 +682,15 @@ class LSHStateLayer(StateLayer):
             self._positions.index_copy_(2, rows, self._columns(rows))
         rings, index = self._push(buckets, rows)
         if self.geometry.chunk_length is None:
-            seen, visible = self._in_window(rings, index)
+            seen, hidden = self._in_window(rings, index)
         else:
-            seen, visible = self._in_chunks(rings, index, rows)
+            seen, hidden = self._in_chunks(rings, index, rows)
         if self.geometry.each_key_once and self.geometry.num_hashes > 1:
-            visible = visible & ~_seen_before(seen, visible)
+            hidden = hidden | _seen_before(seen, hidden)
         batch_size, _, num_heads, _ = self.table.shape
         write = rows if batch_size == 1 else _table_rows(self.table, rows.expand(batch_size, -1)).flatten()
         read = torch.add(self._base_rows()[1], seen, alpha=num_heads)
-        return Places(write, read, visible)
+        return Places(write, read, hidden)
 
     def _new_rows(self, num_new: int) -> Tensor:
         if isinstance(self.stored, int):
@@ -699,7 +698,7 @@ class LSHStateLayer(StateLayer):
         return torch.arange(num_new, device=self.device) + self.stored
 
     def positions(self, places: Places) -> Tensor:
-        """The columns of what is read, `[B, H, n, R, W]`; anything where nothing is visible."""
+        """The columns of what is read, `[B, H, n, R, W]`; anything for what is hidden."""
         rows = (places.read - self._base_rows()[1]).div(self.table.shape[2], rounding_mode="floor")
         return rows if self._positions is None else self._positions.gather(-1, rows.flatten(2)).view(rows.shape)
 
@@ -724,27 +723,33 @@ class LSHStateLayer(StateLayer):
             earlier = torch.ones(same.shape[2:4], dtype=torch.bool, device=self.device).tril(-1)
             index = index + (same & earlier[..., None]).sum(3)
         flat_rings, flat_index = rings.flatten(), index.flatten()
-        values = rows.int()[:, None].expand(rings.shape).flatten()
         cells = torch.add(flat_index % self.ring_length, flat_rings, alpha=self.ring_length)
-        self.rings.view(-1).index_copy_(0, cells, values)
+        self._put(self.rings, cells, rows, rings)
         if self.firsts is not None:
             chunk_length = self.firsts.shape[-1]
             # What is not among the first goes where padding is.
             last = flat_rings - flat_rings % (self.num_buckets + 1) + self.num_buckets
             cells = flat_rings * chunk_length + flat_index
             cells = torch.where(flat_index < chunk_length, cells, (last + 1) * chunk_length - 1)
-            self.firsts.view(-1).index_copy_(0, cells, values)
+            self._put(self.firsts, cells, rows, rings)
         counts.index_add_(0, flat_rings, torch.ones_like(flat_rings))
         return rings, index
 
+    def _put(self, table: Tensor, cells: Tensor, rows: Tensor, rings: Tensor) -> None:
+        """Write the row of each new token into its cells."""
+        if isinstance(self.stored, int) and rings.shape[2] == 1:
+            table.view(-1).index_fill_(0, cells, self.stored)
+        else:
+            table.view(-1).index_copy_(0, cells, rows.int()[:, None].expand(rings.shape).flatten())
+
     def _in_window(self, rings: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The last rows of each token's own bucket before it, `[B, H, n, R, W]`, and which of them there are."""
+        """The last rows of each token's own bucket before it, `[B, H, n, R, W]`, and which of them there are not."""
         earlier = index[..., None] - self._ages
         cells = torch.add(earlier % self.ring_length, rings[..., None], alpha=self.ring_length)
-        return self.rings.view(-1).take(cells), earlier >= 0
+        return self.rings.view(-1).take(cells), earlier < 0
 
     def _in_chunks(self, rings: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows in the chunks of the sorted order that the last token sees, `[B, H, 1, R, W]`, and which it sees."""
+        """Rows in the chunks of the sorted order around the last token, `[B, H, 1, R, W]`, and which are hidden."""
         geometry, num_buckets = self.geometry, self.num_buckets
         buckets = rings - self._base_rows()[0]
         ends = self.counts.cumsum(-1)
@@ -760,7 +765,7 @@ class LSHStateLayer(StateLayer):
         # The first chunk of a round looks back at the last one of the round before.
         search = _OfRounds(wrapped)
         seen_buckets = search(ends, lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
-        visible = (slots >= 0) & (seen_buckets < num_buckets)
+        hidden = (slots < 0) | (seen_buckets >= num_buckets)
         seen_buckets = seen_buckets.clamp(max=num_buckets)
         places = slots - search(starts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
         counts = search(self.counts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
@@ -771,10 +776,10 @@ class LSHStateLayer(StateLayer):
         early = places.clamp(min=0, max=geometry.chunk_length - 1)
         early = self.firsts.view(-1).take(seen_rings * geometry.chunk_length + early)
         seen = torch.where(counts - places <= self.ring_length, last, early)
-        visible = visible & (seen != rows)
+        hidden |= seen == rows
         if geometry.same_bucket:
-            visible = visible & (seen_buckets == buckets[:, :, 0, :, None])
-        return seen[:, :, None], visible[:, :, None]
+            hidden |= seen_buckets != buckets[:, :, 0, :, None]
+        return seen[:, :, None], hidden[:, :, None]
 
     def _padded_length(self) -> int | Tensor:
         """Length of a round in the ring of all chunks, with the token that is being taken."""
@@ -945,11 +950,11 @@ class _OfRounds:
         return torch.where(self._before, look_up(of_rounds.roll(1, 2)), look_up(of_rounds))
 
 
-def _seen_before(rows: Tensor, visible: Tensor) -> Tensor:
-    """Which rows `[…, R, W]` are visible in an earlier round."""
-    seen = torch.zeros_like(visible)
+def _seen_before(rows: Tensor, hidden: Tensor) -> Tensor:
+    """Which rows `[…, R, W]` are not hidden in an earlier round."""
+    seen = torch.zeros_like(hidden)
     for round in range(1, rows.shape[-2]):
-        earlier = torch.where(visible, rows, -1)[..., :round, :].flatten(-2)
+        earlier = rows.masked_fill(hidden, -1)[..., :round, :].flatten(-2)
         seen[..., round, :] = (rows[..., round, :, None] == earlier[..., None, :]).any(-1)
     return seen
 

@@ -37,16 +37,16 @@ class FullSelfAttention(SharedQueryKeyAttention):
         state.reserve(num_new)
         places = state.places(num_new, call.padding)
         seen = call.update(normalized_keys(query), value, places)
-        out, weights = attend_rows(query, *seen, places.visible, self.dropout)
-        visible = alone = None
-        if places.visible is not None:
-            visible = places.visible[:, None]
-            alone = ~visible.any(-1, keepdim=True)
+        out, weights = attend_rows(query, *seen, places.hidden, self.dropout)
+        hidden = alone = None
+        if places.hidden is not None:
+            hidden = places.hidden[:, None]
+            alone = hidden.all(-1, keepdim=True)
             out = torch.where(alone.transpose(1, 2), value, out)
         if call.output_attentions:
             positions = state.positions(places).int().expand(weights.shape)
-            if visible is not None:
-                weights, positions = weights.masked_fill(~visible, 0.0), positions.masked_fill(~visible, -1)
+            if hidden is not None:
+                weights, positions = weights.masked_fill(hidden, 0.0), positions.masked_fill(hidden, -1)
                 own = torch.arange(num_new, dtype=torch.int32, device=query.device) + int(state.length)
                 weights[..., -1:] = torch.where(alone, 1.0, weights[..., -1:])
                 positions[..., -1:] = torch.where(alone, own[:, None], positions[..., -1:])

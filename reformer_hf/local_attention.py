@@ -70,11 +70,11 @@ class LocalSelfAttention(SelfAttention):
         state.reserve(num_new)
         places = call.share(state.geometry, lambda: state.places(num_new, call.padding))
         seen = call.update(key, value, places)
-        out, weights = attend_rows(query, *seen, places.visible, self.dropout)
+        out, weights = attend_rows(query, *seen, places.hidden, self.dropout)
         if call.output_attentions:
-            visible = places.visible[:, None]
-            positions = state.positions(places)[:, None].masked_fill(~visible, -1).int()
-            weights = weights.masked_fill(~visible, 0.0)
+            hidden = places.hidden[:, None]
+            positions = state.positions(places)[:, None].masked_fill(hidden, -1).int()
+            weights = weights.masked_fill(hidden, 0.0)
             call.add_weights((weights[:, :, None], positions.expand(weights.shape)[:, :, None]))
         state.advance(num_new, call.padding)
         return out

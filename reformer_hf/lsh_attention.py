@@ -107,21 +107,21 @@ class LSHSelfAttention(SharedQueryKeyAttention):
         seen_keys, seen_values = call.update(normalized_keys(query), value, places)
         # One batch row of attention for each token and head.
         query, value = query.transpose(1, 2), value.transpose(1, 2)
-        visible = places.visible.view(seen_keys.shape[0], 1, -1)
-        out, weights = attend_to(query.reshape(-1, 1, query.shape[3]), seen_keys, seen_values, visible, self.dropout)
-        sees = visible.any(-1).view(*query.shape[:3], 1)
-        out = torch.where(sees, out.view(query.shape), value).transpose(1, 2)
+        hidden = places.hidden.view(seen_keys.shape[0], 1, -1)
+        out, weights = attend_to(query.reshape(-1, 1, query.shape[3]), seen_keys, seen_values, hidden, self.dropout)
+        alone = hidden.all(-1).view(*query.shape[:3], 1)
+        out = torch.where(alone, value, out.view(query.shape)).transpose(1, 2)
         seen = None
         if call.output_attentions:
-            seen = self._step_weights(weights.view(places.visible.shape), ~sees, places, state)
+            seen = self._step_weights(weights.view(places.hidden.shape), alone, places, state)
         state.advance(num_new, padding)
         return out, seen
 
     @staticmethod
     def _step_weights(weights: Tensor, alone: Tensor, places: Places, state: LSHStateLayer) -> Weights:
         """Weights and positions `[B, H, R, n, W]` of a step; a token that is alone sees itself, last in round 0."""
-        weights = weights.masked_fill(~places.visible, 0.0)
-        positions = state.positions(places).masked_fill(~places.visible, -1).int()
+        weights = weights.masked_fill(places.hidden, 0.0)
+        positions = state.positions(places).masked_fill(places.hidden, -1).int()
         own = torch.arange(weights.shape[2], dtype=torch.int32, device=weights.device) + int(state.length)
         weights[..., 0, -1:] = torch.where(alone, 1.0, weights[..., 0, -1:])
         positions[..., 0, -1:] = torch.where(alone, own[:, None], positions[..., 0, -1:])

@@ -34,7 +34,7 @@ from .local_attention import LocalSelfAttention
 from .lsh_attention import LSHSelfAttention, factors_of
 from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape, reversible_layer
 from .rng import Dropout, draw_seed
-from .self_attention import AttentionCall
+from .self_attention import AttentionCall, apply_linear
 from .stream_norm import StreamLayerNorm
 
 # What LoRA adapts by default: what scores and values are made of. (`query_key` in LSH layers, `query` in local ones.)
@@ -148,7 +148,7 @@ class ReformerHfAttention(nn.Module):
         """What the branch adds for few new tokens `[B, n, E]`, by looking up in the decoding state what they see."""
         self_attention = self.self_attention
         projected = self_attention.project_all(self.layer_norm(stream))
-        added = self.output.dense(self_attention.step(projected, call).flatten(2))
+        added = apply_linear(self.output.dense, self_attention.step(projected, call).flatten(2))
         return dropout(added, self.dropout) if self.training else added
 
     def _part(self, call: AttentionCall, heads: slice) -> AttentionPart:
