@@ -11,7 +11,7 @@ WORKLOADS = {
     "training": "a step of training on text: forward, loss, backward, AdamW",
     "prefill": "the forward pass, and the decoding state that it leaves; the logits of the last token",
     "last": "the forward pass to the logits of the last token, which leaves no state",
-    "tokens": "64 tokens of decoding, one by one, after a context of the case's length",
+    "tokens": "128 tokens of decoding, one by one, after a context of the case's length",
 }
 
 

@@ -11,10 +11,10 @@ from transformers.models.reformer import modeling_reformer
 from reformer_hf import ReformerHfForCausalLM
 
 # Tokens of one run.
-TOKENS = 64
+TOKENS = 128
 
-# Tokens that models have positions for beyond the context.
-ROOM = 1024
+# Tokens that models have positions for beyond the context: those of all runs.
+ROOM = 2048
 
 # Gives the logits of a token `[1, 1]` at a position.
 Step = Callable[[Tensor, int], Tensor]
@@ -56,15 +56,21 @@ def _start_in_tree(model: nn.Module, ids: Tensor) -> Step:
 
 
 def decode(model: nn.Module, ids: Tensor, compiled: bool = False) -> Callable[[], Tensor]:
-    """A run of `TOKENS` tokens, each the most probable one; the next run goes on from there."""
+    """
+    A run of `TOKENS` tokens; the next run goes on from there.
+
+    They are given: what a model without training would choose is one token over and over, which all falls into one
+    bucket.
+    """
     step = start_decoding(model, ids, compiled)
-    token, position = ids[:, -1:], ids.shape[1]
+    tokens = iter(ids.roll(ROOM // 2, dims=1).repeat(1, ROOM)[:, :ROOM].split(1, dim=1))
+    position = ids.shape[1]
 
     def run() -> Tensor:
-        nonlocal token, position
+        nonlocal position
         for _ in range(TOKENS):
-            logits = step(token, position)
-            token, position = logits[:, -1:].argmax(-1), position + 1
+            logits = step(next(tokens), position)
+            position += 1
         return logits
 
     return run

@@ -34,9 +34,7 @@ def _of_modules(
     build_attention: Build | None = None,
     workloads: frozenset[str] = frozenset(WORKLOADS),
 ) -> Implementation:
-    return Implementation(
-        lambda case, device: prepare(case, device, build_model, build_attention), check, workloads
-    )
+    return Implementation(lambda case, device: prepare(case, device, build_model, build_attention), check, workloads)
 
 
 # Without a state of its own, or one that the workloads know.

@@ -105,7 +105,10 @@ def key_scale(query: Tensor) -> Tensor:
 
 def normalized_keys(query: Tensor) -> Tensor:
     """Keys of shared query-key attention: `q / |q|` with the scale `1 / sqrt(D)`, and the in-tree epsilon."""
-    return (query * key_scale(query)[..., None]).to(query.dtype)
+    if query.dtype not in (torch.float32, torch.float64):
+        return (query * key_scale(query)[..., None]).to(query.dtype)
+    size = query.shape[-1]
+    return torch.rms_norm(query, (size,), eps=1e-6) / math.sqrt(size)
 
 
 def attend_to(
@@ -121,7 +124,7 @@ def attend_to(
         dropout: Rate at which weights are dropped, by torch's global generator.
 
     Returns:
-        Output `[b, n, E]`, and the weights `[b, n, T]` before dropout. Those of a query that sees nothing mean nothing.
+        Output `[b, n, E]`, and weights `[b, n, T]` before dropout; they mean nothing for a query that sees nothing.
     """
     scores = torch.bmm(query, key.transpose(1, 2))
     if hidden is not None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, embedding
 
 from .configuration_reformer_hf import ReformerHfConfig
 
@@ -18,7 +18,8 @@ class AxialTables(nn.ParameterList):
 
     def forward(self, coordinates: Sequence[Tensor]) -> Tensor:
         """Embeddings `[B, L, E]` of the coordinates `[B, L]` on each axis."""
-        return torch.cat([table.flatten(0, -2)[i] for table, i in zip(self, coordinates, strict=True)], dim=-1)
+        tables = (table.flatten(0, -2) for table in self)
+        return torch.cat([embedding(i, table) for i, table in zip(coordinates, tables, strict=True)], dim=-1)
 
 
 class AxialPositionEmbeddings(nn.Module):
@@ -43,9 +44,10 @@ class AxialPositionEmbeddings(nn.Module):
         """Embeddings `[B, L, E]` of positions `[B, L]`, each below the product of the axes."""
         coordinates: list[Tensor] = []
         rest = position_ids
-        for size in reversed(self.axes):
+        for size in reversed(self.axes[1:]):
             coordinates.insert(0, rest % size)
-            rest = rest.div(size, rounding_mode="floor")
+            rest = rest // size
+        coordinates.insert(0, rest)
         embeddings = self.weights(coordinates)
         if not (self.training and self.dropout):
             return embeddings

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .attention_kernels import attend_to, normalized_keys
-from .cache import SLACK, LSHGeometry, LSHStateLayer, Places, Weights
-from .configuration_reformer_hf import ReformerHfConfig
+from .cache import SLACK, Places, Weights
 from .chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
+from .configuration_reformer_hf import ReformerHfConfig
 from .hashing import (
     bucket_factors,
     hash_by,
@@ -19,6 +19,7 @@ from .hashing import (
     random_rotations,
     sort_by_bucket,
 )
+from .lsh_cache import LSHGeometry, LSHStateLayer
 from .rng import draw_seed
 from .self_attention import AttentionCall, SharedQueryKeyAttention
 
@@ -76,8 +77,8 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             out, weights = self._attend(query, None, value, order, call.padding, call, heads)
         else:
             order = sort_by_bucket(torch.cat([past.buckets, buckets], dim=-1))
-            inputs, padding = past.before(query, key, value, padding=call.padding)
-            out, weights = self._attend(*inputs, order, padding, call, heads)
+            (all_queries, all_keys, all_values), padding = past.before(query, key, value, padding=call.padding)
+            out, weights = self._attend(all_queries, all_keys, all_values, order, padding, call, heads)
             out, weights = past.cut(out, weights, int(state.length))
         call.add_weights(weights)
         call.update(key, value, state.fill(heads, buckets, order))
@@ -95,7 +96,8 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             outs.append(out)
             weights.append(seen)
         if call.output_attentions:
-            call.add_weights(tuple(torch.cat(parts, dim=3) for parts in zip(*weights, strict=True)))
+            values, positions = (torch.cat(parts, dim=3) for parts in zip(*weights, strict=True))
+            call.add_weights((values, positions))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _step(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 from uuid import uuid4
 
 import torch
@@ -25,7 +26,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .axial_embeddings import AxialPositionEmbeddings, AxialTables, PositionEmbeddings
-from .cache import LAYER_TYPES
+from .cache import LAYER_TYPES, states_of
 from .chunked import apply_chunked, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .feed_forward import ReformerHfFeedForward
@@ -33,7 +34,7 @@ from .full_attention import FullSelfAttention
 from .local_attention import LocalSelfAttention
 from .lsh_attention import LSHSelfAttention, factors_of
 from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape, reversible_layer
-from .rng import Dropout, draw_seed
+from .rng import SharedDropout, draw_seed
 from .self_attention import AttentionCall, apply_linear
 from .stream_norm import StreamLayerNorm
 
@@ -141,7 +142,7 @@ class ReformerHfAttention(nn.Module):
             parameters=trained(self),
             draws=self.training,
             chunk_size=suitable_chunk_size(stream.shape[0], stream.shape[1], stream.device.type),
-            factors=partial(_dropout_factors, self.dropout, draw_seed()) if drops else None,
+            dropout=partial(SharedDropout, self.dropout, draw_seed()) if drops else None,
         )
 
     def step(self, stream: Tensor, call: AttentionCall) -> Tensor:
@@ -158,11 +159,6 @@ class ReformerHfAttention(nn.Module):
             attend=lambda projected: self.self_attention.attend(projected, call, heads).flatten(2),
             write=lambda hidden_states: self.output(hidden_states, features),
         )
-
-
-def _dropout_factors(rate: float, seed: int, added: Tensor, positions: slice) -> Tensor:
-    # The same for all parts of a sum.
-    return Dropout(rate, seed + positions.start, added.device)(added)
 
 
 class ReformerHfLayer(nn.Module):
@@ -190,7 +186,7 @@ class ReformerHfLayer(nn.Module):
         """
         batch_size, length, _ = x1.shape
         cache = options.get("cache")
-        state = None if cache is None else cache.layers[self.layer_idx]
+        state = None if cache is None else states_of(cache)[self.layer_idx]
         if state is not None and state.takes_step(length):
             call = AttentionCall(padding, layer_idx=self.layer_idx, **options)
             y1 = x1 + self.attention.step(x2, call)
@@ -242,14 +238,16 @@ class ReformerHfEncoder(nn.Module):
         **options,
     ) -> ReformerHfModelOutput:
         x1 = x2 = hidden_states
-        tape = Tape() if self.reversible else None
+        tape = Tape() if self.reversible and torch.is_grad_enabled() else None
         all_hidden_states, all_attentions = [x2], []
         options = {"output_attentions": output_attentions, **options}
-        for layer in self.layers:
-            x1, x2, attentions = layer(x1, x2, padding, tape, **options)
-            if output_hidden_states:
-                all_hidden_states.append(x2)
-            all_attentions.append(attentions)
+        leaves_autograd = self._leaves_autograd(options.get("cache"), hidden_states.shape[1])
+        with torch.inference_mode() if leaves_autograd else nullcontext():
+            for layer in self.layers:
+                x1, x2, attentions = layer(x1, x2, padding, tape, **options)
+                if output_hidden_states:
+                    all_hidden_states.append(x2)
+                all_attentions.append(attentions)
         both = torch.cat([x1, x2], dim=-1)
         if tape is not None:
             # The norm keeps them for its backward pass.
@@ -257,6 +255,10 @@ class ReformerHfEncoder(nn.Module):
             tape.share((both.detach()[..., :width], both.detach()[..., width:]))
         del x1, x2
         hidden_states = self.layer_norm(both)
+        if leaves_autograd:
+            # Ordinary tensors, with which anything may be done.
+            all_hidden_states = [x.clone() for x in all_hidden_states]
+            all_attentions = [seen if seen is None else tuple(x.clone() for x in seen) for seen in all_attentions]
         return ReformerHfModelOutput(
             last_hidden_state=dropout(hidden_states, self.dropout) if self.training else hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -264,6 +266,19 @@ class ReformerHfEncoder(nn.Module):
             attention_positions=tuple(positions for _, positions in all_attentions) if output_attentions else None,
             cache=options.get("cache"),
         )
+
+    def _leaves_autograd(self, cache: Cache | None, num_new: int) -> bool:
+        """Whether to compute in inference mode: where the state was made in it, and in steps, of which each operation
+        then costs less, unless a hook, such as that of FSDP, could make tensors that training meets later."""
+        if cache is None or torch.compiler.is_compiling():
+            return False
+        states = states_of(cache)
+        if states[0].is_initialized and states[0].table.is_inference():
+            return True
+        if not all(state.takes_step(num_new) for state in states):
+            return False
+        layer = self.layers[0]
+        return not (layer._forward_pre_hooks or self._forward_pre_hooks or "forward" in vars(layer))
 
 
 class ReformerHfLMHead(nn.Module):
@@ -427,29 +442,14 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         if position_ids is None:
             position_ids = self._position_ids(inputs, padding, cache)
         options = {"num_hashes": num_hashes, "num_buckets": factors, "cache": cache, "shared": {}}
-        leaves_autograd = cache is not None and self._leaves_autograd(cache, inputs.shape[1])
-        mode = nullcontext() if cache is None else torch.no_grad()
-        with torch.inference_mode() if leaves_autograd else mode:
-            outputs = self.encoder(
+        with torch.no_grad() if cache is not None and torch.is_grad_enabled() else nullcontext():
+            return self.encoder(
                 self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
                 padding,
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
                 self.config.output_attentions if output_attentions is None else output_attentions,
                 **options,
             )
-        return _ordinary(outputs) if leaves_autograd else outputs
-
-    def _leaves_autograd(self, cache: Cache, num_new: int) -> bool:
-        """Whether to compute in inference mode: where the state was made in it, and in steps, of which each operation
-        then costs less, unless a hook, such as that of FSDP, could make tensors that training meets later."""
-        if torch.compiler.is_compiling():
-            return False
-        if cache.layers[0].is_initialized and cache.layers[0].table.is_inference():
-            return True
-        if not all(layer.takes_step(num_new) for layer in cache.layers):
-            return False
-        modules = (self, self.embeddings, self.encoder, self.encoder.layers[0])
-        return not any(module._forward_pre_hooks or "forward" in vars(module) for module in modules)
 
     def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
         """Tokens counted from those that the cache holds, `[B or 1, L]`; padding has the place of the one before."""
@@ -457,8 +457,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None]
         else:
             position_ids = (~padding).long().cumsum(-1) - 1
-        if cache is not None and cache.layers[0].is_initialized:
-            position_ids = position_ids + cache.layers[0].num_tokens.to(inputs.device)[:, None]
+        if cache is not None and states_of(cache)[0].is_initialized:
+            position_ids = position_ids + states_of(cache)[0].num_tokens.to(inputs.device)[:, None]
         position_ids = position_ids.clamp(min=0)
         if cache is not None and not torch.compiler.is_compiling():
             _check_range("position_ids", position_ids, self.config.max_position_embeddings, _POSITIONS)
@@ -466,7 +466,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
 
     def _check_cache(self, cache: Cache, inputs: Tensor, num_hashes: int | None, factors: list[int] | None) -> None:
         """Raise a `ValueError`, before anything has changed, where a cache is not one of this model and input."""
-        layers = getattr(cache, "layers", ())
+        layers: Sequence[Any] = getattr(cache, "layers", ())
         key = (self._cache_key, num_hashes, factors)
         if not layers or any(getattr(layer, "checked_by", None) != key for layer in layers):
             self._check_layers(cache, key)
@@ -502,7 +502,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             raise ValueError("`cache` is given, but without `is_decoder=True` each token sees those after it.")
         for encoder_layer, layer in zip(self.encoder.layers, layers, strict=True):
             layer.peers = layers
-            geometry = encoder_layer.attention.self_attention.geometry(num_hashes)
+            geometry = cast(ReformerHfLayer, encoder_layer).attention.self_attention.geometry(num_hashes)
             if layer.is_initialized and layer.geometry != geometry:
                 raise ValueError(
                     f"`cache` is that of another model, or of other options: it was made for {layer.geometry}, but "
@@ -601,7 +601,7 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As in Transformers. A number of buckets that comes from the length is that of the prompt at every step."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if self.config.num_buckets is not None or model_kwargs.get("num_buckets") is not None:
             return
         cache = model_kwargs.get("cache")
@@ -615,12 +615,13 @@ class ReformerHfForCausalLM(ReformerHfPreTrainedModel, GenerationMixin):
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         """As in Transformers, and that there are as many positions; the last token takes none."""
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        length, is_default = input_ids_length, has_default_max_length
+        super()._validate_generated_length(generation_config, length, is_default)  # type: ignore[misc]
         longest = self.config.max_position_embeddings
         if generation_config.max_length is not None and generation_config.max_length - 1 > longest:
             raise ValueError(
-                f"The prompt and what is to be generated are up to {generation_config.max_length - 1} tokens long, but "
-                f"this model takes 1 to {longest} (`max_position_embeddings`): lower `max_new_tokens` (or "
+                f"The prompt and what is to be generated are up to {generation_config.max_length - 1} tokens long, "
+                f"but this model takes 1 to {longest} (`max_position_embeddings`): lower `max_new_tokens` (or "
                 "`max_length`), cut the prompt, or train a model with more positions."
             )
 
@@ -736,19 +737,9 @@ def _check_last_tokens(cache: Cache, attention_mask: Tensor | None, inputs: Tens
     rows = (empty & (layers[0].num_tokens.to(empty.device) > 0)).nonzero().flatten().tolist()
     if rows:
         raise ValueError(
-            f"The new input of row {rows[0]} is padding alone, after tokens in `cache`, so that the logits of its last "
-            "token are not to be had: pad on the left (`padding_side='left'`), or leave `prefill_chunk_size` None."
+            f"The new input of row {rows[0]} is padding alone, after tokens in `cache`, so that the logits of its "
+            "last token are not to be had: pad on the left (`padding_side='left'`), or set `prefill_chunk_size=None`."
         )
-
-
-def _ordinary(outputs: ReformerHfModelOutput) -> ReformerHfModelOutput:
-    """Copies of what was computed in inference mode, with which anything may be done."""
-    for name, value in outputs.items():
-        if torch.is_tensor(value):
-            outputs[name] = value.clone()
-        elif isinstance(value, tuple):
-            outputs[name] = tuple(tensor.clone() for tensor in value)
-    return outputs
 
 
 def _only_cache(cache: Cache | None, kwargs: dict) -> Cache | None:

@@ -131,30 +131,31 @@ class AttentionBranch(Branch):
         parts: See `AttentionPart`.
         parameters, draws: See `Branch`.
         chunk_size: Positions to be read or written at a time; 0 for all.
-        factors: From some positions of what is added to what it is multiplied by there; `None` for nothing.
+        dropout: Makes, for one pass over the parts, the function that takes some positions of what one of them adds to
+            what is left of it; `None` where nothing is dropped.
     """
 
     parts: Sequence[AttentionPart]
     parameters: Sequence[Tensor]
     draws: bool = False
     chunk_size: int = 0
-    factors: Callable[[Tensor, slice], Tensor] | None = None
+    dropout: Callable[[], Callable[[Tensor, slice], Tensor]] | None = None
 
     def add(self, other: Tensor, stream: Tensor) -> Tensor:
-        chunks = list(chunks_of(stream, self.chunk_size))
+        chunks, drop = list(chunks_of(stream, self.chunk_size)), self._drop()
         for part in self.parts:
             inputs = zip(*(part.read(stream[:, at]) for at in chunks), strict=True)
             heads = part.attend([torch.cat(x, dim=1) for x in inputs])
-            added = torch.cat([self._scaled(part.write(heads[:, at]), at) for at in chunks], dim=1)
+            added = torch.cat([drop(part.write(heads[:, at]), at) for at in chunks], dim=1)
             other = other + added
         return other
 
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
-        out = torch.empty_like(other)
+        out, drop = torch.empty_like(other), self._drop()
         for part in self.parts:
             heads = part.attend(map_chunks(part.read, stream, self.chunk_size))
             for at in chunks_of(stream, self.chunk_size):
-                added = self._scaled(part.write(heads[:, at]), at)
+                added = drop(part.write(heads[:, at]), at)
                 torch.add(other[:, at], added, alpha=sign, out=out[:, at])
             other = out
         return out
@@ -162,7 +163,7 @@ class AttentionBranch(Branch):
     def go_back(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
     ) -> tuple[Tensor, Gradients]:
-        grad_sum = torch.empty_like(grad_stream)
+        grad_sum, drop = torch.empty_like(grad_stream), self._drop()
         grads: Gradients = [None] * len(self.parameters)
         for part in self.parts:
             # An adapter may draw random numbers as it reads, and is to draw them again.
@@ -171,11 +172,11 @@ class AttentionBranch(Branch):
             with torch.enable_grad():
                 heads = part.attend(inputs)
             grad_heads = torch.empty_like(heads)
-            grads_of = partial(self._grad_added, grad_total)
+            grads_of = partial(_grad_added, drop, grad_total)
             for at, (added,), grad in vjp_chunks(
                 part.write, heads.detach(), grads_of, self.chunk_size, self.parameters, grads
             ):
-                torch.sub(total[:, at], self._scaled(added, at), out=rest[:, at])
+                torch.sub(total[:, at], drop(added, at), out=rest[:, at])
                 grad_heads[:, at] = grad
             grad_inputs = torch.autograd.grad(heads, inputs, grad_heads, materialize_grads=True)
             del inputs, heads, grad_heads
@@ -188,11 +189,16 @@ class AttentionBranch(Branch):
             total, grad_stream = rest, grad_sum
         return grad_sum, grads
 
-    def _grad_added(self, grad_total: Tensor, at: slice) -> Sequence[Tensor]:
-        return (self._scaled(grad_total[:, at], at),)
+    def _drop(self) -> Callable[[Tensor, slice], Tensor]:
+        return _drop_nothing if self.dropout is None else self.dropout()
 
-    def _scaled(self, added: Tensor, at: slice) -> Tensor:
-        return added if self.factors is None else added * self.factors(added, at)
+
+def _drop_nothing(added: Tensor, at: slice) -> Tensor:
+    return added
+
+
+def _grad_added(drop: Callable[[Tensor, slice], Tensor], grad_total: Tensor, at: slice) -> Sequence[Tensor]:
+    return (drop(grad_total[:, at], at),)
 
 
 def _at(tensors: Sequence[Tensor], positions: slice) -> Sequence[Tensor]:

@@ -31,6 +31,26 @@ class Dropout:
         return keep.div_(self._keep_rate)
 
 
+class SharedDropout:
+    """
+    Dropout of several tensors that are summed, chunk of positions by chunk: what one of them loses, all lose.
+
+    Made once for each pass over the tensors, the same for the same seed; what is kept is drawn once in a pass.
+    """
+
+    def __init__(self, rate: float, seed: int):
+        self._rate, self._seed = rate, seed
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, tensor: Tensor, positions: slice) -> Tensor:
+        """What is left of these positions `[B, …]` of one of the tensors."""
+        if positions.start not in self._kept:
+            generator = torch.Generator(tensor.device).manual_seed(self._seed + positions.start)
+            kept = torch.empty_like(tensor, dtype=torch.bool)
+            self._kept[positions.start] = kept.bernoulli_(1.0 - self._rate, generator=generator)
+        return torch.mul(tensor, self._kept[positions.start]) / (1.0 - self._rate)
+
+
 class ReplayState:
     """
     Generator states of the CPU and of `device`, and the autocast settings, as they are when this object is made.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.cache_utils import Cache
 
-from .cache import Geometry, Places, StateLayer, Weights
+from .cache import Geometry, Places, Weights
 from .configuration_reformer_hf import ReformerHfConfig
 from .rng import draw_seed
 
@@ -63,8 +63,8 @@ class AttentionCall:
         return self.shared[key]
 
     @property
-    def state(self) -> StateLayer | None:
-        """This layer's decoding state."""
+    def state(self) -> Any:
+        """This layer's decoding state, of the kind that its attention has; `None` if there is none."""
         return None if self.cache is None else self.cache.layers[self.layer_idx]
 
     def update(self, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:

@@ -12,5 +12,7 @@ class StreamLayerNorm(nn.LayerNorm):
         weight, bias = self.weight, self.bias
         if weight.dtype == input.dtype:
             return torch.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-        normalized = torch.layer_norm(input, self.normalized_shape, weight.to(input.dtype), bias.to(input.dtype), self.eps)
+        normalized = torch.layer_norm(
+            input, self.normalized_shape, weight.to(input.dtype), bias.to(input.dtype), self.eps
+        )
         return normalized.to(weight.dtype)

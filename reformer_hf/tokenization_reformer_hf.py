@@ -45,8 +45,8 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
 
     Encoding is lossless: `decode(encode(text)) == text` for every text. This includes text that looks like a special
     token, which is read as its bytes; insert special tokens by id, or read them from text that you trust with
-    `split_special_tokens=False`. Ids that form no valid UTF-8 decode to U+FFFD, or with `decode(…, errors="ignore")` to
-    nothing; `decode_bytes` gives them unchanged.
+    `split_special_tokens=False`. Ids that form no valid UTF-8 decode to U+FFFD, or with `decode(…, errors="ignore")`
+    to nothing; `decode_bytes` gives them unchanged.
 
     Args:
         add_bos_token, add_eos_token (`bool`, defaults to `False`): Whether each sequence begins with `<s>` and ends
@@ -85,18 +85,26 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
         """Ids of any bytes, valid UTF-8 or not, without special tokens."""
         return [byte + FIRST_BYTE_ID for byte in data]
 
-    def _decode(self, token_ids, skip_special_tokens: bool = False, errors: str = "replace", **kwargs) -> str:
+    def _decode(
+        self,
+        token_ids,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str = "replace",
+        **kwargs,
+    ) -> str:
         """As in Transformers; `errors` is that of `bytes.decode`: `"ignore"` leaves out what is no valid UTF-8, such
         as a character that was cut off, instead of giving U+FFFD."""
+        options = {**kwargs, "clean_up_tokenization_spaces": clean_up_tokenization_spaces}
         if errors == "replace":
-            return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+            return super()._decode(token_ids, skip_special_tokens, **options)
         ids = to_py_obj(token_ids)
         text = ""
         for is_byte, run in groupby([ids] if isinstance(ids, int) else ids, lambda i: self._is_byte(i)):
             if is_byte:
                 text += self.decode_bytes(list(run)).decode("utf-8", errors)
             else:
-                text += super()._decode(list(run), skip_special_tokens=skip_special_tokens, **kwargs)
+                text += super()._decode(list(run), skip_special_tokens, **options)
         return text
 
     @staticmethod

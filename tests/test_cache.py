@@ -336,7 +336,8 @@ def _by_column(weights, positions, length):
     """Attention weights `[B, H, n, L]` of `[B, H, R, n, W]`, of all rounds."""
     weights, positions = (x.transpose(2, 3).flatten(3) for x in (weights, positions.long()))
     assert torch.equal(weights > 0, positions >= 0)
-    return weights.new_zeros(*weights.shape[:3], length + 1).scatter_add_(3, positions % (length + 1), weights)[..., :-1]
+    by_column = weights.new_zeros(*weights.shape[:3], length + 1)
+    return by_column.scatter_add_(3, positions % (length + 1), weights)[..., :-1]
 
 
 def test_rows_of_a_step_sum_to_one():
@@ -369,7 +370,7 @@ def test_autocast():
 
 
 def test_train_mode_draws_its_rotations_once():
-    """Without a seed of its own, training hashes by new rotations in each call, but a state keeps those that it has."""
+    """Without a seed of its own, training hashes by new rotations in each call, but a state keeps what it has."""
     model = random_model(torch.float64, attn_layers=["lsh"]).train()
     torch.manual_seed(3)
     decoding = Decoding(model, _new_cache(model)).take(40)
