@@ -8,6 +8,7 @@ and all before it.
 """
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,31 @@ from tqdm import tqdm
 
 from reformer_hf import ReformerHfForCausalLM
 
-from .cases import SHAPES
+from .cases import SHAPES, Shape
 from .checks import relative_rms
 from .decoding import start_decoding
 from .reformers import IN_TREE_PATTERN, in_tree_model, our_config
 
-ROWS = {
-    "ours, window": lambda shape, length, num_hashes: ReformerHfForCausalLM(
-        our_config(shape, length, num_hashes, num_buckets=64)
-    ),
-    "ours, in-tree pattern": lambda shape, length, num_hashes: ReformerHfForCausalLM(
-        our_config(shape, length, num_hashes, num_buckets=64, hash_seed=0, **IN_TREE_PATTERN)
-    ),
-    "ours, chunks of the own bucket": lambda shape, length, num_hashes: ReformerHfForCausalLM(
-        our_config(shape, length, num_hashes, num_buckets=64, lsh_pattern="chunk")
-    ),
-    "in-tree": lambda shape, length, num_hashes: in_tree_model(shape, length, num_hashes, hash_seed=0, num_buckets=64),
+# Our patterns; in-tree weights in all of them.
+PATTERNS = {
+    "ours, window": {},
+    "ours, in-tree pattern": IN_TREE_PATTERN,
+    "ours, chunks of the own bucket": {"lsh_pattern": "chunk"},
 }
+
+
+def build_models(shape: Shape, length: int, num_hashes: int) -> Iterator[tuple[str, nn.Module]]:
+    """The in-tree model, and ours of each pattern with its weights, of a size that lets attention matter."""
+    torch.manual_seed(0)
+    in_tree = in_tree_model(shape, length, num_hashes, hash_seed=0, num_buckets=64).eval()
+    for parameter in in_tree.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(4.0)
+    for name, pattern in PATTERNS.items():
+        model = ReformerHfForCausalLM(our_config(shape, length, num_hashes, num_buckets=64, hash_seed=0, **pattern))
+        model.load_state_dict(in_tree.state_dict())
+        yield name, model.eval()
+    yield "in-tree", in_tree
 
 
 def compare(model: nn.Module, ids: Tensor, prompt: int, name: str) -> tuple[float, float]:
@@ -57,13 +66,7 @@ def main() -> None:
     shape, length = SHAPES["decoder"], 2048
     ids = torch.randint(2, 258, (1, options.prompt + options.tokens), generator=torch.Generator().manual_seed(1))
     print("| model | layers | relative difference of logits | same first choice |\n|---|---|---|---|")
-    for name, build in ROWS.items():
-        torch.manual_seed(0)
-        model = build(shape, length, options.num_hashes).eval()
-        for parameter in model.parameters():
-            # Of trained size, so that attention matters.
-            if parameter.dim() > 1:
-                parameter.data.mul_(4.0)
+    for name, model in build_models(shape, length, options.num_hashes):
         error, agree = compare(model, ids, options.prompt, name)
         print(f"| {name} | {len(shape.layers)} | {error:.1e} | {agree:.0%} |")
 

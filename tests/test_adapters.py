@@ -48,6 +48,16 @@ def test_gradients_of_adapters_equal_the_plain_ones(lora_dropout):
             assert not parameter.requires_grad and parameter.grad is None, name
 
 
+def test_adapters_have_a_part_in_decoding():
+    model = _adapted(eos_token_id=None).eval()
+    prompt = torch.randint(1, 60, (2, 33), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(input_ids=prompt, use_cache=False, **options)
+    assert torch.equal(model.generate(input_ids=prompt, **options), expected)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(input_ids=prompt, **options), expected)
+
+
 def test_adapters_save_load_and_merge(tmp_path):
     model = _adapted().eval()
     ids = torch.randint(0, 60, (2, 33))
