@@ -533,6 +533,7 @@ def test_compiled_steps_are_compiled_once():
     compile_config._compile_all_devices = True
     options = {"cache_implementation": "static", "compile_config": compile_config}
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     counters = torch._dynamo.utils.counters["stats"]
     assert torch.equal(_generate(model, prompt, num_new=60, **options), expected)
     compiled = counters["unique_graphs"]
