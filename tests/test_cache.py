@@ -446,6 +446,7 @@ def test_offload_and_prefetch():
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @each_kind
 def test_offloading_on_cuda(fields):
     model = random_model(torch.float64, **fields).cuda()
