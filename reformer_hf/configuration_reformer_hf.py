@@ -337,9 +337,9 @@ class ReformerHfConfig(PreTrainedConfig):
     @staticmethod
     def check_num_buckets(num_buckets: int | Sequence[int]):
         """Whether there can be so many buckets. Raises `ValueError`."""
-        if num_buckets == 1:
+        factors = [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
+        if factors == [1]:
             return
-        factors = [num_buckets] if isinstance(num_buckets, int) else num_buckets
         if not factors or any(factor < 2 or factor % 2 for factor in factors):
             raise ValueError(
                 f"`num_buckets` is {num_buckets}, but random rotations give an even number of buckets: use even "

@@ -137,6 +137,15 @@ def test_a_state_changes_nothing(options, state):
     assert len(expected.unique()) > 20
 
 
+@pytest.mark.parametrize("length", [1, 5, 16, 17])
+def test_a_short_prompt_with_buckets_of_its_length(length):
+    """One bucket, where the prompt is no longer than the window."""
+    model, prompt = _model(num_buckets=None), _ids(length, batch_size=2)
+    expected = _generate(model, prompt, num_new=60, use_cache=False)
+    for state in STATES.values():
+        assert torch.equal(_generate(model, prompt, num_new=60, **state), expected), state
+
+
 def test_generate_passes_a_state(monkeypatch):
     model, seen = _model(), []
     forward = model.forward
