@@ -188,11 +188,16 @@ class ReformerHfConfig(PreTrainedConfig):
     def padded_length(self, length: int) -> int:
         """Length of the in-tree computation for an input of `length` tokens: as it is up to the shortest chunk, else a
         multiple of the chunk lengths of all layers."""
-        chunk_lengths = [self.chunk_length(layer_type) for layer_type in set(self.attn_layers) - {"full"}]
+        chunk_lengths = self.chunk_lengths
         if not chunk_lengths or length <= min(chunk_lengths):
             return length
         multiple = math.lcm(*chunk_lengths)
         return math.ceil(length / multiple) * multiple
+
+    @property
+    def chunk_lengths(self) -> list[int]:
+        """Those of the kinds of layers that there are and that have chunks."""
+        return [self.chunk_length(layer_type) for layer_type in set(self.attn_layers) - {"full"}]
 
     def chunk_length(self, layer_type: str) -> int:
         """Chunk length of `"local"` or `"lsh"` layers."""

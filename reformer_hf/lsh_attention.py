@@ -132,7 +132,6 @@ class LSHSelfAttention(SharedQueryKeyAttention):
     def geometry(self, num_hashes: int | None = None) -> LSHGeometry:
         config, in_chunks = self.config, self.config.lsh_pattern == "chunk"
         chunk_length, before = config.lsh_attn_chunk_length, config.lsh_num_chunks_before
-        chunk_lengths = [config.chunk_length(kind) for kind in set(config.attn_layers) - {"full"}]
         return LSHGeometry(
             num_heads=config.num_attention_heads,
             head_size=config.attention_head_size,
@@ -141,8 +140,8 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             each_key_once=not config.lsh_count_duplicates,
             chunk_length=chunk_length if in_chunks else None,
             same_bucket=in_chunks and not config.lsh_across_buckets,
-            ring_multiple=math.lcm(*chunk_lengths) if config.wrap_chunks else None,
-            shortest_chunk=min(chunk_lengths),
+            ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
+            shortest_chunk=min(config.chunk_lengths),
         )
 
     def _hash_seed(self) -> int:

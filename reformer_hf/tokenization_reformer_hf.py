@@ -100,7 +100,7 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
             return super()._decode(token_ids, skip_special_tokens, **options)
         ids = to_py_obj(token_ids)
         text = ""
-        for is_byte, run in groupby([ids] if isinstance(ids, int) else ids, lambda i: self._is_byte(i)):
+        for is_byte, run in groupby([ids] if isinstance(ids, int) else ids, self._is_byte):
             if is_byte:
                 text += self.decode_bytes(list(run)).decode("utf-8", errors)
             else:
