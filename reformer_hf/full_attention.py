@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .attention_kernels import attend_rows, normalized_keys
 from .cache import Geometry
-from .self_attention import AttentionCall, SharedQueryKeyAttention
+from .self_attention import AttentionCall, SharedQueryKeyAttention, see_themselves
 
 
 class FullSelfAttention(SharedQueryKeyAttention):
@@ -47,9 +47,7 @@ class FullSelfAttention(SharedQueryKeyAttention):
             positions = state.positions(places).int().expand(weights.shape)
             if hidden is not None:
                 weights, positions = weights.masked_fill(hidden, 0.0), positions.masked_fill(hidden, -1)
-                own = torch.arange(num_new, dtype=torch.int32, device=query.device) + int(state.length)
-                weights[..., -1:] = torch.where(alone, 1.0, weights[..., -1:])
-                positions[..., -1:] = torch.where(alone, own[:, None], positions[..., -1:])
+                see_themselves(weights, positions, alone, int(state.length))
             call.add_weights((weights[:, :, None], positions[:, :, None]))
         state.advance(num_new, call.padding)
         return out

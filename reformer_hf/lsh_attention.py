@@ -21,7 +21,7 @@ from .hashing import (
 )
 from .lsh_cache import LSHGeometry, LSHStateLayer
 from .rng import draw_seed
-from .self_attention import AttentionCall, SharedQueryKeyAttention
+from .self_attention import AttentionCall, SharedQueryKeyAttention, see_themselves
 
 
 class LSHSelfAttention(SharedQueryKeyAttention):
@@ -124,9 +124,7 @@ class LSHSelfAttention(SharedQueryKeyAttention):
         """Weights and positions `[B, H, R, n, W]` of a step; a token that is alone sees itself, last in round 0."""
         weights = weights.masked_fill(places.hidden, 0.0)
         positions = state.positions(places).masked_fill(places.hidden, -1).int()
-        own = torch.arange(weights.shape[2], dtype=torch.int32, device=weights.device) + int(state.length)
-        weights[..., 0, -1:] = torch.where(alone, 1.0, weights[..., 0, -1:])
-        positions[..., 0, -1:] = torch.where(alone, own[:, None], positions[..., 0, -1:])
+        see_themselves(weights[..., 0, :], positions[..., 0, :], alone, int(state.length))
         return weights.transpose(2, 3), positions.transpose(2, 3)
 
     def geometry(self, num_hashes: int | None = None) -> LSHGeometry:

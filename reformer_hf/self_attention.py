@@ -191,6 +191,19 @@ class SharedQueryKeyAttention(SelfAttention):
     projections = ("query_key", "value")
 
 
+def see_themselves(weights: Tensor, positions: Tensor, alone: Tensor, first: int) -> None:
+    """
+    Give tokens that see no other one the weight of themselves, in the last of the places `[B, H, n, W]`.
+
+    Args:
+        alone: Which they are, `[B, 1 or H, n, 1]`.
+        first: The column of the first token.
+    """
+    own = torch.arange(first, first + weights.shape[2], dtype=torch.int32, device=weights.device)[:, None]
+    weights[..., -1:] = torch.where(alone, 1.0, weights[..., -1:])
+    positions[..., -1:] = torch.where(alone, own, positions[..., -1:])
+
+
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a linear layer is nothing more, so that a part of its weight gives a part of its output."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
