@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.models.reformer import modeling_reformer
 
 from reformer_hf import ReformerHfForCausalLM
-from reformer_hf.attention_layout import AttentionPattern
+from reformer_hf.attention_pattern import AttentionPattern
 from reformer_hf.hashing import bucket_factors, hash_vectors, random_rotations
 from reformer_hf.lsh_attention import LSHSelfAttention
-from reformer_hf.reference import dense_attention, key_counts, normalized_keys
+from tests.reference import dense_attention, key_counts, normalized_keys
 
 from .cases import Shape
 from .decoding import steps_and_parallel_pass
@@ -72,7 +72,7 @@ def check_oracle(shape: Shape, num_hashes: int) -> list[Finding]:
         causal=True,
         same_bucket=not config.lsh_across_buckets,
         window=config.lsh_pattern == "window",
-        each_key_once=not config.lsh_count_duplicates,
+        deduplicate_keys=config.lsh_deduplicate_keys,
     )
     counts = torch.stack([key_counts(pattern, of_head.tolist(), [False] * length) for of_head in buckets])[None]
 

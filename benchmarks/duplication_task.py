@@ -33,7 +33,7 @@ class Run:
     """One setting. `window` is W = chunk * chunks before, the keys that a query of the window pattern sees."""
 
     pattern: str
-    each_key_once: bool = False
+    deduplicate_keys: bool = False
     window: int = CHUNK
     num_buckets: int | None = None
     num_hashes: int = 1
@@ -82,7 +82,7 @@ def build(run: Run, layer: str) -> ReformerHfForCausalLM:
         is_decoder=True,
         lsh_attn_chunk_length=CHUNK,
         lsh_num_chunks_before=run.window // CHUNK,
-        lsh_count_duplicates=not run.each_key_once,
+        lsh_deduplicate_keys=run.deduplicate_keys,
         num_hashes=run.num_hashes,
         pad_token_id=None,
         bos_token_id=None,
@@ -147,7 +147,7 @@ def table(results: list[dict]) -> str:
     ]
     for r in results:
         lsh = r["pattern"] != "full"
-        rule = ("once" if r["each_key_once"] else "each time") if lsh else ""
+        rule = ("once" if r["deduplicate_keys"] else "each time") if lsh else ""
         cells = [
             r["pattern"],
             rule,

@@ -19,7 +19,7 @@ from .cases import Shape
 IN_TREE_PATTERN = {
     "lsh_pattern": "chunk",
     "lsh_across_buckets": True,
-    "lsh_count_duplicates": True,
+    "lsh_deduplicate_keys": False,
     "wrap_chunks": True,
 }
 

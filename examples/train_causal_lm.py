@@ -44,9 +44,15 @@ from torch import Tensor
 from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
-from reformer_hf.packing import CausalCollator, pack_to_file
 from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
-from reformer_hf.training import SaveOnSigterm, StopWhereNotFinite, last_whole_checkpoint, what_is_missing
+from reformer_hf.training import (
+    CausalCollator,
+    SaveOnSigterm,
+    StopOnNonFinite,
+    find_corruption,
+    last_intact_checkpoint,
+    pack_to_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +272,7 @@ def train(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=CausalCollator(PAD_ID),
-        callbacks=[StopWhereNotFinite(), on_sigterm],
+        callbacks=[StopOnNonFinite(), on_sigterm],
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=sum_nll,
@@ -311,11 +317,11 @@ def find_checkpoint(args: ScriptTrainingArguments) -> str | None:
     if wanted is not None and str(wanted).lower() not in {"true", "last"}:
         if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, which is not a folder: give a checkpoint's.")
-        missing = what_is_missing(wanted)
+        missing = find_corruption(wanted)
         if missing:
             raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, where {missing}: give a whole checkpoint.")
         return wanted
-    checkpoint = last_whole_checkpoint(output_dir)
+    checkpoint = last_intact_checkpoint(output_dir)
     if wanted is not None and checkpoint is None:
         raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, but there is no checkpoint in {args.output_dir!r}.")
     if checkpoint is not None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Masked attention of one slab with its logsumexp, forward and backward: torch's fused kernels where one fits, and plain
+Masked attention of one tile with its logsumexp, forward and backward: torch's fused kernels where one fits, and plain
 matrix products elsewhere.
 
 Shapes: g heads, n chunks, C queries in a chunk, W keys in its window, D size of queries and keys, E size of values.
@@ -18,7 +18,7 @@ from .rng import Dropout
 logger = logging.get_logger(__name__)
 
 # The least that a mask adds to a score. Finite: a row that sees no key must not give a NaN.
-HIDDEN = -(2.0**90)
+MASKED = -(2.0**90)
 
 # A logsumexp below this one is that of hidden keys alone: above any hidden score, and below any sum of visible ones.
 NO_KEY = -(2.0**80)
@@ -66,7 +66,7 @@ def attend_backward(
     """
     Gradients of queries `[g, n, C, D]`, keys and values `[g, n, W, D or E]`.
 
-    The slab may hold a part of the keys of each query: given the output and the logsumexp over all of them, the
+    The tile may hold a part of the keys of each query: given the output and the logsumexp over all of them, the
     gradients are this part's (Dao et al. 2022, algorithm 4, with several passes over the keys).
 
     Args:
@@ -244,7 +244,7 @@ def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: Dropout | None)
 
 @cache
 def _is_trusted(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether to use the kernel of a device for slabs of these sizes: tested on a CPU, elsewhere tried once."""
+    """Whether to use the kernel of a device for tiles of these sizes: tested on a CPU, elsewhere tried once."""
     return device.type == "cpu" or _equals_plain(_KERNELS[device.type], device, dtype, *sizes)
 
 
@@ -258,7 +258,7 @@ def _equals_plain(
     value_size: int,
 ) -> bool:
     """
-    Whether a kernel, tried on a small slab, gives what matrix products give, gradients too.
+    Whether a kernel, tried on a small tile, gives what matrix products give, gradients too.
 
     These kernels are torch's own, below its public interface. Should another version or device use them in another
     way, attention gets slower, and not wrong.
@@ -275,7 +275,7 @@ def _equals_plain(
     )
     hidden = torch.rand(1, 2, num_queries, num_keys, generator=generator) < 0.5
     hidden[:, :, 0] = True
-    mask = (HIDDEN * hidden).to(device)
+    mask = (MASKED * hidden).to(device)
     try:
         inputs = (query, key, value, mask)
         out, lse = kernel.attend(*inputs)

@@ -2,7 +2,7 @@
 """
 Attention within chunks of a sorted order: the one operation under local and LSH attention.
 
-`attention_layout` says who sees whom and cuts the work into slabs, `attention_kernels` computes one. Here rounds are
+`attention_tiles` says who sees whom and cuts the work into tiles, `attention_kernels` computes one. Here rounds are
 merged as they come, and gradients are summed.
 
 Shapes: B batch, L length, H heads, D size of queries and keys, E size of values, R rounds. A *row* is a (batch,
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .attention_kernels import NO_KEY, attend, attend_backward, key_scale, merge, scores_of
-from .attention_layout import AttentionPattern, Layout, Slab
+from .attention_pattern import AttentionPattern
+from .attention_tiles import Tile, Tiling
 from .rng import Dropout
 
 
@@ -67,29 +68,29 @@ def chunk_attention_weights(
         where a query does not see what is there. The weights of a query sum to 1 over R and W.
     """
     with torch.no_grad(), torch.autocast(query_BLHD.device.type, enabled=False):
-        layout = Layout(pattern, order, padding_BL, query_BLHD)
+        tiling = Tiling(pattern, order, padding_BL, query_BLHD)
         rows = _Rows.of(query_BLHD, key_BLHD, query_BLHD)
-        _, lse = _forward(rows, layout, None)
-        size = (layout.num_rounds, layout.num_rows + 1, pattern.window_length)
+        _, lse = _forward(rows, tiling, None)
+        size = (tiling.num_rounds, tiling.num_rows + 1, pattern.window_length)
         weights = lse.new_zeros(size)
         positions = torch.full(size, -1, dtype=torch.int32, device=lse.device)
         offsets = torch.arange(pattern.chunk_length, device=lse.device)
         itself = (..., offsets, offsets + pattern.chunk_length * pattern.chunks_before)
-        for slab in layout:
-            loaded = rows.load(slab)
-            visible = slab.mask == 0
-            slab_lse = slab.targets_of(lse)
-            slab_weights = torch.exp(scores_of(loaded.query, loaded.key, slab.mask) - slab_lse[..., None])
-            slab_positions = torch.where(visible, layout.key_positions(slab), -1)
-            if slab.round == 0 and not pattern.sees_itself:
-                alone = slab_lse == math.inf
-                slab_weights[itself] = torch.where(alone, 1.0, slab_weights[itself])
-                slab_positions[itself] = torch.where(alone, layout.query_positions(slab), slab_positions[itself])
-            target_rows = slab.target_rows.flatten()
-            weights[slab.round].index_copy_(0, target_rows, slab_weights.flatten(0, 2))
-            positions[slab.round].index_copy_(0, target_rows, slab_positions.flatten(0, 2))
+        for tile in tiling:
+            loaded = rows.load(tile)
+            visible = tile.mask == 0
+            tile_lse = tile.targets_of(lse)
+            tile_weights = torch.exp(scores_of(loaded.query, loaded.key, tile.mask) - tile_lse[..., None])
+            tile_positions = torch.where(visible, tiling.key_positions(tile), -1)
+            if tile.round == 0 and not pattern.include_self:
+                alone = tile_lse == math.inf
+                tile_weights[itself] = torch.where(alone, 1.0, tile_weights[itself])
+                tile_positions[itself] = torch.where(alone, tiling.query_positions(tile), tile_positions[itself])
+            target_rows = tile.target_rows.flatten()
+            weights[tile.round].index_copy_(0, target_rows, tile_weights.flatten(0, 2))
+            positions[tile.round].index_copy_(0, target_rows, tile_positions.flatten(0, 2))
     batch_size, length, num_heads, _ = query_BLHD.shape
-    shape = (layout.num_rounds, batch_size, length, num_heads, -1)
+    shape = (tiling.num_rounds, batch_size, length, num_heads, -1)
     weights, positions = (x[:, :-1].reshape(shape).permute(1, 3, 0, 2, 4) for x in (weights, positions))
     return weights, positions
 
@@ -100,9 +101,9 @@ class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, pattern, order, padding, dropout, dropout_seed):
         with torch.autocast(query.device.type, enabled=False):
-            layout = Layout(pattern.in_tiles(query.device), order, padding, query)
+            tiling = Tiling(pattern.for_device(query.device), order, padding, query)
             drop = Dropout.of(dropout, dropout_seed, query.device)
-            out, lse = _forward(_Rows.of(query, key, value), layout, drop)
+            out, lse = _forward(_Rows.of(query, key, value), tiling, drop)
         out = out.to(value.dtype).view(value.shape)
         ctx.save_for_backward(query, key, value, out, lse, order, padding)
         ctx.pattern, ctx.dropout, ctx.dropout_seed = pattern, dropout, dropout_seed
@@ -112,9 +113,9 @@ class _ChunkAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         query, key, value, out, lse, order, padding = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
-            layout = Layout(ctx.pattern.in_tiles(query.device), order, padding, query)
+            tiling = Tiling(ctx.pattern.for_device(query.device), order, padding, query)
             drop = Dropout.of(ctx.dropout, ctx.dropout_seed, query.device)
-            grads = _backward(_Rows.of(query, key, value), _rows(out), lse, _rows(grad_out), layout, drop)
+            grads = _backward(_Rows.of(query, key, value), _rows(out), lse, _rows(grad_out), tiling, drop)
         grads = [
             None if grad is None else grad.to(x.dtype).view(x.shape)
             for grad, x in zip(grads, (query, key, value), strict=True)
@@ -136,18 +137,18 @@ class _Rows:
         query = _rows(query)
         return cls(query, None if key is None else _rows(key), _rows(value), key_scale(query) if key is None else None)
 
-    def load(self, slab: Slab) -> "_SlabInputs":
-        value = slab.windows(slab.slots_of(self.value))
+    def load(self, tile: Tile) -> "_TileInputs":
+        value = tile.windows(tile.slots_of(self.value))
         if self.key is not None:
-            return _SlabInputs(slab.queries_of(self.query), slab.windows(slab.slots_of(self.key)), value)
-        query, scale = slab.slots_of(self.query), slab.slots_of(self.key_scale)[..., None]
+            return _TileInputs(tile.queries_of(self.query), tile.windows(tile.slots_of(self.key)), value)
+        query, scale = tile.slots_of(self.query), tile.slots_of(self.key_scale)[..., None]
         key = (query * scale).to(query.dtype)
-        return _SlabInputs(slab.own(query), slab.windows(key), value, key, scale)
+        return _TileInputs(tile.own(query), tile.windows(key), value, key, scale)
 
 
 @dataclass
-class _SlabInputs:
-    """What one slab attends with."""
+class _TileInputs:
+    """What one tile attends with."""
 
     query: Tensor  # [g, n, C, D]
     key: Tensor  # [g, n, W, D]
@@ -156,32 +157,32 @@ class _SlabInputs:
     slot_keys: Tensor | None = None
     slot_scales: Tensor | None = None
 
-    def add_grads(self, slab: Slab, grads: list[Tensor | None], query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Add the gradients of this slab's inputs to those of the rows."""
-        slab.add_slots(grads[2], slab.fold(value))
+    def add_grads(self, tile: Tile, grads: list[Tensor | None], query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Add the gradients of this tile's inputs to those of the rows."""
+        tile.add_slots(grads[2], tile.fold(value))
         if self.slot_keys is None:
-            slab.add_queries(grads[0], query)
-            slab.add_slots(grads[1], slab.fold(key))
+            tile.add_queries(grads[0], query)
+            tile.add_slots(grads[1], tile.fold(key))
             return
         # A key k = s q has a fixed length, so that dq = s (dk - k (k · dk)); the epsilon included.
-        keys, grad = self.slot_keys.to(grads[0].dtype), slab.fold(key).to(grads[0].dtype)
+        keys, grad = self.slot_keys.to(grads[0].dtype), tile.fold(key).to(grads[0].dtype)
         grad.addcmul_(keys, torch.linalg.vecdot(keys, grad)[..., None], value=-1.0).mul_(self.slot_scales)
-        slab.own(grad).add_(query)
-        slab.add_slots(grads[0], grad)
+        tile.own(grad).add_(query)
+        tile.add_slots(grads[0], grad)
 
 
-def _forward(inputs: _Rows, layout: Layout, drop: Dropout | None) -> tuple[Tensor, Tensor]:
+def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tensor, Tensor]:
     """Output `[B * L * H, E]`, and logsumexp of all rows and one more, infinite where a row has no key."""
     # One row more than there are takes what is computed for empty slots.
-    size = (layout.num_rows + 1, inputs.value.shape[1])
-    out = torch.empty(size, dtype=layout.mask_dtype, device=inputs.value.device)
-    lse = torch.empty(size[0], dtype=layout.mask_dtype, device=inputs.value.device)
-    for slab in layout:
-        loaded = inputs.load(slab)
-        part, part_lse = attend(loaded.query, loaded.key, loaded.value, slab.mask, drop)
-        rows = slab.target_rows.flatten()
+    size = (tiling.num_rows + 1, inputs.value.shape[1])
+    out = torch.empty(size, dtype=tiling.mask_dtype, device=inputs.value.device)
+    lse = torch.empty(size[0], dtype=tiling.mask_dtype, device=inputs.value.device)
+    for tile in tiling:
+        loaded = inputs.load(tile)
+        part, part_lse = attend(loaded.query, loaded.key, loaded.value, tile.mask, drop)
+        rows = tile.target_rows.flatten()
         part, part_lse = part.flatten(0, 2).to(out.dtype), part_lse.flatten()
-        if slab.round > 0:
+        if tile.round > 0:
             part, part_lse = merge(out.index_select(0, rows), lse.index_select(0, rows), part, part_lse)
         out.index_copy_(0, rows, part)
         lse.index_copy_(0, rows, part_lse)
@@ -190,34 +191,34 @@ def _forward(inputs: _Rows, layout: Layout, drop: Dropout | None) -> tuple[Tenso
     lse[-1] = math.inf
     rows = without_key[:-1].nonzero()[:, 0]
     own_value = inputs.value.index_select(0, rows).to(out.dtype)
-    out.index_copy_(0, rows, torch.zeros_like(own_value) if layout.pattern.sees_itself else own_value)
+    out.index_copy_(0, rows, torch.zeros_like(own_value) if tiling.pattern.include_self else own_value)
     return out, lse
 
 
 def _backward(
-    inputs: _Rows, out: Tensor, lse: Tensor, grad_out: Tensor, layout: Layout, drop: Dropout | None
+    inputs: _Rows, out: Tensor, lse: Tensor, grad_out: Tensor, tiling: Tiling, drop: Dropout | None
 ) -> list[Tensor | None]:
     """Gradients of queries, keys and values by row."""
     grads = [
-        None if x is None else torch.zeros(x.shape, dtype=layout.mask_dtype, device=x.device)
+        None if x is None else torch.zeros(x.shape, dtype=tiling.mask_dtype, device=x.device)
         for x in (inputs.query, inputs.key, inputs.value)
     ]
-    if not layout.pattern.sees_itself:
+    if not tiling.pattern.include_self:
         rows = (lse[:-1] == math.inf).nonzero()[:, 0]
-        grads[2].index_copy_(0, rows, grad_out.index_select(0, rows).to(layout.mask_dtype))
-    for slab in layout:
-        loaded = inputs.load(slab)
-        slab_grads = attend_backward(
-            slab.queries_of(grad_out),
+        grads[2].index_copy_(0, rows, grad_out.index_select(0, rows).to(tiling.mask_dtype))
+    for tile in tiling:
+        loaded = inputs.load(tile)
+        tile_grads = attend_backward(
+            tile.queries_of(grad_out),
             loaded.query,
             loaded.key,
             loaded.value,
-            slab.mask,
-            slab.queries_of(out),
-            slab.targets_of(lse),
+            tile.mask,
+            tile.queries_of(out),
+            tile.targets_of(lse),
             drop,
         )
-        loaded.add_grads(slab, grads, *slab_grads)
+        loaded.add_grads(tile, grads, *tile_grads)
     return grads
 
 

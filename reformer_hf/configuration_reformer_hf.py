@@ -23,7 +23,7 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 12,
     "vocab_size": 320,
     "lsh_pattern": "chunk",
-    "lsh_count_duplicates": True,
+    "lsh_deduplicate_keys": False,
     "lsh_across_buckets": True,
     "wrap_chunks": True,
 }
@@ -80,8 +80,8 @@ class ReformerHfConfig(PreTrainedConfig):
             chunks after it where bidirectional), so that no later token changes an earlier output.
         lsh_across_buckets (`bool`, defaults to `False`): Pattern `"chunk"` only: whether a query sees keys of other
             buckets in its chunks (in-tree) or of its own alone (the paper's equation 2).
-        lsh_count_duplicates (`bool`, defaults to `True`): Whether a key counts once for every round that shows it
-            (in-tree) or once in all (the paper's equation 4).
+        lsh_deduplicate_keys (`bool`, defaults to `False`): Whether a key that a query sees in several rounds counts
+            once (the paper's equation 4), or once per round (in-tree).
         wrap_chunks (`bool`, defaults to `False`): Whether the first chunk sees the last one, as in-tree: the chunks of
             a local layer form a ring, and so do the chunks of all rounds of an LSH layer, over the length padded to a
             multiple of every chunk length. (A ring shorter than a query's reach is walked again, where in-tree takes
@@ -144,14 +144,13 @@ class ReformerHfConfig(PreTrainedConfig):
     hash_seed: int | None = None
     lsh_pattern: str = "window"
     lsh_across_buckets: bool = False
-    lsh_count_duplicates: bool = True
+    lsh_deduplicate_keys: bool = False
     wrap_chunks: bool = False
     reversible: bool = True
     num_parallel_heads: int | None = None
     chunk_size_lm_head: int = 0
     tie_word_embeddings: bool = False
     use_cache: bool = True
-    classifier_dropout: float | int | None = None
     pad_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     bos_token_id: int | None = 258
@@ -270,7 +269,7 @@ class ReformerHfConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}, but must be one of {sorted(ACT2FN)}.")
         rates = ("hidden_dropout_prob", "local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
-        for name in (*rates, "classifier_dropout"):
+        for name in rates:
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but a dropout rate lies in [0, 1).")
 
@@ -329,12 +328,12 @@ class ReformerHfConfig(PreTrainedConfig):
                 f"`lsh_num_chunks_before` is {self.lsh_num_chunks_before}, but the pattern 'window' sees "
                 "`lsh_attn_chunk_length * lsh_num_chunks_before` positions before a query: give at least 1."
             )
-        in_tree = self.lsh_pattern == "chunk" and self.lsh_across_buckets and self.lsh_count_duplicates
+        in_tree = self.lsh_pattern == "chunk" and self.lsh_across_buckets and not self.lsh_deduplicate_keys
         if self.wrap_chunks and not in_tree:
             raise ValueError(
                 "`wrap_chunks` is True, which needs the in-tree behaviour `lsh_pattern='chunk'`, "
-                "`lsh_across_buckets=True`, `lsh_count_duplicates=True`, not "
-                f"{self.lsh_pattern!r}, {self.lsh_across_buckets}, {self.lsh_count_duplicates}: set it to False."
+                "`lsh_across_buckets=True`, `lsh_deduplicate_keys=False`, not "
+                f"{self.lsh_pattern!r}, {self.lsh_across_buckets}, {self.lsh_deduplicate_keys}: set it to False."
             )
         if self.num_buckets is not None:
             self.check_num_buckets(self.num_buckets)

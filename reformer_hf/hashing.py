@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 # Elements of the projections that exist at a time, so that no intermediate grows with length times buckets.
-_HASH_SLAB_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+_HASH_TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def bucket_factors(
@@ -80,8 +80,8 @@ def hash_by(projections: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int
     buckets_BHRL = torch.zeros((batch_size, num_heads, num_hashes, length), dtype=torch.int32, device=device)
     if not projections:
         return buckets_BHRL
-    slab_elements = _HASH_SLAB_ELEMENTS.get(device.type, _HASH_SLAB_ELEMENTS["cuda"])
-    step = max(slab_elements // (2 * num_heads * max(projection.shape[1] for projection in projections)), 1)
+    tile_elements = _HASH_TILE_ELEMENTS.get(device.type, _HASH_TILE_ELEMENTS["cuda"])
+    step = max(tile_elements // (2 * num_heads * max(projection.shape[1] for projection in projections)), 1)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, length, step):
             vectors_BHDL = vectors_BLHD[:, start : start + step].permute(0, 2, 3, 1).to(projections[0].dtype)

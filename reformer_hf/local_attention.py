@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .attention_kernels import attend_rows
+from .attention_pattern import AttentionPattern
 from .cache import LocalGeometry, with_past
-from .chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
+from .chunk_attention import chunk_attention, chunk_attention_weights
 from .hashing import sort_by_bucket
 from .self_attention import AttentionCall, SelfAttention
 
@@ -98,14 +99,12 @@ class LocalSelfAttention(SelfAttention):
 
     def _pattern(self, length: int, in_ring: bool = True) -> AttentionPattern:
         config = self.config
-        ring_length = config.padded_length(length) if config.wrap_chunks and in_ring else None
-        if ring_length is not None and ring_length <= config.local_attn_chunk_length:
-            return AttentionPattern(length, chunks_before=0, causal=config.is_decoder, sees_itself=True)
         return AttentionPattern(
             chunk_length=config.local_attn_chunk_length,
             chunks_before=config.local_num_chunks_before,
             chunks_after=config.local_num_chunks_after,
             causal=config.is_decoder,
-            sees_itself=True,
-            ring_length=ring_length,
-        )
+            include_self=True,
+            ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks and in_ring else None,
+            ring_min_length=min(config.chunk_lengths),
+        ).for_length(length)

@@ -3,13 +3,15 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .attention_kernels import attend_to, normalized_keys
+from .attention_pattern import AttentionPattern
 from .cache import SLACK, Places, Weights
-from .chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
+from .chunk_attention import chunk_attention, chunk_attention_weights
 from .configuration_reformer_hf import ReformerHfConfig
 from .hashing import (
     bucket_factors,
@@ -135,7 +137,7 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             head_size=config.attention_head_size,
             num_hashes=num_hashes or config.num_hashes,
             window_length=chunk_length * (before + 1 if in_chunks else before),
-            each_key_once=not config.lsh_count_duplicates,
+            deduplicate_keys=config.lsh_deduplicate_keys,
             chunk_length=chunk_length if in_chunks else None,
             same_bucket=in_chunks and not config.lsh_across_buckets,
             ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
@@ -169,10 +171,16 @@ class LSHSelfAttention(SharedQueryKeyAttention):
 
     def _pattern(self, length: int) -> AttentionPattern | None:
         """The pattern for an input of this length; `None` where all positions see each other, without hashing."""
+        pattern = self.pattern.for_length(length)
+        return pattern if pattern is self.pattern else None
+
+    def _short_pattern(self, length: int) -> AttentionPattern:
+        """In-tree, an input no longer than a chunk is one chunk, in the order of positions."""
+        return self.pattern.for_length(length)
+
+    @cached_property
+    def pattern(self) -> AttentionPattern:
         config = self.config
-        ring_length = config.padded_length(length) if config.wrap_chunks else None
-        if ring_length is not None and ring_length <= config.lsh_attn_chunk_length:
-            return None
         return AttentionPattern(
             chunk_length=config.lsh_attn_chunk_length,
             chunks_before=config.lsh_num_chunks_before,
@@ -180,13 +188,10 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             causal=config.is_decoder,
             same_bucket=not config.lsh_across_buckets,
             window=config.lsh_pattern == "window",
-            each_key_once=not config.lsh_count_duplicates,
-            ring_length=ring_length,
+            deduplicate_keys=config.lsh_deduplicate_keys,
+            ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
+            ring_min_length=min(config.chunk_lengths),
         )
-
-    def _short_pattern(self, length: int) -> AttentionPattern:
-        """In-tree, an input no longer than a chunk is one chunk, in the order of positions."""
-        return AttentionPattern(chunk_length=length, chunks_before=0, causal=self.config.is_decoder)
 
 
 def factors_of(config: ReformerHfConfig, length: int) -> list[int]:

@@ -26,7 +26,7 @@ class LSHGeometry(Geometry):
     Args:
         num_hashes: Rounds.
         window_length: Slots of the sorted order that a token sees in a round.
-        each_key_once: Whether a key counts in the first round that shows it only.
+        deduplicate_keys: Whether a key counts in the first round that shows it only.
         chunk_length: `None` for the pattern `"window"`, the last positions of a token's own bucket. Else a token sees
             the chunks of the sorted order that it would see were it the last of a parallel pass.
         same_bucket: With chunks, whether it sees keys of its own bucket only.
@@ -36,7 +36,7 @@ class LSHGeometry(Geometry):
 
     num_hashes: int
     window_length: int
-    each_key_once: bool = False
+    deduplicate_keys: bool = False
     chunk_length: int | None = None
     same_bucket: bool = False
     ring_multiple: int | None = None
@@ -125,7 +125,7 @@ class LSHStateLayer(StateLayer):
             seen, hidden = self._in_window(rings, index)
         else:
             seen, hidden = self._in_chunks(rings, index, rows)
-        if self.geometry.each_key_once and self.geometry.num_hashes > 1:
+        if self.geometry.deduplicate_keys and self.geometry.num_hashes > 1:
             hidden = hidden | _seen_before(seen, hidden)
         batch_size, _, num_heads, _ = self.table.shape
         write = rows if batch_size == 1 else table_rows(self.table, rows.expand(batch_size, -1)).flatten()

@@ -25,10 +25,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .axial_embeddings import AxialPositionEmbeddings, AxialTables, PositionEmbeddings
 from .cache import LAYER_TYPES, states_of
 from .chunked import apply_chunked, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
+from .embeddings import AxialPositionEmbeddings, AxialTables, PositionEmbeddings
 from .feed_forward import ReformerHfFeedForward
 from .full_attention import FullSelfAttention
 from .local_attention import LocalSelfAttention
@@ -139,8 +139,8 @@ class ReformerHfAttention(nn.Module):
         drops = self.training and self.dropout > 0
         return AttentionBranch(
             parts=[self._part(call, heads) for heads in groups],
-            parameters=trained(self),
-            draws=self.training,
+            parameters=trainable_parameters(self),
+            uses_rng=self.training,
             chunk_size=suitable_chunk_size(stream.shape[0], stream.shape[1], stream.device.type),
             dropout=partial(SharedDropout, self.dropout, draw_seed()) if drops else None,
         )
@@ -195,8 +195,8 @@ class ReformerHfLayer(nn.Module):
         attention = self.attention.branch(x2, call)
         feed_forward = PositionWiseBranch(
             self.feed_forward,
-            trained(self.feed_forward),
-            draws=self.training,
+            trainable_parameters(self.feed_forward),
+            uses_rng=self.training,
             chunk_size=self.feed_forward.chunk_size or suitable_chunk_size(batch_size, length, x1.device.type),
             recompute=self.feed_forward.chunk_size > 0,
         )
@@ -214,7 +214,7 @@ class ReformerHfLayer(nn.Module):
         return y1, y2, call.take_weights()
 
 
-def trained(module: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of a module that require gradients."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 

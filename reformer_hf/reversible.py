@@ -30,12 +30,12 @@ class Branch(ABC):
     """
     One residual branch of a layer: a function of one stream `[B, L, E]` that is added to the other.
 
-    `parameters` are those of the function that require gradients; `draws` says whether it takes random numbers from
+    `parameters` are those of the function that require gradients; `uses_rng` says whether it takes random numbers from
     the global generators.
     """
 
     parameters: Sequence[Tensor]
-    draws: bool
+    uses_rng: bool
 
     @abstractmethod
     def add(self, other: Tensor, stream: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Branch(ABC):
         """The same without gradient; taken away where the sign is -1."""
 
     @abstractmethod
-    def go_back(
+    def reverse_and_grad(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
     ) -> tuple[Tensor, Gradients]:
         """
@@ -68,14 +68,14 @@ class PositionWiseBranch(Branch):
 
     Args:
         function: From a chunk of positions to what is added there.
-        parameters, draws: See `Branch`.
+        parameters, uses_rng: See `Branch`.
         chunk_size: Positions at a time; 0 for all.
         recompute: Whether `add` keeps nothing but its inputs and computes each chunk once more in the backward pass.
     """
 
     function: Callable[[Tensor], Tensor]
     parameters: Sequence[Tensor]
-    draws: bool = False
+    uses_rng: bool = False
     chunk_size: int = 0
     recompute: bool = False
 
@@ -88,7 +88,7 @@ class PositionWiseBranch(Branch):
             torch.add(other[:, positions], self.function(stream[:, positions]), alpha=sign, out=out[:, positions])
         return out
 
-    def go_back(
+    def reverse_and_grad(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
     ) -> tuple[Tensor, Gradients]:
         grad_sum = torch.empty_like(grad_stream)
@@ -129,7 +129,7 @@ class AttentionBranch(Branch):
 
     Args:
         parts: See `AttentionPart`.
-        parameters, draws: See `Branch`.
+        parameters, uses_rng: See `Branch`.
         chunk_size: Positions to be read or written at a time; 0 for all.
         dropout: Makes, for one pass over the parts, the function that takes some positions of what one of them adds to
             what is left of it; `None` where nothing is dropped.
@@ -137,7 +137,7 @@ class AttentionBranch(Branch):
 
     parts: Sequence[AttentionPart]
     parameters: Sequence[Tensor]
-    draws: bool = False
+    uses_rng: bool = False
     chunk_size: int = 0
     dropout: Callable[[], Callable[[Tensor, slice], Tensor]] | None = None
 
@@ -160,14 +160,14 @@ class AttentionBranch(Branch):
             other = out
         return out
 
-    def go_back(
+    def reverse_and_grad(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
     ) -> tuple[Tensor, Gradients]:
         grad_sum, drop = torch.empty_like(grad_stream), self._drop()
         grads: Gradients = [None] * len(self.parameters)
         for part in self.parts:
             # An adapter may draw random numbers as it reads, and is to draw them again.
-            state = ReplayState(stream.device, generators=self.draws)
+            state = ReplayState(stream.device, generators=self.uses_rng)
             inputs = [x.requires_grad_() for x in map_chunks(part.read, stream, self.chunk_size)]
             with torch.enable_grad():
                 heads = part.attend(inputs)
@@ -276,9 +276,9 @@ def reversible_layer(x1: Tensor, x2: Tensor, attention: Branch, feed_forward: Br
 class _ReversibleLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attention, feed_forward, tape, x1, x2, *parameters):
-        attention_state = ReplayState(x1.device, generators=attention.draws)
+        attention_state = ReplayState(x1.device, generators=attention.uses_rng)
         y1 = attention.add_to(x1, x2)
-        feed_forward_state = ReplayState(x1.device, generators=feed_forward.draws)
+        feed_forward_state = ReplayState(x1.device, generators=feed_forward.uses_rng)
         y2 = feed_forward.add_to(x2, y1)
         record = _Record((attention, feed_forward), (attention_state, feed_forward_state))
         ctx.tape, ctx.place = tape, tape.push(record, (y1.detach(), y2.detach()))
@@ -296,11 +296,11 @@ class _ReversibleLayer(torch.autograd.Function):
         attention_state, feed_forward_state = record.states
         x2 = y2 if private else torch.empty_like(y2)
         with feed_forward_state.replay():
-            grad_x1, feed_forward_grads = feed_forward.go_back(y2, y1, grad_y2, grad_y1, rest=x2)
+            grad_x1, feed_forward_grads = feed_forward.reverse_and_grad(y2, y1, grad_y2, grad_y1, rest=x2)
         del y2
         x1 = y1 if private else torch.empty_like(y1)
         with attention_state.replay():
-            grad_x2, attention_grads = attention.go_back(y1, x2, grad_x1, grad_y2, rest=x1)
+            grad_x2, attention_grads = attention.reverse_and_grad(y1, x2, grad_x1, grad_y2, rest=x1)
         ctx.tape.put_back((x1, x2))
         return None, None, None, grad_x1, grad_x2, *attention_grads, *feed_forward_grads
 

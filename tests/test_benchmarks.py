@@ -192,7 +192,7 @@ def test_implementations_take_turns_and_slow_ones_are_not_repeated():
     assert launch.measured == ["a", "b", "c", "a", "c", "a", "c"]
 
 
-def test_resume_measures_what_is_missing(tmp_path):
+def test_resume_measures_find_corruption(tmp_path):
     launch = _Launch({"a": 1.0, "b": 2.0})
     results = _results()
     results.path = tmp_path / "r.json"

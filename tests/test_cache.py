@@ -26,7 +26,7 @@ CHUNKS = {
     "in-tree": {"lsh_pattern": "chunk", "lsh_across_buckets": True, "wrap_chunks": True},
     "across-buckets": {"lsh_pattern": "chunk", "lsh_across_buckets": True},
     "same-bucket": {"lsh_pattern": "chunk"},
-    "each-key-once": {"lsh_pattern": "chunk", "lsh_count_duplicates": False},
+    "deduplicated": {"lsh_pattern": "chunk", "lsh_deduplicate_keys": True},
     "two-before": {"lsh_pattern": "chunk", "lsh_across_buckets": True, "lsh_num_chunks_before": 2},
     "none-before": {"lsh_pattern": "chunk", "lsh_across_buckets": True, "lsh_num_chunks_before": 0},
 }
@@ -91,11 +91,11 @@ class Decoding:
 @each_cache
 @each_kind
 @pytest.mark.parametrize("num_hashes", [1, 2, 4])
-@pytest.mark.parametrize("once", [False, True], ids=["duplicates", "each-key-once"])
+@pytest.mark.parametrize("once", [False, True], ids=["duplicates", "deduplicated"])
 def test_steps_equal_the_parallel_pass(num_hashes, once, fields, static):
     if "lsh" not in fields.get("attn_layers", ["lsh"]) and (num_hashes > 1 or once):
         pytest.skip("There is no hashing.")
-    model = random_model(torch.float64, num_hashes=num_hashes, lsh_count_duplicates=not once, **fields)
+    model = random_model(torch.float64, num_hashes=num_hashes, lsh_deduplicate_keys=once, **fields)
     decoding = Decoding(model, _new_cache(model, static)).take(20, padding=[0, 9, 3])
     while decoding.length < 130:
         decoding.take(1)

@@ -11,25 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reformer_hf import attention_kernels
-from reformer_hf import attention_layout as op
+from reformer_hf import attention_tiles as op
 from reformer_hf.attention_kernels import merge
-from reformer_hf.chunk_attention import AttentionPattern, chunk_attention, chunk_attention_weights
+from reformer_hf.attention_pattern import AttentionPattern
+from reformer_hf.chunk_attention import chunk_attention, chunk_attention_weights
 from reformer_hf.hashing import hash_vectors, random_rotations, sort_by_bucket
-from reformer_hf.reference import dense_attention, full_attention_counts, key_counts, normalized_keys
 
 from .helpers import assert_close, relative_rms
+from .reference import dense_attention, full_attention_counts, key_counts, normalized_keys
 
 C = 8
 KINDS = ["bucket", "across", "window", "local", "local-sorted", "ring", "ring-far", "ring-local"]
 
 
-def _pattern(kind, causal, once=False, chunk_length=C, length=0):
+def _pattern(kind, causal, once=False, chunk_length=C):
     """The pattern of one kind of layer."""
-    fields = {"causal": causal, "each_key_once": once, "chunks_after": 0 if causal else 1}
+    fields = {"causal": causal, "deduplicate_keys": once, "chunks_after": 0 if causal else 1}
     if kind.startswith("ring"):
         # Longer by some chunks than it need be, as where the chunk length of another layer is.
-        fields["ring_length"] = math.ceil(length / (2 * chunk_length)) * 2 * chunk_length
-        fields["sees_itself"] = kind == "ring-local"
+        fields["ring_multiple"] = 2 * chunk_length
+        fields["include_self"] = kind == "ring-local"
         if kind == "ring-far":
             fields["chunks_before"] = 5
     elif kind == "window":
@@ -37,7 +38,7 @@ def _pattern(kind, causal, once=False, chunk_length=C, length=0):
     elif kind == "bucket":
         fields["same_bucket"] = True
     elif kind.startswith("local"):
-        fields |= {"sees_itself": True, "chunks_before": 2}
+        fields |= {"include_self": True, "chunks_before": 2}
     return AttentionPattern(chunk_length, **fields)
 
 
@@ -93,7 +94,7 @@ class _Case:
     def oracle(self):
         """Output and gradients of the definition in fp64, under the same dropout."""
         kept = self._kept_counts()
-        own_value = not self.pattern.sees_itself
+        own_value = not self.pattern.include_self
         return self._with_gradients(
             lambda q, k, v: dense_attention(
                 q, normalized_keys(q) if self.shared else k, v, self.counts, own_value, kept
@@ -131,7 +132,7 @@ def _case(kind, causal, once=False, shape=(2, 37, 2, 8, 5, 2), side=None, dropou
         torch.randn(batch_size, length, num_heads, size, generator=generator, dtype=torch.float32).double()
         for size in (head_size, head_size, value_size)
     )
-    pattern = _pattern(kind, causal, once, chunk_length, length)
+    pattern = _pattern(kind, causal, once, chunk_length)
     padding = _padding(batch_size, length, side)
     flags = torch.zeros(batch_size, length, dtype=torch.bool) if padding is None else padding
     local = "local" in kind
@@ -329,7 +330,7 @@ def test_on_cuda(kind, causal, dtype):
 @each_direction
 @each_counting
 def test_shared_query_key_equals_oracle(kind, once, causal, side, sizes, dropout):
-    """Keys that are made of queries slab by slab."""
+    """Keys that are made of queries tile by tile."""
     case = replace(_case(kind, causal, once, sizes, side, dropout), shared=True)
     expected = case.oracle()
     assert set(expected) == {"output", "grad of query", "grad of value"}
@@ -342,34 +343,34 @@ def test_shared_query_key_equals_oracle(kind, once, causal, side, sizes, dropout
 @pytest.mark.parametrize("side", [None, "left"], ids=["whole", "left"])
 @each_direction
 @each_counting
-def test_small_slabs_equal_one_slab(monkeypatch, kind, once, causal, side, chunks):
+def test_small_tiles_equal_one_tile(monkeypatch, kind, once, causal, side, chunks):
     case = _case(kind, causal, once, (3, 101, 2, 8, 5, 2), side)
     expected = case.op()
-    monkeypatch.setitem(op.SLAB_SCORES, "cpu", chunks * C * case.pattern.window_length)
+    monkeypatch.setitem(op.TILE_SCORES, "cpu", chunks * C * case.pattern.window_length)
     for name, found in case.op().items():
         assert_close(found, expected[name], 1e-12, name)
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 30], ids=["one-chunk", "some-chunks", "some-heads"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_slabs_replay_dropout(monkeypatch, kind, chunks):
+def test_small_tiles_replay_dropout(monkeypatch, kind, chunks):
     case = _case(kind, True, False, (3, 101, 2, 8, 5, 2), "left", 0.3)
-    monkeypatch.setitem(op.SLAB_SCORES, "cpu", chunks * C * case.pattern.window_length)
+    monkeypatch.setitem(op.TILE_SCORES, "cpu", chunks * C * case.pattern.window_length)
     _assert_equals_oracle(case)
 
 
-@pytest.mark.parametrize("slab", [None, 1], ids=["one-slab", "slabs"])
+@pytest.mark.parametrize("tile", [None, 1], ids=["one-tile", "tiles"])
 @pytest.mark.parametrize("num_hashes", [1, 3], ids=["R1", "R3"])
 @pytest.mark.parametrize("once", [False, True], ids=["counted", "once"])
 @pytest.mark.parametrize("side", [None, "left", "whole-row"], ids=["whole", "left", "whole-row"])
 @each_direction
 @pytest.mark.parametrize("length", [1, 2, 29, 32])
-def test_one_bucket_and_a_wide_window_is_full_attention(monkeypatch, length, causal, side, once, num_hashes, slab):
-    if slab:
-        monkeypatch.setitem(op.SLAB_SCORES, "cpu", slab)
+def test_one_bucket_and_a_wide_window_is_full_attention(monkeypatch, length, causal, side, once, num_hashes, tile):
+    if tile:
+        monkeypatch.setitem(op.TILE_SCORES, "cpu", tile)
     case = _case("across", causal, False, (2, length, 2, 8, 5, 1), side)
     chunks = math.ceil(length / C)
-    pattern = AttentionPattern(C, chunks, 0 if causal else chunks, causal, window=True, each_key_once=once)
+    pattern = AttentionPattern(C, chunks, 0 if causal else chunks, causal, window=True, deduplicate_keys=once)
     buckets = torch.zeros(2, 2, num_hashes, length, dtype=torch.int32)
     padding = torch.zeros(2, length, dtype=torch.bool) if case.padding is None else case.padding
     case = replace(
@@ -440,13 +441,13 @@ def test_weights(kind, once, causal, side):
     real = case.real[..., 0].transpose(1, 2).expand(-1, 2, -1)
     sums = weights.sum((2, 4))
     lone = case.counts.sum(-1) == 0
-    if case.pattern.sees_itself:
+    if case.pattern.include_self:
         real = real & ~lone
     assert_close(sums[real], torch.ones_like(sums[real]), 1e-12, "sum of weights")
     dense = _by_key(weights, positions)
     out = torch.einsum("bhij,bjhe->bihe", dense, case.value)
     assert_close(out * case.real, case.op()["output"], 1e-12, "output of weights")
-    expected = case.counts if case.pattern.sees_itself else case.counts + torch.eye(37) * lone[..., None]
+    expected = case.counts if case.pattern.include_self else case.counts + torch.eye(37) * lone[..., None]
     assert torch.equal(_by_key((positions >= 0).double(), positions)[real], expected[real])
 
 
@@ -465,44 +466,43 @@ def _random_pattern(draw):
     num_hashes = draw(st.integers(1, 3))
     chunk_length = draw(st.integers(1, 5))
     kind = draw(st.sampled_from(["bucket", "across", "window", "ring"]))
-    padded = math.ceil(length / chunk_length) * chunk_length
     pattern = AttentionPattern(
         chunk_length=chunk_length,
         chunks_before=draw(st.integers(0, 3)),
         chunks_after=draw(st.integers(0, 2)),
         causal=draw(st.booleans()),
-        sees_itself=draw(st.booleans()),
+        include_self=draw(st.booleans()),
         same_bucket=kind == "bucket",
         window=kind == "window",
-        each_key_once=kind != "ring" and draw(st.booleans()),
-        ring_length=padded + chunk_length * draw(st.integers(0, 2)) if kind == "ring" else None,
+        deduplicate_keys=kind != "ring" and draw(st.booleans()),
+        ring_multiple=chunk_length * draw(st.integers(1, 3)) if kind == "ring" else None,
     )
     rows = [draw(st.lists(st.integers(0, 3), min_size=length, max_size=length)) for _ in range(num_hashes)]
     padding = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-    slab = draw(st.sampled_from([1 << 19, 1]))
-    return pattern, rows, padding, slab
+    tile = draw(st.sampled_from([1 << 19, 1]))
+    return pattern, rows, padding, tile
 
 
 @settings(deadline=None, max_examples=300)
 @given(_random_pattern())
 def test_a_query_sees_exactly_the_keys_of_the_definition(drawn):
-    pattern, buckets, padding, slab = drawn
+    pattern, buckets, padding, tile = drawn
     length = len(padding)
     order = sort_by_bucket(torch.tensor(buckets, dtype=torch.int32)[None, None], torch.tensor([padding]))
     query = torch.zeros(1, length, 1, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(op.SLAB_SCORES, "cpu", slab)
+        patch.setitem(op.TILE_SCORES, "cpu", tile)
         _, positions = chunk_attention_weights(query, query, pattern, order, torch.tensor([padding]))
     seen = _by_key((positions >= 0).double(), positions)[0, 0]
     expected = key_counts(pattern, buckets, padding)
-    if not pattern.sees_itself:
+    if not pattern.include_self:
         expected += torch.diag((expected.sum(-1) == 0).double())
     real = ~torch.tensor(padding)
     assert torch.equal(seen[real], expected[real])
 
 
 _scores = st.lists(
-    st.sampled_from([attention_kernels.HIDDEN, -50.0, -1.0, 0.0, 0.5, 3.0, 60.0, 800.0]), min_size=1, max_size=5
+    st.sampled_from([attention_kernels.MASKED, -50.0, -1.0, 0.0, 0.5, 3.0, 60.0, 800.0]), min_size=1, max_size=5
 )
 
 

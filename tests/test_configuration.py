@@ -18,7 +18,7 @@ from .helpers import tiny_config
 IN_TREE_BEHAVIOUR = {
     "lsh_pattern": "chunk",
     "lsh_across_buckets": True,
-    "lsh_count_duplicates": True,
+    "lsh_deduplicate_keys": False,
     "wrap_chunks": True,
 }
 
@@ -115,13 +115,12 @@ BAD_FIELDS = [
     ({"wrap_chunks": True}, ["`wrap_chunks`", "True", "'window'", "set it to False"]),
     ({"wrap_chunks": True, "lsh_pattern": "chunk"}, ["`wrap_chunks`", "`lsh_across_buckets=True`", "set it to False"]),
     (
-        {"wrap_chunks": True, "lsh_pattern": "chunk", "lsh_across_buckets": True, "lsh_count_duplicates": False},
-        ["`wrap_chunks`", "`lsh_count_duplicates=True`", "set it to False"],
+        {"wrap_chunks": True, "lsh_pattern": "chunk", "lsh_across_buckets": True, "lsh_deduplicate_keys": True},
+        ["`wrap_chunks`", "`lsh_deduplicate_keys=False`", "set it to False"],
     ),
     ({"hidden_dropout_prob": 1.0}, ["`hidden_dropout_prob`", "1.0", "[0, 1)"]),
     ({"local_attention_probs_dropout_prob": -0.1}, ["`local_attention_probs_dropout_prob`", "-0.1", "[0, 1)"]),
     ({"lsh_attention_probs_dropout_prob": 2}, ["`lsh_attention_probs_dropout_prob`", "2", "[0, 1)"]),
-    ({"classifier_dropout": 1.5}, ["`classifier_dropout`", "1.5", "[0, 1)"]),
     ({"layer_norm_eps": 0.0}, ["`layer_norm_eps`", "0.0", "above 0"]),
     ({"hidden_act": "rleu"}, ["`hidden_act`", "'rleu'", "'relu'"]),
     ({"hidden_dropout_prob": float("nan")}, ["`hidden_dropout_prob`", "nan", "[0, 1)"]),
@@ -185,7 +184,7 @@ def test_a_field_set_later_is_checked_by_the_model():
 FIELDS = [
     {},
     {"attn_layers": ["full", "local"], "max_position_embeddings": 1000, "hidden_size": 30},
-    {"num_buckets": [4, 8], "is_decoder": True, "hash_seed": 3, "lsh_count_duplicates": False},
+    {"num_buckets": [4, 8], "is_decoder": True, "hash_seed": 3, "lsh_deduplicate_keys": True},
     {"axial_pos_shape": (16, 16, 16), "lsh_pattern": "chunk", "lsh_across_buckets": True, "wrap_chunks": True},
     {
         "axial_pos_embds": False,

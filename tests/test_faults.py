@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from reformer_hf import ReformerHfForCausalLM
-from reformer_hf.training import NotFiniteError, last_whole_checkpoint, what_is_missing
+from reformer_hf.training import NonFiniteGradientsError, find_corruption, last_intact_checkpoint
 
 from .processes import run_worker
 
@@ -39,7 +39,7 @@ def _goes_on(folder, unbroken):
 def test_sigkill(unbroken, tmp_path):
     done = run_worker("train", tmp_path, check=False, max_steps=7, kill_at=5)
     assert done.returncode == -signal.SIGKILL
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_intact_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     _goes_on(tmp_path, unbroken)
 
 
@@ -47,7 +47,7 @@ def test_sigterm_saves_and_ends(unbroken, tmp_path):
     """The step is finished first, whether or not a checkpoint is due."""
     run_worker("train", tmp_path, max_steps=7, kill_at=4, signum=signal.SIGTERM)
     assert json.loads((tmp_path / "losses.json").read_text())["steps"] == 5
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert last_intact_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     _goes_on(tmp_path, unbroken)
 
 
@@ -56,8 +56,8 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(unbroken, tmp_path):
         shutil.copytree(unbroken / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     weights = tmp_path / "checkpoint-6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert what_is_missing(tmp_path / "checkpoint-6") == "`model.safetensors` is cut off"
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert find_corruption(tmp_path / "checkpoint-6") == "`model.safetensors` is cut off"
+    assert last_intact_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     _goes_on(tmp_path, unbroken)
 
 
@@ -68,15 +68,19 @@ def test_no_room_for_a_checkpoint(unbroken, tmp_path):
     done = run_worker("train", tmp_path, check=False, max_steps=7, resume=True, file_limit=50_000)
     assert done.returncode != 0 and "File too large" in done.stderr
     assert (tmp_path / "checkpoint-6").is_dir()
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_intact_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     _goes_on(tmp_path, unbroken)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(unbroken, tmp_path):
     done = run_worker("train", tmp_path, check=False, max_steps=7, spoil_at=5)
     assert done.returncode == 1
-    assert NotFiniteError.__name__ in done.stderr and "step 6" in done.stderr and "`learning_rate`" in done.stderr
-    checkpoint = last_whole_checkpoint(tmp_path)
+    assert (
+        NonFiniteGradientsError.__name__ in done.stderr
+        and "step 6" in done.stderr
+        and "`learning_rate`" in done.stderr
+    )
+    checkpoint = last_intact_checkpoint(tmp_path)
     assert checkpoint == str(tmp_path / "checkpoint-4")
     assert all(weight.isfinite().all() for weight in ReformerHfForCausalLM.from_pretrained(checkpoint).parameters())
     _goes_on(tmp_path, unbroken)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from reformer_hf.full_attention import FullSelfAttention, _causal_attention, _masked_attention, _or_itself
-from reformer_hf.reference import dense_attention, full_attention_counts, normalized_keys
 
 from .helpers import assert_close, relative_rms, tiny_config
+from .reference import dense_attention, full_attention_counts, normalized_keys
 
 each_direction = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 each_side = pytest.mark.parametrize("side", [None, "left", "right", "middle", "whole-row"], ids=str)

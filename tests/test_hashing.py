@@ -63,10 +63,10 @@ def test_rotations_differ_by_seed_head_and_round():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("factors", FACTORS, ids=_factors_id)
-@pytest.mark.parametrize("slab", [None, 1, 500], ids=["one-slab", "slab-of-1", "slabs-of-some"])
-def test_buckets_are_the_plain_argmax(monkeypatch, dtype, factors, slab):
-    if slab:
-        monkeypatch.setitem(hashing._HASH_SLAB_ELEMENTS, "cpu", slab)
+@pytest.mark.parametrize("tile", [None, 1, 500], ids=["one-tile", "tile-of-1", "tiles-of-some"])
+def test_buckets_are_the_plain_argmax(monkeypatch, dtype, factors, tile):
+    if tile:
+        monkeypatch.setitem(hashing._HASH_TILE_ELEMENTS, "cpu", tile)
     torch.manual_seed(0)
     vectors = torch.randn(2, 101, 3, 8).to(dtype)
     rotations = random_rotations(5, 3, 8, 4, factors)

@@ -11,7 +11,7 @@ from .helpers import assert_close, relative_rms, tiny_config
 
 CHUNK = {"lsh_pattern": "chunk"}
 ACROSS = {"lsh_pattern": "chunk", "lsh_across_buckets": True}
-ONCE = {"lsh_count_duplicates": False}
+ONCE = {"lsh_deduplicate_keys": True}
 LAYERS = {
     "lsh": ["lsh"],
     "mixed": ["local", "lsh", "full"],

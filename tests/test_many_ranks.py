@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
-from reformer_hf.training import last_whole_checkpoint
+from reformer_hf.training import last_intact_checkpoint
 
 from .helpers import assert_close, random_model
 from .processes import ROOT, run_worker
@@ -95,7 +95,7 @@ def test_trainer_equals_one_process(wrap, tmp_path):
         # Adam divides by the size of the gradient: where that is rounding, so is the step.
         assert_close(weight, weights[name], 2e-3, name)
     if wrap == "plan":
-        checkpoint = last_whole_checkpoint(tmp_path / "two")
+        checkpoint = last_intact_checkpoint(tmp_path / "two")
         loaded = ReformerHfForCausalLM.from_pretrained(checkpoint)
         for name, weight in loaded.named_parameters():
             assert torch.equal(weight, found[name]), name
@@ -115,7 +115,7 @@ def test_two_ranks_resume_to_the_bit(tmp_path):
 def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path):
     _train(tmp_path, 2, max_steps=9, kill_at=2, kill_rank=1, signum=signal.SIGTERM)
     assert json.loads((tmp_path / "losses.json").read_text())["steps"] == 3
-    assert last_whole_checkpoint(tmp_path).endswith("checkpoint-3")
+    assert last_intact_checkpoint(tmp_path).endswith("checkpoint-3")
     assert {path.name for path in (tmp_path / "checkpoint-3").glob("rng_state_*.pth")} == {
         "rng_state_0.pth",
         "rng_state_1.pth",
@@ -126,7 +126,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path):
 def test_a_killed_rank_ends_the_run(tmp_path):
     done = run_worker("train", tmp_path, 2, check=False, timeout=120, max_steps=50, kill_at=5, kill_rank=1)
     assert done.returncode != 0
-    checkpoint = last_whole_checkpoint(tmp_path)
+    checkpoint = last_intact_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.endswith("checkpoint-4")
     assert ReformerHfForCausalLM.from_pretrained(checkpoint).config.attn_layers == tuple(LAYERS)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
-from reformer_hf.memory import estimate_training_memory
+from reformer_hf.training import estimate_training_memory
 
 
 def _peak(config, length, batch_size, dtype=torch.float32) -> int:

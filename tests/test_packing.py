@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from reformer_hf.packing import CausalCollator, pack, pack_to_file
+from reformer_hf.training import CausalCollator, pack, pack_to_file
 
 END = 1
 DOCUMENTS = st.lists(st.lists(st.integers(2, 9), max_size=30), max_size=8)
@@ -87,7 +87,7 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
 _LONG = """
 import resource, sys
 import numpy as np
-from reformer_hf.packing import pack_to_file
+from reformer_hf.training import pack_to_file
 stream = np.memmap(sys.argv[1], dtype=np.int16, mode="w+", shape=(1 << 26,))
 pack_to_file(sys.argv[2], [np.arange(2, 1 << 20)], 1 << 16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -224,7 +224,7 @@ def test_the_base_model_names_the_same_heads(saved, tmp_path):
     "fields",
     [
         {},
-        {"num_buckets": [4, 8], "hash_seed": 3, "lsh_count_duplicates": False},
+        {"num_buckets": [4, 8], "hash_seed": 3, "lsh_deduplicate_keys": True},
         {"axial_pos_shape": (4, 8, 8), "lsh_pattern": "chunk", "lsh_across_buckets": True, "wrap_chunks": True},
         {"axial_pos_embds": False, "num_buckets": None, "reversible": False, "chunk_size_lm_head": 7},
     ],
@@ -368,7 +368,7 @@ def test_an_in_tree_folder_loads_and_becomes_ours(tmp_path):
         "model_type": "reformer_hf",
         "lsh_pattern": "chunk",
         "lsh_across_buckets": True,
-        "lsh_count_duplicates": True,
+        "lsh_deduplicate_keys": False,
         "wrap_chunks": True,
     }
     model.save_pretrained(tmp_path / "ours")

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from reformer_hf import ReformerHfForCausalLM
-from reformer_hf.packing import CausalCollator
+from reformer_hf.training import CausalCollator
 
 from .helpers import assert_close, tiny_config
 

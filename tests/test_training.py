@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reformer_hf.training import NotFiniteError, StopWhereNotFinite, last_whole_checkpoint, what_is_missing
+from reformer_hf.training import NonFiniteGradientsError, StopOnNonFinite, find_corruption, last_intact_checkpoint
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def checkpoint(tmp_path):
 
 
 def test_a_whole_checkpoint_is_the_last_one(checkpoint):
-    assert what_is_missing(checkpoint) is None
-    assert last_whole_checkpoint(checkpoint.parent) == str(checkpoint)
+    assert find_corruption(checkpoint) is None
+    assert last_intact_checkpoint(checkpoint.parent) == str(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -36,31 +36,31 @@ def test_a_whole_checkpoint_is_the_last_one(checkpoint):
 def test_a_file_that_is_cut_off(checkpoint, name, kept):
     path = checkpoint / name
     path.write_bytes(path.read_bytes()[:kept])
-    assert what_is_missing(checkpoint) == f"`{name}` is cut off"
-    assert last_whole_checkpoint(checkpoint.parent) == str(checkpoint.with_name("checkpoint-9"))
+    assert find_corruption(checkpoint) == f"`{name}` is cut off"
+    assert last_intact_checkpoint(checkpoint.parent) == str(checkpoint.with_name("checkpoint-9"))
 
 
 @pytest.mark.parametrize("text", [None, "", '{"global_step":'])
 def test_the_state_of_the_trainer_is_written_last(checkpoint, text):
     path = checkpoint / "trainer_state.json"
     path.unlink() if text is None else path.write_text(text)
-    assert what_is_missing(checkpoint) == "`trainer_state.json` is missing or cut off"
+    assert find_corruption(checkpoint) == "`trainer_state.json` is missing or cut off"
 
 
 def test_a_shard_that_is_not_there(checkpoint):
     index = {"weight_map": {"weight": "model.safetensors", "other": "model-2.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert what_is_missing(checkpoint) == "`model-2.safetensors` is missing"
+    assert find_corruption(checkpoint) == "`model-2.safetensors` is missing"
 
 
 def test_a_checkpoint_that_was_begun(checkpoint):
     (checkpoint / "checkpoint-is-incomplete.txt").touch()
-    assert what_is_missing(checkpoint) == "`checkpoint-is-incomplete.txt` is there"
+    assert find_corruption(checkpoint) == "`checkpoint-is-incomplete.txt` is there"
 
 
 def test_no_checkpoint(tmp_path):
-    assert last_whole_checkpoint(tmp_path) is None
-    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    assert last_intact_checkpoint(tmp_path) is None
+    assert last_intact_checkpoint(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("grad", [float("nan"), float("inf"), -float("inf")])
@@ -69,10 +69,10 @@ def test_gradients_that_are_no_numbers(grad):
     model(torch.ones(1, 2)).sum().backward()
     args = SimpleNamespace(fp16=False, output_dir="out", learning_rate=0.1)
     state = SimpleNamespace(global_step=4)
-    callback = StopWhereNotFinite()
+    callback = StopOnNonFinite()
     callback.on_pre_optimizer_step(args, state, None, model=model)
     model.weight.grad[0, 1] = grad
-    with pytest.raises(NotFiniteError, match="step 5.*'out' stay as they were.*`learning_rate`.*0.1"):
+    with pytest.raises(NonFiniteGradientsError, match="step 5.*'out' stay as they were.*`learning_rate`.*0.1"):
         callback.on_pre_optimizer_step(args, state, None, model=model)
     args.fp16 = True
     callback.on_pre_optimizer_step(args, state, None, model=model)

@@ -21,8 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 from reformer_hf import ReformerHfForCausalLM
-from reformer_hf.packing import CausalCollator
-from reformer_hf.training import SaveOnSigterm, StopWhereNotFinite, last_whole_checkpoint
+from reformer_hf.training import CausalCollator, SaveOnSigterm, StopOnNonFinite, last_intact_checkpoint
 
 from .helpers import DROPOUT, random_model, tiny_config
 
@@ -139,7 +138,7 @@ def train(
     if wrap == "plan":
         init_process_group("gloo")
         model = sharded_at_load(model, Path(folder, "initial"))
-    callbacks: list[TrainerCallback] = [StopWhereNotFinite(), SaveOnSigterm()]
+    callbacks: list[TrainerCallback] = [StopOnNonFinite(), SaveOnSigterm()]
     if kill_at is not None:
         callbacks.append(_KillAt(kill_at, kill_rank, signum))
     if stop_at is not None:
@@ -170,7 +169,7 @@ def train(
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if resume else None)
+    trainer.train(resume_from_checkpoint=last_intact_checkpoint(folder) if resume else None)
     if RANK == 0:
         log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         Path(folder, "losses.json").write_text(json.dumps({"losses": log, "steps": trainer.state.global_step}))

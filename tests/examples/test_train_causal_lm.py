@@ -14,7 +14,7 @@ from train_causal_lm import ModelArguments, build_config, main, parse_overrides,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
-from reformer_hf.packing import CausalCollator
+from reformer_hf.training import CausalCollator
 
 OPTIONS = """
     --sequence_length 64 --attn_layers local,lsh --hidden_size 16 --num_attention_heads 2 --attention_head_size 8

@@ -9,7 +9,7 @@ import torch
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import AxialPositionEmbeddings as InTreeAxialPositionEmbeddings
 
-from reformer_hf.axial_embeddings import AxialPositionEmbeddings, PositionEmbeddings
+from reformer_hf.embeddings import AxialPositionEmbeddings, PositionEmbeddings
 
 from .helpers import assert_close, tiny_config
 

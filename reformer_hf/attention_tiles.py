@@ -4,7 +4,7 @@ Who sees whom in chunk attention, and the pieces in which it is computed.
 
 Positions are laid out, round by round, in *slots*: the order given, padded to a multiple of the chunk length, with
 the chunks that the first and last ones look at added on both sides. A query sees keys of the *window* of its chunk,
-`chunks_before + 1 + chunks_after` chunks, as far as the pattern lets it. Work goes in *slabs*, some heads times some
+`chunks_before + 1 + chunks_after` chunks, as far as the pattern lets it. Work goes in *tiles*, some heads times some
 chunks, so that nothing of the size of all scores exists.
 
 Shapes: g heads of any batch row, n chunks, C chunk length, W window length, S = (n + chunks before and after) * C
@@ -13,107 +13,29 @@ slots. A *row* is a (batch, position, head); rows of a tensor `[B, L, H, D]` are
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .attention_kernels import HIDDEN
+from .attention_kernels import MASKED
+from .attention_pattern import AttentionPattern
 from .hashing import invert_order, unpack_order
 
 # Scores that exist at a time: few enough for the cache of a CPU, many enough to fill a GPU.
-SLAB_SCORES = {"cpu": 3 << 16, "cuda": 1 << 26}
-
-# Queries in a chunk that a CPU still computes at full speed.
-_CPU_TILE_LENGTH = 32
+TILE_SCORES = {"cpu": 3 << 16, "cuda": 1 << 26}
 
 # What stands between visible and hidden is a *clearance*, a small number of slots or positions, positive where a key
 # is visible. Scaled by this power of two, which keeps it exact, and cut off at zero it is the mask.
-_SCALE = -HIDDEN
+_SCALE = -MASKED
 
 # Halves and quarters of a slot must be exact in fp32.
 _MAX_LENGTH = 1 << 22
 
 
-@dataclass(frozen=True)
-class AttentionPattern:
-    """
-    Which keys a query sees.
-
-    Args:
-        chunk_length, chunks_before, chunks_after: A query sees its chunk of the order and so many around it.
-        causal: Whether it sees no later position.
-        sees_itself: Whether a position is among its own keys. Otherwise one that has no key takes its own value.
-        same_bucket: Whether it sees keys of its own bucket only.
-        window: Whether it sees `chunk_length * chunks_before` slots before and `chunk_length * chunks_after` after its
-            own one, instead of whole chunks. Implies `same_bucket`.
-        each_key_once: Whether a key counts in the first round that shows it only.
-        ring_length: Length to which the order of a round is padded to close the chunks of all rounds to a ring, in
-            which the first chunk looks back at the last one. A multiple of the chunk length; `None` for no ring.
-    """
-
-    chunk_length: int
-    chunks_before: int = 1
-    chunks_after: int = 0
-    causal: bool = False
-    sees_itself: bool = False
-    same_bucket: bool = False
-    window: bool = False
-    each_key_once: bool = False
-    ring_length: int | None = None
-
-    @property
-    def window_length(self) -> int:
-        """Slots that are looked at for a chunk of queries."""
-        return self.chunk_length * (self.chunks_before + 1 + self.chunks_after)
-
-    def in_tiles(self, device: torch.device) -> "AttentionPattern":
-        """
-        The same pattern in chunks that cost least on a device.
-
-        What a query of a window sees does not depend on chunks, but it is computed for the keys of all queries of its
-        chunk: fewer for shorter chunks, as long as these are worth a matrix product.
-        """
-        tile_length, parts = self.chunk_length, 1
-        while self.window and device.type == "cpu" and tile_length > _CPU_TILE_LENGTH and tile_length % 2 == 0:
-            tile_length, parts = tile_length // 2, parts * 2
-        return replace(
-            self,
-            chunk_length=tile_length,
-            chunks_before=self.chunks_before * parts,
-            chunks_after=self.chunks_after * parts,
-        )
-
-    def seen_slots(self, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        First and last slot that each query may see, `[…, L]` by its own slot.
-
-        All between is visible but what `sees_itself` forbids and, across buckets, `causal`. `starts` `[…, L]` says
-        where buckets begin.
-        """
-        slots = torch.arange(starts.shape[-1], dtype=torch.int32, device=starts.device)
-        own_chunk = slots - slots % self.chunk_length
-        first = own_chunk - self.chunk_length * self.chunks_before
-        last = own_chunk + self.chunk_length * (1 + self.chunks_after) - 1
-        if self.window:
-            first = slots - self.chunk_length * self.chunks_before
-            last = slots + self.chunk_length * self.chunks_after
-        if self.same_bucket or self.window:
-            first = torch.maximum(first, torch.where(starts, slots, 0).cummax(-1).values)
-            # Within a bucket, slots follow positions.
-            last = slots if self.causal else torch.minimum(last, _ends(starts, slots))
-        return first.clamp(min=0).expand(starts.shape), last.clamp(max=slots[-1]).expand(starts.shape)
-
-
-def _ends(starts: Tensor, slots: Tensor) -> Tensor:
-    """Last slot of each slot's bucket."""
-    is_end = torch.cat([starts[..., 1:], torch.ones_like(starts[..., :1])], dim=-1)
-    return torch.where(is_end, slots, slots[-1]).flip(-1).cummin(-1).values.flip(-1)
-
-
 @dataclass
-class Slab:
+class Tile:
     """Some heads times some chunks of one round."""
 
     pattern: AttentionPattern
@@ -139,7 +61,7 @@ class Slab:
         return _select(rows, self.target_rows)
 
     def own(self, slots: Tensor) -> Tensor:
-        """The slots `[g, n, C, D]` of the slab's own chunks, of `[g, S, D]`; shares memory with it."""
+        """The slots `[g, n, C, D]` of the tile's own chunks, of `[g, S, D]`; shares memory with it."""
         num_chunks, chunk_length = self.query_rows.shape[1:]
         start = chunk_length * self.pattern.chunks_before
         own = slots[:, start : start + num_chunks * chunk_length]
@@ -173,7 +95,7 @@ def _select(rows: Tensor, index: Tensor) -> Tensor:
 
 
 @dataclass
-class _Clearance:
+class _MaskMargin:
     """
     How far a key is from being hidden from a query, one bound of several: `keys - queries`, or, with a margin, `margin
     - |keys - queries|`, negated where what lies within the margin is hidden. All in units of `_SCALE`.
@@ -202,9 +124,9 @@ class _SeenBefore:
     last: Tensor
 
 
-class Layout:
+class Tiling:
     """
-    Iterates over the slabs of an input, heads outermost, then rounds, then chunks.
+    Iterates over the tiles of an input, heads outermost, then rounds, then chunks.
 
     Args:
         pattern: Which keys a query sees.
@@ -213,7 +135,7 @@ class Layout:
         padding_BL: True where there is padding, which no query sees.
         query_BLHD: For its shape, dtype and device.
 
-    The masks of all slabs share memory: use one before the next comes.
+    The masks of all tiles share memory: use one before the next comes.
 
     Raises:
         ValueError: For more positions than masks are exact for.
@@ -227,7 +149,7 @@ class Layout:
         if self.length > _MAX_LENGTH:
             raise ValueError(f"The input is {self.length} tokens long, but attention takes at most {_MAX_LENGTH}.")
         # Whether all that a query sees lies between two slots.
-        self._sees_interval = pattern.ring_length is None and (
+        self._sees_interval = not pattern.wraps and (
             pattern.window
             or (pattern.same_bucket and (order is not None or padding_BL is None))
             or (padding_BL is None and (order is None or not pattern.causal))
@@ -239,32 +161,32 @@ class Layout:
         self.num_rows = self.batch_size * self.length * self.num_heads
         self._order = order.expand(self.batch_size, self.num_heads, -1, -1)
         self._padding_BL = padding_BL
-        self.num_chunks = math.ceil((pattern.ring_length or self.length) / pattern.chunk_length)
+        self.num_chunks = math.ceil(pattern.padded_length(self.length) / pattern.chunk_length)
         scores_per_chunk = pattern.chunk_length * pattern.window_length
-        slab_scores = SLAB_SCORES.get(self.device.type, SLAB_SCORES["cuda"])
-        num_slabs = max(round(scores_per_chunk * self.num_chunks / slab_scores), 1)
-        self._chunks_per_slab = math.ceil(self.num_chunks / num_slabs)
-        self._heads_per_slab = max(slab_scores // (scores_per_chunk * self.num_chunks), 1)
+        tile_scores = TILE_SCORES.get(self.device.type, TILE_SCORES["cuda"])
+        num_tiles = max(round(scores_per_chunk * self.num_chunks / tile_scores), 1)
+        self._chunks_per_tile = math.ceil(self.num_chunks / num_tiles)
+        self._heads_per_tile = max(tile_scores // (scores_per_chunk * self.num_chunks), 1)
         self._static_mask = self._make_static_mask()
         self._buffers: dict[tuple, Tensor] = {}
 
-    def __iter__(self) -> Iterator[Slab]:
-        groups = torch.arange(self.batch_size * self.num_heads, device=self.device).split(self._heads_per_slab)
+    def __iter__(self) -> Iterator[Tile]:
+        groups = torch.arange(self.batch_size * self.num_heads, device=self.device).split(self._heads_per_tile)
         for group in groups:
-            yield from self._slabs_of_heads(group)
+            yield from self._tiles_of_heads(group)
 
-    def query_positions(self, slab: Slab) -> Tensor:
+    def query_positions(self, tile: Tile) -> Tensor:
         """`[g, n, C]` (int32); anything in empty slots."""
-        return self._positions(slab.query_rows)
+        return self._positions(tile.query_rows)
 
-    def key_positions(self, slab: Slab) -> Tensor:
+    def key_positions(self, tile: Tile) -> Tensor:
         """`[g, n, 1, W]` (int32); anything in empty slots."""
-        return self._windows(self._positions(slab.key_rows))
+        return self._windows(self._positions(tile.key_rows))
 
     def _positions(self, rows: Tensor) -> Tensor:
         return (rows.div(self.num_heads, rounding_mode="floor") % self.length).int()
 
-    def _slabs_of_heads(self, group: Tensor) -> Iterator[Slab]:
+    def _tiles_of_heads(self, group: Tensor) -> Iterator[Tile]:
         pattern = self.pattern
         batch_rows, heads = group.div(self.num_heads, rounding_mode="floor"), group % self.num_heads
         positions, starts = unpack_order(self._order[batch_rows, heads])
@@ -273,7 +195,7 @@ class Layout:
         if self._padding_BL is not None and not self._sees_interval:
             hidden = self._padding_BL[batch_rows][:, None].expand(positions.shape).gather(-1, positions.long())
         seen = None
-        if self._sees_interval or (pattern.each_key_once and self.num_rounds > 1):
+        if self._sees_interval or (pattern.deduplicate_keys and self.num_rounds > 1):
             seen = pattern.seen_slots(starts)
         before: list[_SeenBefore] = []
         for round in range(self.num_rounds):
@@ -283,11 +205,11 @@ class Layout:
                 bounds = self._positional_bounds(positions, hidden, round)
             bounds += [self._not_seen_before(slots, positions[:, round]) for slots in before]
             key_rows = first_rows + self.num_heads * self._slots(positions, round, 0).long()
-            yield from self._slabs_of_round(round, key_rows, bounds)
-            if pattern.each_key_once and round + 1 < self.num_rounds:
+            yield from self._tiles_of_round(round, key_rows, bounds)
+            if pattern.deduplicate_keys and round + 1 < self.num_rounds:
                 before.append(self._seen_in(positions[:, round], *(slots[:, round] for slots in seen)))
 
-    def _slabs_of_round(self, round: int, key_rows: Tensor, bounds: list[_Clearance]) -> Iterator[Slab]:
+    def _tiles_of_round(self, round: int, key_rows: Tensor, bounds: list[_MaskMargin]) -> Iterator[Tile]:
         pattern = self.pattern
         margin = pattern.chunks_before + pattern.chunks_after
         query_rows = self._own_slots(key_rows)
@@ -296,9 +218,9 @@ class Layout:
             target_rows = query_rows.clone()
             target_rows[:, self.length :] = self.num_rows
         query_rows, target_rows = (rows.unflatten(1, (-1, pattern.chunk_length)) for rows in (query_rows, target_rows))
-        for first in range(0, self.num_chunks, self._chunks_per_slab):
-            last = min(first + self._chunks_per_slab, self.num_chunks)
-            yield Slab(
+        for first in range(0, self.num_chunks, self._chunks_per_tile):
+            last = min(first + self._chunks_per_tile, self.num_chunks)
+            yield Tile(
                 pattern=pattern,
                 round=round,
                 query_rows=query_rows[:, first:last],
@@ -307,7 +229,7 @@ class Layout:
                 mask=self._mask(bounds, slice(first, last), key_rows.shape[0]),
             )
 
-    def _mask(self, bounds: list[_Clearance], chunks: slice, num_heads: int) -> Tensor:
+    def _mask(self, bounds: list[_MaskMargin], chunks: slice, num_heads: int) -> Tensor:
         shape = (num_heads, chunks.stop - chunks.start, self.pattern.chunk_length, self.pattern.window_length)
         mask = self._buffer("mask", shape)
         bounds[0].write(chunks, mask)
@@ -332,12 +254,12 @@ class Layout:
         places = torch.arange(pattern.window_length, device=self.device)
         hidden = torch.zeros((1, 1), dtype=torch.bool, device=self.device)
         if self._sees_interval and pattern.causal:
-            hidden = places > own if pattern.sees_itself else places >= own
-        elif pattern.ring_length is None and not pattern.sees_itself:
+            hidden = places > own if pattern.include_self else places >= own
+        elif not pattern.wraps and not pattern.include_self:
             hidden = places == own
         return -_SCALE * hidden.to(self.mask_dtype)
 
-    def _within_interval(self, first: Tensor, last: Tensor) -> _Clearance:
+    def _within_interval(self, first: Tensor, last: Tensor) -> _MaskMargin:
         """Keys between two slots, `[g, L]` by slot of the query."""
         pattern = self.pattern
         places = self._scaled(torch.arange(pattern.window_length, device=self.device)).expand(
@@ -348,15 +270,15 @@ class Layout:
         first = first - window_starts
         if pattern.causal:
             # The static mask ends the interval.
-            return _Clearance(self._queries(self._scaled(first) - 0.5 * _SCALE), places)
+            return _MaskMargin(self._queries(self._scaled(first) - 0.5 * _SCALE), places)
         last = last - window_starts
-        return _Clearance(
+        return _MaskMargin(
             self._queries(self._scaled(first + last) / 2),
             places,
             self._queries(self._scaled(last - first) / 2 + 0.25 * _SCALE),
         )
 
-    def _positional_bounds(self, positions: Tensor, hidden: Tensor | None, round: int) -> list[_Clearance]:
+    def _positional_bounds(self, positions: Tensor, hidden: Tensor | None, round: int) -> list[_MaskMargin]:
         """Real keys, no later ones if causal, and in a ring, where a position may come twice, not the query itself."""
         pattern = self.pattern
         nowhere = float(2 * _MAX_LENGTH) * _SCALE
@@ -365,10 +287,10 @@ class Layout:
         queries = self._queries(slots[:, round])
         keys = self._windows(self._slots(keys, round, nowhere))
         if pattern.causal:
-            return [_Clearance(-queries + (-0.5 if pattern.sees_itself else 0.5) * _SCALE, -keys)]
-        bounds = [_Clearance(torch.full_like(queries, -_MAX_LENGTH * _SCALE), -keys)]
-        if pattern.ring_length is not None and not pattern.sees_itself:
-            bounds.append(_Clearance(queries, keys, torch.full_like(queries, 0.5 * _SCALE), hides_within=True))
+            return [_MaskMargin(-queries + (-0.5 if pattern.include_self else 0.5) * _SCALE, -keys)]
+        bounds = [_MaskMargin(torch.full_like(queries, -_MAX_LENGTH * _SCALE), -keys)]
+        if pattern.wraps and not pattern.include_self:
+            bounds.append(_MaskMargin(queries, keys, torch.full_like(queries, 0.5 * _SCALE), hides_within=True))
         return bounds
 
     def _seen_in(self, positions: Tensor, first: Tensor, last: Tensor) -> _SeenBefore:
@@ -376,10 +298,10 @@ class Layout:
         index = slots.long()
         return _SeenBefore(slots, first.gather(-1, index), last.gather(-1, index))
 
-    def _not_seen_before(self, seen: _SeenBefore, positions: Tensor) -> _Clearance:
+    def _not_seen_before(self, seen: _SeenBefore, positions: Tensor) -> _MaskMargin:
         """Keys that were not between the slots that the query saw in an earlier round."""
         slots, first, last = (x.gather(-1, positions.long()) for x in (seen.slots, seen.first, seen.last))
-        return _Clearance(
+        return _MaskMargin(
             self._queries(self._scaled(first + last) / 2),
             self._windows(self._slots(self._scaled(slots)[:, None], 0, 0.0)),
             self._queries(self._scaled(last - first) / 2 + 0.25 * _SCALE),
@@ -394,7 +316,7 @@ class Layout:
         pattern = self.pattern
         chunk_length, before, after = pattern.chunk_length, pattern.chunks_before, pattern.chunks_after
         filled = self.num_chunks * chunk_length - self.length
-        if pattern.ring_length is None:
+        if not pattern.wraps:
             margins = (before * chunk_length, after * chunk_length + filled)
             return pad(sorted_gRL[:, round], margins, value=empty)
         ring = pad(sorted_gRL, (0, filled), value=empty).view(sorted_gRL.shape[0], -1, chunk_length)

@@ -1,6 +1,6 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Dense O(L²) oracles: the definitions, written to be read. For tests and benchmarks only.
+Dense O(L²) oracles: the definitions, written to be read.
 
 Who sees whom is a matrix of counts N[i, j], how often query i meets key j in all rounds. Attention is then
 out_i = Σ_j N[i, j] exp(q_i · k_j) v_j / Σ_j N[i, j] exp(q_i · k_j).
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention_layout import AttentionPattern
+from reformer_hf.attention_pattern import AttentionPattern
 
 
 def key_counts(pattern: AttentionPattern, buckets: Sequence[Sequence[int]], padding: Sequence[bool]) -> Tensor:
@@ -27,7 +27,7 @@ def key_counts(pattern: AttentionPattern, buckets: Sequence[Sequence[int]], padd
     counts = torch.zeros(length, length, dtype=torch.float64)
     # The places of all rounds, one after the other: the position there, or None where the last chunk is not full.
     orders = [[i for *_, i in sorted(zip(padding, of_round, range(length), strict=True))] for of_round in buckets]
-    slots_of_round = -(-(pattern.ring_length or length) // pattern.chunk_length) * pattern.chunk_length
+    slots_of_round = -(-pattern.padded_length(length) // pattern.chunk_length) * pattern.chunk_length
     rounds = [order + [None] * (slots_of_round - length) for order in orders]
     ring = [position for order in rounds for position in order]
     for r, order in enumerate(rounds):
@@ -39,12 +39,12 @@ def key_counts(pattern: AttentionPattern, buckets: Sequence[Sequence[int]], padd
                     continue
                 if pattern.causal and key > query:
                     continue
-                if key == query and not pattern.sees_itself:
+                if key == query and not pattern.include_self:
                     continue
                 if (pattern.same_bucket or pattern.window) and buckets[r][key] != buckets[r][query]:
                     continue
                 counts[query, key] += 1
-        if pattern.each_key_once:
+        if pattern.deduplicate_keys:
             counts.clamp_(max=1)
     return counts
 
@@ -58,7 +58,7 @@ def _looked_at(pattern: AttentionPattern, slot: int, order: list, first_slot: in
     first_chunk = slot // chunk_length - pattern.chunks_before
     last_chunk = slot // chunk_length + pattern.chunks_after
     places = range(first_chunk * chunk_length, (last_chunk + 1) * chunk_length)
-    if pattern.ring_length is not None:
+    if pattern.wraps:
         return [ring[(first_slot + place) % len(ring)] for place in places]
     return [order[place] for place in places if 0 <= place < len(order)]
 

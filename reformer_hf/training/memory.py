@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_layout import SLAB_SCORES
-from .chunked import suitable_chunk_size
-from .configuration_reformer_hf import ReformerHfConfig
-from .modeling_reformer_hf import ReformerHfForCausalLM
-from .self_attention import parallel_heads
+from ..attention_tiles import TILE_SCORES
+from ..chunked import suitable_chunk_size
+from ..configuration_reformer_hf import ReformerHfConfig
+from ..modeling_reformer_hf import ReformerHfForCausalLM
+from ..self_attention import parallel_heads
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class _Shape:
         grads = projections * rows * head_size * self.wide
         # Positions, bounds of what is seen, and rows of keys, for one head at a time of those that are long.
         index = self.positions * (16 * (self.rounds if kind == "lsh" else 1) + 32)
-        return 6 * self.stream + kept + grads + index + _slab(self.device)
+        return 6 * self.stream + kept + grads + index + _tile(self.device)
 
     @property
     def feed_forward(self) -> int:
@@ -162,6 +162,6 @@ class _Shape:
         return 5 * self.stream + 4 * inner
 
 
-def _slab(device: str) -> int:
+def _tile(device: str) -> int:
     """Scores and masks that exist at a time, and what is gathered for them."""
-    return 12 * 4 * SLAB_SCORES.get(device, SLAB_SCORES["cuda"])
+    return 12 * 4 * TILE_SCORES.get(device, TILE_SCORES["cuda"])

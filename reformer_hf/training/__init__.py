@@ -1,0 +1,20 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Helpers for training with `Trainer`: packing, callbacks, checkpoints, a memory estimate. Models do not need them."""
+
+from .callbacks import NonFiniteGradientsError, SaveOnSigterm, StopOnNonFinite
+from .checkpoints import find_corruption, last_intact_checkpoint
+from .memory import MemoryEstimate, estimate_training_memory
+from .packing import CausalCollator, pack, pack_to_file
+
+__all__ = [
+    "CausalCollator",
+    "MemoryEstimate",
+    "NonFiniteGradientsError",
+    "SaveOnSigterm",
+    "StopOnNonFinite",
+    "estimate_training_memory",
+    "find_corruption",
+    "last_intact_checkpoint",
+    "pack",
+    "pack_to_file",
+]
