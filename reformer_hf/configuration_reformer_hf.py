@@ -181,8 +181,9 @@ class ReformerHfConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Names by which the caches of Transformers know the decoding state of each layer."""
-        return [f"reformer_hf_{kind}" for kind in self.attn_layers]
+        """Names by which the caches of Transformers find the cache layer of each layer."""
+        kinds = {"lsh": "lsh_chunk"} if self.lsh_pattern == "chunk" else {}
+        return [f"reformer_hf_{kinds.get(kind, kind)}" for kind in self.attn_layers]
 
     def padded_length(self, length: int) -> int:
         """Length of the in-tree computation for an input of `length` tokens: as it is up to the shortest chunk, else a
