@@ -107,8 +107,9 @@ def normalized_keys(query: Tensor) -> Tensor:
     """Keys of shared query-key attention: `q / |q|` with the scale `1 / sqrt(D)`, and the in-tree epsilon."""
     if query.dtype not in (torch.float32, torch.float64):
         return (query * key_scale(query)[..., None]).to(query.dtype)
-    size = query.shape[-1]
-    return torch.rms_norm(query, (size,), eps=1e-6) / math.sqrt(size)
+    # The mean square plus the epsilon, times the size, is the square of a hypotenuse.
+    epsilon = query.new_tensor(math.sqrt(query.shape[-1] * 1e-6))
+    return query / torch.hypot(torch.linalg.vector_norm(query, dim=-1, keepdim=True), epsilon)
 
 
 def attend_to(

@@ -277,8 +277,13 @@ class AttentionCacheLayer(CacheLayerMixin):
         return None if self.entries is None else self.entries.chunk(2, dim=-1)[1]
 
     def _as_entries(self, key: Tensor, value: Tensor) -> Tensor:
+        """Keys and values side by side, in the dtype of the cache."""
         states = torch.cat([key, value], dim=-1)
         return states if states.dtype == self.entries.dtype else states.to(self.entries.dtype)
+
+    def _write_rows(self, buffer: Tensor, axis: int, row: Any, values: Tensor) -> None:
+        """Write values into consecutive rows of a buffer."""
+        buffer.narrow(axis, row, values.shape[axis]).copy_(values)
 
     # What Transformers asks of every cache layer.
 
@@ -427,8 +432,12 @@ class FixedShape(AttentionCacheLayer):
     def _new_positions(self, num_new: int) -> Tensor:
         return torch.arange(num_new, device=self.device) + self.length
 
+    def _write_rows(self, buffer: Tensor, axis: int, row: Tensor, values: Tensor) -> None:
+        rows = torch.arange(values.shape[axis], device=self.device) + row
+        buffer.index_copy_(axis, rows, values if values.dtype == buffer.dtype else values.to(buffer.dtype))
+
     def _reserve(self, num_new: int) -> None:
-        """The door of the model has checked that new tokens fit."""
+        """`input_checks` has made sure that new tokens fit."""
 
     def _note_padding(self, padding: Tensor | None) -> None:
         """`has_padding` is set already."""

@@ -31,8 +31,8 @@ class ReformerHfFeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The branch of the second stream, `[B, L, E]`; what is computed at a time is up to the caller."""
-        hidden_states = self.dense.dense(self.layer_norm(hidden_states))
+        rows = self.dense.dense(self.layer_norm(hidden_states).flatten(0, 1))
         if not self.training:
-            return self.output.dense(self.activation(hidden_states))
-        hidden_states = self.activation(dropout(hidden_states, self.dropout))
-        return dropout(self.output.dense(hidden_states), self.dropout)
+            return self.output.dense(self.activation(rows)).view(hidden_states.shape)
+        rows = self.activation(dropout(rows, self.dropout))
+        return dropout(self.output.dense(rows), self.dropout).view(hidden_states.shape)

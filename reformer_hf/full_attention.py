@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 from .attention_kernels import normalized_keys
+from .configuration_reformer_hf import ReformerHfConfig
 from .self_attention import AttentionCall, Found, SelfAttention, Weights
 
 
@@ -17,12 +18,16 @@ class FullSelfAttention(SelfAttention):
 
     projections = ("query_key", "value")
 
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__(config)
+        self.is_causal = config.is_decoder
+
     def attend(
         self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
     ) -> tuple[Tensor, Found]:
         query, value = (x.transpose(1, 2) for x in projected)
         key = normalized_keys(query)
-        if self.config.is_decoder and call.padding is None:
+        if self.is_causal and call.padding is None:
             out = _causal_attention(query, key, value, self.dropout)
         else:
             out = _masked_attention(query, key, value, self._visible(query, call.padding), self.dropout)
@@ -36,14 +41,14 @@ class FullSelfAttention(SelfAttention):
     def _append(
         self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
     ) -> tuple[Tensor, Weights | None]:
-        query, value = self.project(hidden_states, self.all_heads)
+        query, value = self.project_new(hidden_states)
         return self.append_and_attend(query, normalized_keys(query), value, call, cache, layer_idx)
 
     def _visible(self, query: Tensor, padding: Tensor | None) -> Tensor:
         """Which keys a query sees, `[B or 1, 1, L, L]`."""
         length = query.shape[2]
         visible = ~torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
-        if self.config.is_decoder:
+        if self.is_causal:
             visible = visible.tril()
         return visible if padding is None else visible & ~padding[:, None, None, :]
 

@@ -27,25 +27,24 @@ class FullCacheLayer(AttentionCacheLayer):
         return self.is_initialized
 
     def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
-        self._write(self._new_positions(key.shape[1]), key, value, padding)
+        self._write(key, value, padding)
 
     def _append(self, key: Tensor, value: Tensor, padding: Tensor | None, with_positions: bool) -> Seen:
         num_new = key.shape[1]
-        own = self._new_positions(num_new)
-        self._write(own, key, value, padding)
+        self._write(key, value, padding)
         entries, bias = self._visible_entries(num_new), None
         if num_new == 1 and not self.has_padding and entries.shape[1] > 1:
             entries = entries[:, :-1]
         else:
-            bias = self._bias(own, entries.shape[1])
+            bias = self._bias(self._new_positions(num_new), entries.shape[1])
         seen_key, seen_value = entries.transpose(1, 2).chunk(2, dim=-1)
         positions = torch.arange(entries.shape[1], device=self.device) if with_positions else None
         return Seen(seen_key, seen_value, bias, positions)
 
-    def _write(self, rows: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
-        self.entries.index_copy_(1, rows, self._as_entries(key, value))
+    def _write(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
+        self._write_rows(self.entries, 1, self.length, self._as_entries(key, value))
         if padding is not None:
-            self.padding.index_copy_(1, rows, padding)
+            self._write_rows(self.padding, 1, self.length, padding)
 
     def _visible_entries(self, num_new: int) -> Tensor:
         return self.entries[:, : self.length + num_new]

@@ -33,16 +33,15 @@ class LocalSelfAttention(SelfAttention):
             ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
             ring_min_length=min(config.chunk_lengths),
         )
-
-    @property
-    def dropout(self) -> float:
-        return self.config.local_attention_probs_dropout_prob if self.training else 0.0
-
-    def cache_spec(self, num_hashes: int | None = None) -> CacheSpec:
-        return CacheSpec(self.pattern, self.config.num_attention_heads, self.head_size)
+        self.cache_spec = CacheSpec(self.pattern, self.num_heads, self.head_size)
+        self.dropout_rate = config.local_attention_probs_dropout_prob
 
     def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
         query, key, value = super().project(hidden_states, heads, values)
+        return [query, key / math.sqrt(self.head_size), value]
+
+    def project_new(self, hidden_states: Tensor) -> list[Tensor]:
+        query, key, value = super().project_new(hidden_states)
         return [query, key / math.sqrt(self.head_size), value]
 
     def attend(
@@ -67,7 +66,7 @@ class LocalSelfAttention(SelfAttention):
     def _append(
         self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
     ) -> tuple[Tensor, Weights | None]:
-        query, key, value = self.project(hidden_states, self.all_heads)
+        query, key, value = self.project_new(hidden_states)
         return self.append_and_attend(query, key, value, call, cache, layer_idx)
 
 

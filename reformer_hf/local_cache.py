@@ -31,7 +31,8 @@ class LocalCacheLayer(AttentionCacheLayer):
         return self.spec.pattern.window_length
 
     def _initial_rows(self) -> int:
-        return self._window_length + SLACK + 1
+        # Larger than need be, so that few windows wrap round.
+        return 3 * self._window_length + SLACK + 1
 
     def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
         super()._initialize(spec, key, value)
@@ -56,6 +57,10 @@ class LocalCacheLayer(AttentionCacheLayer):
         self._write(slots, positions, key, value, padding)
 
     def _append(self, key: Tensor, value: Tensor, padding: Tensor | None, with_positions: bool) -> Seen:
+        if key.shape[1] == 1 and not self.has_padding and not with_positions:
+            seen = self._append_in_slice(key, value)
+            if seen is not None:
+                return seen
         pattern, ring_length = self.spec.pattern, self.ring_length
         positions = self._new_positions(key.shape[1])
         ranks, slots = self._ranks_and_slots(positions, padding)
@@ -74,6 +79,16 @@ class LocalCacheLayer(AttentionCacheLayer):
         if with_positions:
             seen_positions = self._slot_positions(key.shape[1])[:, None, None, :ring_length]
         return Seen(seen_key, seen_value, bias, seen_positions)
+
+    def _append_in_slice(self, key: Tensor, value: Tensor) -> Seen | None:
+        """Append one token where all that it sees are consecutive slots; `None` where these wrap round the ring."""
+        pattern, slot = self.spec.pattern, self.length % self.ring_length
+        reach = min(self.length % pattern.chunk_length + pattern.chunk_length * pattern.chunks_before, self.length)
+        if reach > slot:
+            return None
+        self._write_rows(self.entries, 1, slot, self._as_entries(key, value))
+        seen_key, seen_value = self.entries[:, slot - reach : slot + 1].transpose(1, 2).chunk(2, dim=-1)
+        return Seen(seen_key, seen_value, None)
 
     def past(self) -> Past:
         first = self._first_seen(self._next_ranks())

@@ -37,10 +37,10 @@ class LSHSelfAttention(SelfAttention):
             ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
             ring_min_length=min(config.chunk_lengths),
         )
+        self.cache_spec = CacheSpec(self.pattern, self.num_heads, self.head_size, config.num_hashes)
 
-    def cache_spec(self, num_hashes: int | None = None) -> CacheSpec:
-        num_hashes = num_hashes or self.config.num_hashes
-        return CacheSpec(self.pattern, self.config.num_attention_heads, self.head_size, num_hashes)
+    def cache_spec_for(self, num_hashes: int | None) -> CacheSpec:
+        return self.cache_spec if num_hashes is None else replace(self.cache_spec, num_hashes=num_hashes)
 
     def begin(self, hidden_states: Tensor, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
         hash_seed = self._hash_seed()
@@ -50,9 +50,7 @@ class LSHSelfAttention(SelfAttention):
             hashing = {"projections": cache_layer.projections, "factors": cache_layer.factors}
             return replace(call, num_hashes=num_hashes, **hashing)
         factors = call.num_buckets or factors_of(self.config, hidden_states.shape[1])
-        rotations = random_rotations(
-            hash_seed, self.config.num_attention_heads, self.head_size, num_hashes, list(factors)
-        )
+        rotations = random_rotations(hash_seed, self.num_heads, self.head_size, num_hashes, list(factors))
         projections = projections_of(rotations, list(factors), hidden_states)
         return replace(call, num_hashes=num_hashes, projections=projections, factors=factors)
 
@@ -102,7 +100,7 @@ class LSHSelfAttention(SelfAttention):
         self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
     ) -> tuple[Tensor, Weights | None]:
         layer: Any = cache.layers[layer_idx]
-        query, value = self.project(hidden_states, self.all_heads)
+        query, value = self.project_new(hidden_states)
         buckets = hash_few(layer.rotations, query, layer.spec.num_hashes)
         if call.padding is not None:
             buckets = buckets.masked_fill(call.padding[:, None, :, None], layer.num_buckets)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .cache import SLACK, AttentionCacheLayer, CacheSpec, FixedShape, Past, Seen, grown, ordinary_tensors, self_bias
 from .hashing import both_signs, invert_order, sort_by_bucket, unpack_order
@@ -85,6 +86,7 @@ class LSHCacheLayer(AttentionCacheLayer):
         self._ages = torch.arange(self._window_length(), -1, -1, device=self.device)
         self._bias = self.entries.new_zeros(len(self._ages))
         self._bias[-1] = self_bias(self.entries.dtype)
+        self._masked = self._bias.new_tensor(float("-inf"))
         self._one = torch.ones((), dtype=torch.long, device=self.device)
 
     def can_append(self, num_new: int) -> bool:
@@ -115,71 +117,81 @@ class LSHCacheLayer(AttentionCacheLayer):
         super().prefill(spec, key, value, padding, **hashing)
 
     def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None, *, buckets: Tensor, order: Tensor) -> None:
-        self._write(self._new_rows(key.shape[1]), key, value, buckets.transpose(2, 3))
+        self._write(key, value, buckets.transpose(2, 3))
         self._rebuild(unpack_order(order)[0])
 
     def _append(
         self, key: Tensor, value: Tensor, padding: Tensor | None, with_positions: bool, *, buckets: Tensor
     ) -> Seen:
         """`buckets`: of the new tokens `[B, H, n, R]`, N for padding."""
-        rows = self._new_rows(key.shape[1])
-        self._write(rows, key, value, buckets)
+        row = self._num_rows
+        self._write(key, value, buckets)
         ring_offsets, row_offsets = self._get_offsets()
-        rings = buckets + ring_offsets
-        index = self._push(rings, rows)
         # [B, H, n, R, W + 1]
-        seen, bias = self._seen(rings, index, buckets)
-        if rings.shape[3] > 1:
+        seen, bias = self._push_and_look_up((buckets + ring_offsets)[..., None], row)
+        if seen.shape[3] > 1:
             # A token sees itself in one round only.
             bias[..., 1:, -1] = float("-inf")
             if self.spec.pattern.deduplicate_keys:
                 bias = bias.masked_fill(_seen_before(seen, bias < 0), float("-inf"))
-        flat = torch.add(row_offsets, seen, alpha=self.spec.num_heads).flatten()
-        entries = self.entries.view(-1, self.entries.shape[-1]).index_select(0, flat)
+        rows = torch.add(row_offsets, seen, alpha=self.spec.num_heads).flatten()
+        entries = self.entries.view(-1, self.entries.shape[-1]).index_select(0, rows)
         # One batch row of attention for each token of each head.
-        size = bias.shape[3] * bias.shape[4]
+        size = seen.shape[3] * seen.shape[4]
         seen_key, seen_value = entries.view(-1, 1, size, entries.shape[-1]).chunk(2, dim=-1)
         positions = None
         if with_positions:
             positions = self._cache_positions(seen).reshape(-1, 1, 1, size)
         return Seen(seen_key, seen_value, bias.reshape(-1, 1, 1, size), positions)
 
-    def _new_rows(self, num_new: int) -> Tensor:
-        positions = self._new_positions(num_new)
-        return positions - self._num_dropped if self._num_dropped else positions
-
-    def _write(self, rows: Tensor, key: Tensor, value: Tensor, buckets: Tensor) -> None:
-        """Put new tokens into rows; `buckets` are `[B, H, n, R]`."""
-        self.entries.index_copy_(1, rows, self._as_entries(key, value))
-        self.buckets.index_copy_(2, rows, buckets.int())
+    def _write(self, key: Tensor, value: Tensor, buckets: Tensor) -> None:
+        """Put new tokens into the next rows; `buckets` are `[B, H, n, R]`."""
+        row = self._num_rows
+        self._write_rows(self.entries, 1, row, self._as_entries(key, value))
+        self._write_rows(self.buckets, 2, row, buckets)
         if self.row_positions is not None:
-            positions = (rows + self._num_dropped).int()
-            self.row_positions.index_copy_(2, rows, positions.expand(*self.row_positions.shape[:2], -1))
+            positions = self._new_positions(key.shape[1]).expand(*self.row_positions.shape[:2], -1)
+            self._write_rows(self.row_positions, 2, row, positions)
 
-    def _push(self, rings: Tensor, rows: Tensor) -> Tensor:
-        """Put the rows of new tokens into their rings `[B, H, n, R]`; returns each token's index in its bucket."""
-        flat, counts = rings.flatten(), self.counts.view(-1)
-        index = counts.take(rings)
-        if rings.shape[2] > 1:
-            # New tokens of one bucket follow each other.
-            same = rings[:, :, :, None] == rings[:, :, None]
-            earlier = torch.ones(same.shape[2:4], dtype=torch.bool, device=self.device).tril(-1)
-            index = index + (same & earlier[..., None]).sum(3)
-        cells = torch.add(index % self.ring_length, rings, alpha=self.ring_length).flatten()
-        rows = rows.int()[:, None].expand(rings.shape).reshape(-1)
-        self.rings.view(-1).index_copy_(0, cells, rows)
-        self._keep_first(rings, index, rows)
-        counts.index_add_(0, flat, self._one.expand(flat.shape))
-        return index
+    def _push_and_look_up(self, rings: Tensor, row: Any) -> tuple[Tensor, Tensor]:
+        """
+        Put new tokens into their rings, and look up what each of them sees there.
 
-    def _keep_first(self, rings: Tensor, index: Tensor, rows: Tensor) -> None:
-        """For patterns that see more than the last tokens of a bucket."""
+        Args:
+            rings: `[B, H, n, R, 1]`, of all rings of all rounds.
+            row: Of the first new token.
 
-    def _seen(self, rings: Tensor, index: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows that each token sees, itself last, and what is added to their scores, both `[B, H, n, R, W + 1]`."""
-        earlier = index[..., None] - self._ages
-        cells = torch.add(earlier % self.ring_length, rings[..., None], alpha=self.ring_length)
-        return self.rings.view(-1).take(cells), self._bias.where(earlier >= 0, float("-inf"))
+        Returns:
+            Rows, the token's own last, and what is added to the scores, both `[B, H, n, R, W + 1]`.
+        """
+        index = self._next_index(rings)
+        earlier = index - self._ages
+        cells = torch.add(earlier % self.ring_length, rings, alpha=self.ring_length)
+        self._put(self.rings, cells[..., -1], row)
+        self._count_in_buckets(rings)
+        return self.rings.view(-1).take(cells), torch.where(earlier >= 0, self._bias, self._masked)
+
+    def _next_index(self, rings: Tensor) -> Tensor:
+        """The index of each new token in its bucket, `[B, H, n, R, 1]`."""
+        index = self.counts.view(-1).take(rings)
+        if rings.shape[2] == 1:
+            return index
+        # New tokens of one bucket follow each other.
+        same = (rings[:, :, :, None] == rings[:, :, None])[..., 0]
+        earlier = torch.ones(same.shape[2:4], dtype=torch.bool, device=self.device).tril(-1)
+        return index + (same & earlier[..., None]).sum(3)[..., None]
+
+    def _put(self, rings: Tensor, cells: Tensor, row: Any) -> None:
+        """Write the rows of new tokens into cells `[B, H, n, R]`."""
+        if cells.shape[2] == 1 and not self.is_compileable:
+            rings.view(-1).index_fill_(0, cells.flatten(), row)
+            return
+        rows = torch.arange(cells.shape[2], dtype=torch.int32, device=self.device) + row
+        rings.view(-1).index_copy_(0, cells.flatten(), rows.int()[:, None].expand(cells.shape).flatten())
+
+    def _count_in_buckets(self, rings: Tensor) -> None:
+        flat = rings.flatten()
+        self.counts.view(-1).index_add_(0, flat, self._one.expand(flat.shape))
 
     def _get_offsets(self) -> tuple[Tensor, Tensor]:
         """Of the first ring of each round, `[B, H, 1, R]`, and of the first row, `[B, H, 1, 1, 1]`."""
@@ -320,22 +332,22 @@ class LSHChunkCacheLayer(LSHCacheLayer):
         starts = self.counts.cumsum(-1) - self.counts
         self.firsts.copy_(_rows_at(order, starts[..., None] + torch.arange(self.firsts.shape[-1], device=self.device)))
 
-    def _keep_first(self, rings: Tensor, index: Tensor, rows: Tensor) -> None:
-        chunk_length = self.firsts.shape[-1]
-        # What is not among the first goes where padding is.
-        trash = rings - rings % (self.num_buckets + 1) + self.num_buckets
-        cells = torch.where(index < chunk_length, rings * chunk_length + index, (trash + 1) * chunk_length - 1)
-        self.firsts.view(-1).index_copy_(0, cells.flatten(), rows)
-
-    def _seen(self, rings: Tensor, index: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
-        pattern, num_buckets = self.spec.pattern, self.num_buckets
+    def _push_and_look_up(self, rings: Tensor, row: Any) -> tuple[Tensor, Tensor]:
+        pattern, num_buckets, ring_length = self.spec.pattern, self.num_buckets, self.ring_length
         window_length, chunk_length = self._window_length(), pattern.chunk_length
+        index = self._next_index(rings)
+        self._put(self.rings, torch.add(index % ring_length, rings, alpha=ring_length)[..., 0], row)
+        self._put_first(rings, index, row)
+        self._count_in_buckets(rings)
+        # The slot of the token in the sorted order, and the slots of the chunks that it sees, `[B, H, R, W]`.
+        round_rings = self._get_offsets()[0].transpose(2, 3)
+        index, rings = index[:, :, 0], rings[:, :, 0]
+        buckets = rings - round_rings
         ends = self.counts.cumsum(-1)
         starts = ends - self.counts
-        slots = starts.gather(-1, buckets.transpose(2, 3)).transpose(2, 3) + index
-        first = (slots.div(chunk_length, rounding_mode="floor") + 1) * chunk_length - window_length
-        # [B, H, R, W]
-        slots = (first[..., None] + torch.arange(window_length, device=self.device))[:, :, 0]
+        own_slot = starts.gather(-1, buckets) + index
+        first = (own_slot.div(chunk_length, rounding_mode="floor") + 1) * chunk_length - window_length
+        slots = first + torch.arange(window_length, device=self.device)
         wrapped = slots < 0
         if pattern.wraps:
             slots = torch.where(wrapped, slots + self._padded_length(), slots)
@@ -346,19 +358,25 @@ class LSHChunkCacheLayer(LSHCacheLayer):
         seen_buckets = seen_buckets.clamp(max=num_buckets)
         seen_index = slots - search(starts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
         counts = search(self.counts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
-        round_rings = self._get_offsets()[0].transpose(2, 3).contiguous()
-        seen_rings = search(round_rings, lambda of_rounds: of_rounds + seen_buckets)
-        last = self.rings.view(-1).take(seen_rings * self.ring_length + seen_index % self.ring_length)
+        seen_rings = search(round_rings.contiguous(), lambda of_rounds: of_rounds + seen_buckets)
+        last = self.rings.view(-1).take(seen_rings * ring_length + seen_index % ring_length)
         early = seen_index.clamp(min=0, max=chunk_length - 1)
         early = self.firsts.view(-1).take(seen_rings * chunk_length + early)
-        seen = torch.where(counts - seen_index <= self.ring_length, last, early)
-        own = self.rings.view(-1).take(rings * self.ring_length + index % self.ring_length).transpose(2, 3)
+        seen = torch.where(counts - seen_index <= ring_length, last, early)
+        own = self.rings.view(-1).take(rings * ring_length + index % ring_length)
         masked |= seen == own
         if pattern.same_bucket:
-            masked |= seen_buckets != buckets[:, :, 0, :, None]
+            masked |= seen_buckets != buckets
         seen = torch.cat([seen, own], dim=-1)[:, :, None]
         bias = self._bias.repeat(*seen.shape[:-1], 1)
-        return seen, bias.masked_fill_(torch.nn.functional.pad(masked, (0, 1))[:, :, None], float("-inf"))
+        return seen, bias.masked_fill_(pad(masked, (0, 1))[:, :, None], float("-inf"))
+
+    def _put_first(self, rings: Tensor, index: Tensor, row: Any) -> None:
+        chunk_length = self.firsts.shape[-1]
+        # What is not among the first goes where padding is.
+        trash = rings - rings % (self.num_buckets + 1) + self.num_buckets
+        cells = torch.where(index < chunk_length, rings * chunk_length + index, (trash + 1) * chunk_length - 1)
+        self._put(self.firsts, cells[..., 0], row)
 
     def _padded_length(self) -> int | Tensor:
         """Length of a round in the ring of all chunks, with the token that is being appended."""

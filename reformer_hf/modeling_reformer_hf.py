@@ -383,7 +383,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
     def _cache_specs(self, num_hashes: int | None) -> list[CacheSpec]:
         """What the cache layers of this model are built for."""
         layers = cast(Sequence[ReformerHfLayer], self.encoder.layers)
-        return [layer.attention.self_attention.cache_spec(num_hashes) for layer in layers]
+        return [layer.attention.self_attention.cache_spec_for(num_hashes) for layer in layers]
 
 
 class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel):

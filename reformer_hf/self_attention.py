@@ -103,27 +103,26 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.config = config
-        self.head_size = config.attention_head_size
-        all_head_size = config.num_attention_heads * config.attention_head_size
+        self.num_heads, self.head_size = config.num_attention_heads, config.attention_head_size
+        self.all_heads = slice(0, self.num_heads)
+        self.dropout_rate = config.lsh_attention_probs_dropout_prob or 0.0
+        # What the cache layer of this attention is built for.
+        self.cache_spec = CacheSpec(None, self.num_heads, self.head_size)
         for name in self.projections:
-            setattr(self, name, nn.Linear(config.hidden_size, all_head_size, bias=False))
+            setattr(self, name, nn.Linear(config.hidden_size, self.num_heads * self.head_size, bias=False))
 
     @property
     def dropout(self) -> float:
         """Rate at which attention weights are dropped in this mode."""
-        return (self.config.lsh_attention_probs_dropout_prob or 0.0) if self.training else 0.0
-
-    @property
-    def all_heads(self) -> slice:
-        return slice(0, self.config.num_attention_heads)
+        return self.dropout_rate if self.training else 0.0
 
     def features(self, heads: slice) -> slice:
         """Where some heads are among the features of all."""
         return slice(heads.start * self.head_size, heads.stop * self.head_size)
 
-    def cache_spec(self, num_hashes: int | None = None) -> CacheSpec:
-        """What the cache layer of this attention is built for."""
-        return CacheSpec(None, self.config.num_attention_heads, self.head_size)
+    def cache_spec_for(self, num_hashes: int | None) -> CacheSpec:
+        """What the cache layer is built for where the call gives the number of hash rounds."""
+        return self.cache_spec
 
     def begin(self, hidden_states: Tensor, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
         """The call of this layer, for hidden states `[B, L, E]`; draws the seeds that it needs."""
@@ -147,6 +146,11 @@ class SelfAttention(nn.Module):
         rows = hidden_states.flatten(0, 1)
         shape = (*hidden_states.shape[:2], -1, self.head_size)
         return [project(getattr(self, name), rows, features, values).view(shape) for name in self.projections]
+
+    def project_new(self, hidden_states: Tensor) -> list[Tensor]:
+        """What `project` gives for all heads, by calling the projections as modules: for few tokens."""
+        rows, shape = hidden_states.flatten(0, 1), (*hidden_states.shape[:2], -1, self.head_size)
+        return [getattr(self, name)(rows).view(shape) for name in self.projections]
 
     def attend(
         self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
@@ -192,8 +196,8 @@ class SelfAttention(nn.Module):
 
     def prefill(self, found: Found, call: AttentionCall, cache: Cache, layer_idx: int) -> None:
         """Put what was found for all heads into the cache."""
-        spec = self.cache_spec(call.num_hashes)
-        cache.update(found.key, found.value, layer_idx, spec=spec, padding=call.padding, **self._hashing(found, call))
+        options = {"spec": self.cache_spec_for(call.num_hashes), "padding": call.padding}
+        cache.update(found.key, found.value, layer_idx, **options, **self._hashing(found, call))
 
     def _hashing(self, found: Found, call: AttentionCall) -> dict[str, Any]:
         """What the cache layer takes besides keys and values."""
@@ -270,7 +274,7 @@ class SelfAttention(nn.Module):
         All at once where `output`, their projection back, or another projection is more than a plain linear layer: an
         adapter, say, or one whose weights are brought in by a hook.
         """
-        num_heads = self.config.num_attention_heads
+        num_heads = self.num_heads
         size = parallel_heads(self.config, hidden_states.shape[:2].numel(), hidden_states.device.type)
         if not all(is_plain(module) for module in (output, *(getattr(self, name) for name in self.projections))):
             size = num_heads
