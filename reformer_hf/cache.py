@@ -1,329 +1,330 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Decoding state: what a causal model keeps of the tokens it has seen, as layers of the caches of Transformers.
+KV cache: what a causal model keeps of the tokens it has seen, as cache layers of Transformers.
 
-Every layer holds a table of keys beside values `[B, rows, H, 2 * D]`, and knows which rows a new token attends to:
+A cache layer has two ways in:
 
-* a local layer keeps the last chunks, row by row in a ring;
-* a full layer keeps everything;
-* an LSH layer keeps what stands in the rings of its buckets, see `lsh_cache`.
+* `prefill` takes the keys, values and buckets of a parallel pass, once it has run for all heads;
+* `append` takes a few new tokens and returns what they attend to.
 
-`DynamicCache(config=…)` makes layers that grow as they need, `StaticCache(config=…, max_cache_len=…)` layers of a
-fixed shape, for `torch.compile`.
+`DynamicCache(config=…)` makes layers that grow, `StaticCache(config=…, max_cache_len=…)` layers of a fixed shape for
+`torch.compile`. The layers are in `full_cache`, `local_cache` and `lsh_cache`.
 
-Shapes: B batch, n new tokens, H heads, D head size, M length of a ring.
+Shapes: B batch, n new tokens, T cached tokens, H heads, D head size, M length of a ring. A token's *cache position*
+counts all tokens before it, padding included; its *rank* counts those that are not padding.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    STATIC_LAYER_TYPE_MAPPING,
-    Cache,
-    CacheLayerMixin,
-)
+from transformers.cache_utils import CacheLayerMixin
 
-# Attention weights and the positions of their keys.
-Weights = tuple[Tensor, Tensor]
+from .attention_pattern import AttentionPattern
 
-# What rings hold beyond what a token attends to: so many tokens can be taken in one step, or back by `crop`.
+# Tokens that can be appended at a time, and the least number of tokens that `crop` can remove.
 SLACK = 64
 
-# The class of the state of each kind of attention.
-LAYER_TYPES: dict[str, type["StateLayer"]] = {}
-
-# Of a table that grows, the least number of rows to add.
-_MIN_ROWS_ADDED = 64
-
-
-def in_mode_of_table(method: Callable) -> Callable:
-    """Run a method that writes to or makes tensors as those of the state were made: in inference mode or not."""
-
-    @wraps(method)
-    def run(self, *args, **kwargs):
-        if not self.is_initialized or torch.compiler.is_compiling():
-            return method(self, *args, **kwargs)
-        with torch.inference_mode(self.table.is_inference()), torch.no_grad():
-            return method(self, *args, **kwargs)
-
-    return run
+# The least number of rows by which a buffer grows.
+_MIN_GROWTH = 64
 
 
 @dataclass(frozen=True)
-class Places:
+class CacheSpec:
     """
-    Where tokens stand in the table.
+    What a cache layer is built for; a model of another spec cannot use it.
 
     Args:
-        write: Rows `[B * n]` of the new tokens.
-        read: What the new tokens attend to, in the form that their layer wants; `None` for nothing.
-        hidden: Which of what is read each of them does not see; `None` for nothing.
-        heads: Whose keys and values are written, by default all.
-        columns: Of the new tokens, `[B * n]`, where the layer keeps them.
+        pattern: Which keys a query sees; `None` for all before it.
+        num_heads, head_size: Of keys and values.
+        num_hashes: Hash rounds of an LSH layer.
     """
 
-    write: Tensor
-    read: Tensor | int | None = None
-    hidden: Tensor | None = None
-    heads: slice | None = None
-    columns: Tensor | None = None
+    pattern: AttentionPattern | None
+    num_heads: int
+    head_size: int
+    num_hashes: int = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    What new tokens attend to, in the layout of `scaled_dot_product_attention`.
+
+    Args:
+        key, value: `[B, H, T, D]`, or, where each token of each head has keys of its own, `[B * H * n, 1, T, D]`.
+        bias: Added to the scores, `[B or 1, 1, n, T]` or `[B * H * n, 1, 1, T]`; `None` for nothing.
+        positions: Cache positions of the keys, broadcastable to the scores; `None` unless they were asked for.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Past:
     """
-    What was before the new tokens, for a parallel pass over both.
+    The cached tokens, as input of a parallel pass over them and new ones.
 
     Args:
-        key, value: `[B, T, h, D]`.
-        hidden: `[B, T]`, what is not to be seen.
-        columns: `[B, 1 or h, T]`, int32.
-        absent: `[B, T]`, what is not there at all; `None` for nothing.
-        buckets: `[B, h, R, T]` in LSH layers, N for padding.
+        key, value: `[B, T, H, D]`.
+        masked: `[B, T]`, True where no query may see the token.
+        positions: Cache positions, `[B, 1 or H, T]` int32.
+        empty: `[B, T]`, True where there is no token; `None` for nowhere.
+        buckets: `[B, H, R, T]` in LSH layers.
+        length: Cached tokens, those included that were dropped.
     """
 
     key: Tensor
     value: Tensor
-    hidden: Tensor
-    columns: Tensor
-    absent: Tensor | None = None
+    masked: Tensor
+    positions: Tensor
+    length: int
+    empty: Tensor | None = None
     buckets: Tensor | None = None
 
-    def before(
+    def heads(self, heads: slice) -> "Past":
+        """The part of some heads."""
+        return replace(
+            self,
+            key=self.key[:, :, heads],
+            value=self.value[:, :, heads],
+            positions=self.positions if self.positions.shape[1] == 1 else self.positions[:, heads],
+            buckets=None if self.buckets is None else self.buckets[:, heads],
+        )
+
+    def prepend(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Queries, keys and values of past and new tokens `[B, T + n, h, D]`, and padding; no past token asks."""
-        inputs = (torch.zeros_like(self.key), query), (self.key, key), (self.value, value)
-        query, key, value = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in inputs)
-        return (query, key, value), with_past(self.hidden, padding, query.shape[1])
+        """Queries (zero for cached tokens), keys and values `[B, T + n, H, D]` of cached and new tokens, and which of
+        them no query may see, `[B, T + n]`."""
+        query = torch.cat([torch.zeros_like(self.key, dtype=query.dtype), query], dim=1)
+        key, value = (
+            torch.cat([old.to(new.dtype), new], dim=1) for old, new in ((self.key, key), (self.value, value))
+        )
+        if padding is None:
+            padding = self.masked.new_zeros(len(self.masked), query.shape[1] - self.masked.shape[1])
+        return (query, key, value), torch.cat([self.masked, padding], dim=1)
 
-    def cut(self, out: Tensor, weights: Weights | None, length: int) -> tuple[Tensor, Weights | None]:
-        """Outputs and attention weights of the new tokens alone, with columns for positions."""
-        num_past = self.key.shape[1]
-        out = out[:, num_past:]
-        if weights is None:
-            return out, None
-        values, positions = (x[:, :, :, num_past:] for x in weights)
-        columns = torch.arange(out.shape[1], dtype=torch.int32, device=out.device) + length
-        columns = torch.cat([self.columns, columns.expand(*self.columns.shape[:-1], -1)], dim=-1)
-        columns = columns[:, :, None, None].expand(*positions.shape[:-1], -1)
-        seen = columns.gather(-1, positions.clamp(min=0).long())
-        return out, (values, torch.where(positions < 0, positions, seen))
-
-
-def with_past(past: Tensor, new: Tensor | None, length: int) -> Tensor:
-    """Flags `[B, length]` of past and new tokens; `None` for no new one."""
-    if new is None:
-        return pad(past, (0, length - past.shape[1]))
-    return torch.cat([past, new], dim=1)
+    def cache_positions(self, index: Tensor) -> Tensor:
+        """Cache positions of indices `[B, H, R, n, W]` into cached and new tokens; -1 stays."""
+        num_new = index.shape[3]
+        new = torch.arange(self.length, self.length + num_new, dtype=torch.int32, device=index.device)
+        positions = torch.cat([self.positions, new.expand(*self.positions.shape[:-1], -1)], dim=-1)
+        positions = positions[:, :, None, None].expand(*index.shape[:-1], -1)
+        return torch.where(index < 0, index, positions.gather(-1, index.clamp(min=0).long()))
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What a state is made for."""
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that can be written to in inference mode and outside, whatever the mode is now."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
-    num_heads: int
-    head_size: int
 
-
-class StateLayer(CacheLayerMixin):
+class AttentionCacheLayer(CacheLayerMixin):
     """
-    What the states of all kinds of attention share. A subclass says whose state it is; caches find it by that name.
+    What the cache layers of all kinds of attention share, growing as tokens come.
 
-    A token is a *column* of the input, padding included. `length` counts columns, `num_tokens` `[B]` those that are
-    not padding.
-
-    Args:
-        max_cache_len (`int`, *optional*): Columns that fit; tensors then have a fixed shape. `None` lets them grow.
+    Caches find a subclass by its `layer_type`, see `ReformerHfConfig.layer_types`.
     """
 
-    # Among `attn_layers`.
-    attention: str = ""
+    layer_type = ""
     is_sliding = False
     is_croppable = True
+    is_compileable = False
     supports_early_init = False
-    # Names of the tensors, which have the batch on their first axis.
-    tensors: tuple[str, ...] = ("table", "num_tokens")
-    table: Tensor | None
-    num_tokens: Tensor | None
-    # What the state is made for: a `Geometry` of its kind.
-    geometry: Any
-    # A number, or where the shape is fixed a tensor.
+    # Names of the tensors, whose first axis is the batch.
+    tensors: tuple[str, ...] = ("entries", "num_padding")
+    # Keys and values side by side, `[B, rows, H, 2 * D]`.
+    entries: Tensor | None
+    # Tokens of each row of the batch that are padding, `[B]`.
+    num_padding: Tensor | None
+    spec: CacheSpec | None
+    # Cached tokens, padding included: a number, or a tensor where the shape is fixed.
     length: Any
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        LAYER_TYPES[cls.attention] = cls
-        # See `ReformerHfConfig.layer_types`.
-        DYNAMIC_LAYER_TYPE_MAPPING[f"reformer_hf_{cls.attention}"] = cls
-        STATIC_LAYER_TYPE_MAPPING[f"reformer_hf_{cls.attention}"] = cls
-
-    def __init__(self, max_cache_len: int | None = None, **kwargs):
+    def __init__(self, **kwargs):
         # Not that of the base class, whose keys and values are views here.
-        self.max_cache_len = max_cache_len
         self.record_past = False
-        self._clear()
+        # All layers of the cache: they are cropped together or not at all.
+        self.peers: list[AttentionCacheLayer] = [self]
+        self.reset()
 
-    def _clear(self) -> None:
+    def reset(self) -> None:
+        """Forget everything; the next prefill makes new tensors."""
         for name in self.tensors:
             setattr(self, name, None)
-        self.is_initialized = self.has_tokens = self._offloaded = False
-        self.geometry, self.length = None, 0
-        # The layers of all of the model, which are cropped together or not at all.
-        self.peers: list[StateLayer] = [self]
-        self._longest = self._last_kept = 0
-        # For which model and options the state was found to fit.
-        self.checked_by: tuple | None = None
-        self._table_changed()
+        self.is_initialized = self.has_padding = self._offloaded = False
+        self.spec, self.length = None, 0
+        # Of the tokens since the last crop, the most there were, and those that it kept.
+        self._longest = self._kept_by_crop = 0
 
-    def _table_changed(self) -> None:
-        """Forget what follows from the table and the batch."""
-        self._rows: Tensor | None = None
+    def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
+        """Make the tensors for keys and values like these."""
+        batch_size, _, num_heads, head_size = key.shape
+        self.spec, self.device = spec, key.device
+        self.entries = key.new_zeros((batch_size, self._initial_rows(), num_heads, head_size + value.shape[-1]))
+        self.num_padding = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+
+    def _initial_rows(self) -> int:
+        return 0
+
+    # The two ways in.
+
+    def prefill(
+        self, spec: CacheSpec, key: Tensor, value: Tensor, padding: Tensor | None = None, **hashing: Any
+    ) -> None:
+        """
+        Take the tokens of a parallel pass.
+
+        Args:
+            spec: What an empty layer is built for.
+            key, value: `[B, n, H, D]`.
+            padding: `[B, n]`, True where there is padding.
+            hashing: What an LSH layer takes besides.
+        """
+        if not self.is_initialized:
+            with ordinary_tensors():
+                self._initialize(spec, key, value)
+            self.is_initialized = True
+        self._reserve(key.shape[1])
+        self._note_padding(padding)
+        self._prefill(key, value, padding, **hashing)
+        self._count(key.shape[1], padding)
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> None:
+        """`prefill` once the tensors are made and large enough: write, without counting."""
+        raise NotImplementedError
+
+    def append(
+        self, key: Tensor, value: Tensor, padding: Tensor | None = None, with_positions: bool = False, **hashing: Any
+    ) -> Seen:
+        """
+        Take a few new tokens, at most `append_limit`, and return what they attend to.
+
+        Args:
+            key, value: `[B, n, H, D]`.
+            padding: `[B, n]`, True where there is padding.
+            with_positions: Whether the cache positions of the keys are wanted too.
+            hashing: What an LSH layer takes besides.
+        """
+        self._reserve(key.shape[1])
+        self._note_padding(padding)
+        seen = self._append(key, value, padding, with_positions, **hashing)
+        self._count(key.shape[1], padding)
+        return seen
+
+    def _append(self, *args: Any, **kwargs: Any) -> Seen:
+        """`append` once the tensors are large enough: write and read, without counting."""
+        raise NotImplementedError
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """`prefill` where a spec is given, else `append`: `Cache.update` calls this, and offloads layers around it."""
+        self.prefetch()
+        if "spec" not in kwargs:
+            return self.append(key_states, value_states, **kwargs), None
+        self.prefill(key=key_states, value=value_states, **kwargs)
+        return None, None
+
+    # Tokens that `append` takes at a time.
+    append_limit = SLACK
+
+    def can_append(self, num_new: int) -> bool:
+        """Whether new tokens are to be appended, rather than computed together with the cached ones."""
+        return self.is_initialized and num_new <= SLACK
+
+    def past(self) -> Past:
+        """The cached tokens that new ones may see."""
+        raise NotImplementedError
+
+    # Counting tokens, and growing.
+
+    def _new_positions(self, num_new: int) -> Tensor:
+        """Cache positions `[n]` of new tokens."""
+        return torch.arange(self.length, self.length + num_new, device=self.device)
+
+    def _count(self, num_new: int, padding: Tensor | None) -> None:
+        if padding is not None:
+            self.num_padding += padding.sum(-1)
+        self.length += num_new
+
+    def _reserve(self, num_new: int) -> None:
+        """Grow, so that new tokens fit."""
+
+    def _note_padding(self, padding: Tensor | None) -> None:
+        if padding is not None:
+            self.has_padding = True
 
     @property
-    def rows(self) -> Tensor:
-        """The table as `[B * rows, H, 2 * D]`."""
-        if self.is_compileable:
-            # Two inputs of compiled code that share memory would be copied.
-            return self.table.flatten(0, 1)
-        if self._rows is None:
-            self._rows = self.table.flatten(0, 1)
-        return self._rows
+    def num_tokens(self) -> Tensor:
+        """Tokens so far that are not padding, `[B]`."""
+        return self.length - self.num_padding
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """`[B, rows, H, D]`."""
-        return None if self.table is None else self.split(self.table)[0]
+        return None if self.entries is None else self.entries.chunk(2, dim=-1)[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """`[B, rows, H, D]`."""
-        return None if self.table is None else self.split(self.table)[1]
+        return None if self.entries is None else self.entries.chunk(2, dim=-1)[1]
 
-    def split(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
-        key, value = torch.chunk(table, 2, dim=-1)
-        return key, value
+    def _as_entries(self, key: Tensor, value: Tensor) -> Tensor:
+        states = torch.cat([key, value], dim=-1)
+        return states if states.dtype == self.entries.dtype else states.to(self.entries.dtype)
 
-    @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
-        return self.max_cache_len is not None
+    # What Transformers asks of every cache layer.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise ValueError("A cache layer of this model is made by its first prefill, which knows the attention.")
 
     @property
     def batch_size(self) -> int:
         if not self.is_initialized:
-            raise AttributeError("A state that is empty has no batch size.")
-        return self.num_tokens.shape[0]
-
-    def prepare(self, geometry: Geometry, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the tensors for states like these `[B, n, h, D]`, unless there are some."""
-        if not self.is_initialized:
-            self.geometry = geometry
-            self.lazy_initialization(key_states, value_states)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.device = key_states.device
-        batch_size, geometry = key_states.shape[0], self.geometry
-        self.table = key_states.new_zeros((batch_size, self._first_rows(), geometry.num_heads, 2 * geometry.head_size))
-        self.num_tokens = torch.zeros(batch_size, dtype=torch.long, device=self.device)
-        if self.is_compileable:
-            self.length = torch.zeros((), dtype=torch.long, device=self.device)
-        self._make_tensors(batch_size)
-        self.is_initialized = True
-        if self.is_compileable and not torch.compiler.is_compiling():
-            for name in self.tensors:
-                if getattr(self, name) is not None:
-                    torch._dynamo.mark_static_address(getattr(self, name))
-            torch._dynamo.mark_static_address(self.length)
-
-    def _first_rows(self) -> int:
-        return self.max_cache_len or 0
-
-    def _make_tensors(self, batch_size: int) -> None:
-        """Make what the layer has besides keys and values."""
-
-    def takes_step(self, num_new: int) -> bool:
-        """Whether `places` is the way for so many new tokens, rather than a parallel pass over them and the past."""
-        return self.has_tokens and num_new <= SLACK
-
-    def reserve(self, num_new: int) -> None:
-        """Make room for new tokens."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, places: Places) -> tuple[Tensor | None, Tensor | None]:
-        """
-        Write keys and values `[B, n, h, D]`, and return those that the new tokens attend to.
-
-        (The base class lets a subclass choose its arguments and the shape of what it returns.)
-        """
-        if self._offloaded:
-            self.prefetch()
-        rows, states = self.rows, torch.cat([key_states, value_states], dim=-1).flatten(0, 1)
-        if places.heads is not None:
-            rows = rows[:, places.heads]
-        rows.index_copy_(0, places.write, states if states.dtype == rows.dtype else states.to(rows.dtype))
-        if places.read is None:
-            return None, None
-        return self.split(self._read(places.read))
-
-    def _read(self, read) -> Tensor:
-        raise NotImplementedError
-
-    def offload(self) -> None:
-        """Put the table into the memory of the CPU."""
-        if self.is_initialized:
-            self.table = self.table.to("cpu", non_blocking=True)
-            self._offloaded = True
-            self._table_changed()
-
-    def prefetch(self) -> None:
-        """Bring the table back to where it is used."""
-        if self._offloaded:
-            self.table = self.table.to(self.device, non_blocking=True)
-            self._offloaded = False
-            self._table_changed()
-
-    def advance(self, num_new: int, padding: Tensor | None) -> None:
-        """Count the new tokens, when all heads have taken them; `padding` `[B, n]` is True where there is none."""
-        self.length += num_new
-        if padding is None:
-            self.num_tokens += num_new
-        else:
-            self.num_tokens += (~padding).sum(-1)
-        self.has_tokens = True
+            raise AttributeError("An empty cache has no batch size.")
+        return self.num_padding.shape[0]
 
     def get_seq_length(self) -> int:
-        """Columns so far."""
+        """Cached tokens, padding included."""
         return self.length
 
     def get_max_length(self) -> int:
-        return -1 if self.max_cache_len is None else self.max_cache_len
+        return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All columns: masks `[B, length]` are what the model takes."""
+        """All cache positions: masks `[B, length]` are what the model takes."""
         return self.length + query_length, 0
 
-    def reset(self) -> None:
-        """Forget everything; the next input makes new tensors."""
-        self._clear()
+    def offload(self) -> None:
+        """Move keys and values to the memory of the CPU."""
+        if self.is_initialized:
+            self.entries = self.entries.to("cpu", non_blocking=True)
+            self._offloaded = True
+
+    def prefetch(self) -> None:
+        """Move keys and values back to the device."""
+        if self._offloaded:
+            self.entries = self.entries.to(self.device, non_blocking=True)
+            self._offloaded = False
 
     def activate_past_recording(self) -> None:
-        """Keep whatever is needed to `crop` to where the state stood at the last crop."""
+        """Keep whatever `crop` needs to return to the tokens that the last crop kept."""
         self.record_past = True
 
-    @in_mode_of_table
     def crop(self, tokens_to_remove: int) -> None:
         """
-        Take back the last columns: `-5` five of them, as in Transformers.
+        Remove the last tokens: `-5` removes five, as in Transformers.
 
         Raises:
-            ValueError: Where a layer of the model does not hold any more what it would need, which leaves all layers
-                as they are; or for a positive number.
+            ValueError: If a layer of the cache has dropped what it would need, which leaves all layers as they are; or
+                for a positive number.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -338,30 +339,31 @@ class StateLayer(CacheLayerMixin):
             raise ValueError(f"{-tokens_to_remove} tokens cannot be removed from a cache that holds {length}.")
         for layer in self.peers:
             layer._check_crop(target)
-        self._last_kept = target
+        self._kept_by_crop = target
+        if target == 0:
+            self.reset()
+            return
         if target < length:
             self._longest = max(self._longest, length)
             self._crop(-tokens_to_remove)
             self.length -= length - target
-        if target == 0:
-            self.reset()
-        else:
-            self._after_crop()
+        self._after_crop()
 
     def _check_crop(self, target: int) -> None:
         if self.is_initialized and 0 < target < int(self.length) and not self._can_restore(target):
             raise ValueError(
                 f"A cache of {int(self.length)} tokens is to be cropped to {target}, but its {type(self).__name__} "
-                f"has dropped what came before: it can give back {SLACK} tokens of the longest state it had. Crop by "
-                "less, call `activate_past_recording()` before the tokens that are to be taken back, or begin with a "
-                "new cache."
+                f"has dropped earlier tokens: it can return to {SLACK} tokens before the longest length it had. Crop "
+                "by less, call `activate_past_recording()` before the tokens that are to be removed, or use a new "
+                "cache."
             )
 
     def _can_restore(self, target: int) -> bool:
-        """Whether nothing that a token at column `target` sees was overwritten."""
+        """Whether nothing was overwritten that a token at cache position `target` sees."""
         return True
 
-    def _crop(self, num_columns: int) -> None:
+    def _crop(self, num_removed: int) -> None:
+        """Remove the last tokens; `length` is still the old one."""
         raise NotImplementedError
 
     def _after_crop(self) -> None:
@@ -369,261 +371,84 @@ class StateLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of the batch in this order."""
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
-        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+        self._map_batch(lambda tensor: tensor[indices.to(tensor.device)])
 
-    @in_mode_of_table
-    def _map(self, function) -> None:
-        for name in self.tensors:
-            tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            mapped = function(tensor)
-            # Compiled code knows a tensor by its address.
-            if self.is_compileable and mapped.shape == tensor.shape:
-                tensor.copy_(mapped)
-            else:
-                setattr(self, name, mapped)
-        self._table_changed()
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        with ordinary_tensors():
+            for name in self.tensors:
+                tensor = getattr(self, name)
+                if tensor is not None:
+                    self._replace(name, function(tensor))
 
-    @in_mode_of_table
-    def _resize(self, names: tuple[str, ...], axis: int, size: int, fill: int = 0) -> None:
-        for name in names:
-            old = getattr(self, name)
+    def _replace(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in the place of another one, of another batch size or capacity perhaps."""
+        setattr(self, name, tensor)
+
+    def _resize(self, name: str, axis: int, size: int, fill: int = 0) -> None:
+        """Change the size of a tensor along an axis; what it holds stays at the beginning."""
+        old = getattr(self, name)
+        with ordinary_tensors():
             new = old.new_full((*old.shape[:axis], size, *old.shape[axis + 1 :]), fill)
             new.narrow(axis, 0, old.shape[axis]).copy_(old)
-            setattr(self, name, new)
-        self._table_changed()
+            self._replace(name, new)
 
 
-class FullStateLayer(StateLayer):
-    """All keys and values. A token sees those of earlier columns that are not padding."""
+class FixedShape(AttentionCacheLayer):
+    """Makes a cache layer one of a fixed shape, for `StaticCache`: the length is a tensor, and nothing grows."""
 
-    attention = "full"
-    tensors = (*StateLayer.tensors, "padding")
+    is_compileable = True
 
-    def _make_tensors(self, batch_size: int) -> None:
-        self.padding = torch.zeros(self.table.shape[:2], dtype=torch.bool, device=self.device)
-        self.may_have_padding = self.is_compileable
+    def __init__(self, max_cache_len: int, **kwargs):
+        self.max_cache_len = max_cache_len
+        super().__init__()
 
-    def places(self, num_new: int, padding: Tensor | None) -> Places:
-        """Where new tokens stand, and which columns `[B, n, T]` they do not see."""
-        write = self._write(num_new, padding)
-        total = self.table.shape[1] if self.is_compileable else self.length + num_new
-        if num_new == 1 and not self.may_have_padding:
-            # All columns before its own, and where there are none itself, unseen.
-            first = total == 1
-            hidden = torch.ones((1, 1, 1), dtype=torch.bool, device=self.device) if first else None
-            return Places(write, 1 if first else total - 1, hidden)
-        own = torch.arange(num_new, device=self.device) + self.length
-        hidden = torch.arange(total, device=self.device) >= own[:, None]
-        return Places(write, total, hidden | self.padding[:, None, :total])
+    def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
+        # A number would be compiled into the code.
+        self.length = torch.zeros((), dtype=torch.long, device=key.device)
+        # Nor can that know whether there will be padding.
+        self.has_padding = True
+        super()._initialize(spec, key, value)
+        if not torch.compiler.is_compiling():
+            for name in (*self.tensors, "length"):
+                if getattr(self, name) is not None:
+                    torch._dynamo.mark_static_address(getattr(self, name))
 
-    def fill(self, num_new: int, padding: Tensor | None, heads: slice) -> Places:
-        """Where new tokens stand after a parallel pass. Nothing is read."""
-        return Places(self._write(num_new, padding), heads=heads)
+    def _initial_rows(self) -> int:
+        return super()._initial_rows() or self.max_cache_len
 
-    def _write(self, num_new: int, padding: Tensor | None) -> Tensor:
-        columns = torch.arange(num_new, device=self.device) + self.length
-        if padding is not None:
-            self.may_have_padding = True
-            self.padding.index_copy_(1, columns, padding)
-        return table_rows(self.table, columns.expand(self.table.shape[0], -1)).flatten()
+    def _new_positions(self, num_new: int) -> Tensor:
+        return torch.arange(num_new, device=self.device) + self.length
 
-    def reserve(self, num_new: int) -> None:
-        rows = self.table.shape[1]
-        if not self.is_compileable and self.length + num_new > rows:
-            self._resize(("table", "padding"), 1, grown(rows, self.length + num_new))
+    def _reserve(self, num_new: int) -> None:
+        """The door of the model has checked that new tokens fit."""
 
-    def positions(self, places: Places) -> Tensor:
-        """The columns `[T]` of what is read."""
-        return torch.arange(places.read, device=self.device)  # type: ignore[arg-type]
+    def _note_padding(self, padding: Tensor | None) -> None:
+        """`has_padding` is set already."""
 
-    def _read(self, read: int) -> Tensor:
-        return self.table[:, :read]
+    def _replace(self, name: str, tensor: Tensor) -> None:
+        # Compiled code knows a tensor by its address.
+        if tensor.shape == getattr(self, name).shape:
+            getattr(self, name).copy_(tensor)
+        else:
+            super()._replace(name, tensor)
 
-    def _crop(self, num_columns: int) -> None:
-        target = int(self.length) - num_columns
-        self.num_tokens -= (~self.padding[:, target : target + num_columns]).sum(-1)
-        self.padding[:, target : target + num_columns] = False
-
-    def takes_step(self, num_new: int) -> bool:
-        return self.has_tokens
+    def get_max_length(self) -> int:
+        return self.max_cache_len
 
 
-@dataclass(frozen=True)
-class LocalGeometry(Geometry):
-    """`counts_padding`: whether padding has a place in the chunks, as in-tree."""
-
-    chunk_length: int
-    num_chunks_before: int
-    counts_padding: bool
-
-    @property
-    def window_length(self) -> int:
-        return self.chunk_length * (self.num_chunks_before + 1)
-
-
-class LocalStateLayer(StateLayer):
-    """The last chunks in a ring: the token of rank r, which has r tokens before it, stands in row `r % M`."""
-
-    attention = "local"
-    # The column of each row, or its complement where there is padding; `_NOTHING` where there is nothing.
-    tensors = (*StateLayer.tensors, "columns")
-    _NOTHING = torch.iinfo(torch.long).min
-
-    @property
-    def ring_length(self) -> int:
-        # The last row takes what is to be written nowhere.
-        return self.table.shape[1] - 1
-
-    def _first_rows(self) -> int:
-        return self.geometry.window_length + SLACK + 1
-
-    def _make_tensors(self, batch_size: int) -> None:
-        self.columns = torch.full(self.table.shape[:2], self._NOTHING, dtype=torch.long, device=self.device)
-
-    def places(self, num_new: int, padding: Tensor | None) -> Places:
-        """
-        Where new tokens stand, and rows `[B, S]` of the ring, of which some are hidden from some, `[B, n, S]`.
-
-        The same for all layers of one geometry.
-        """
-        ranks, totals = self._ranks(num_new, padding)
-        write, columns = self._write(ranks, totals, padding)
-        geometry = self.geometry
-        num_read = geometry.window_length + num_new - 1
-        read_ranks = totals[:, None] + torch.arange(-num_read, 0, device=self.device)
-        read = table_rows(self.table, read_ranks % self.ring_length)
-        hidden = (read_ranks[:, None] < self._first_seen(ranks)[..., None]) | (read_ranks[:, None] > ranks[..., None])
-        if geometry.counts_padding:
-            hidden |= (self.columns.view(-1).index_copy(0, write, columns)[read] < 0)[:, None]
-        return Places(write, read, hidden, columns=columns)
-
-    def update(self, key_states: Tensor, value_states: Tensor, places: Places) -> tuple[Tensor | None, Tensor | None]:
-        self.columns.view(-1).index_copy_(0, places.write, places.columns)
-        return super().update(key_states, value_states, places)
-
-    def positions(self, places: Places) -> Tensor:
-        """The columns `[B, 1, S]` of what is read; anything for what is hidden."""
-        return self.columns.view(-1)[places.read][:, None]
-
-    def fill(self, num_new: int, padding: Tensor | None, heads: slice) -> Places:
-        """Where new tokens stand after a parallel pass. Nothing is read, and only the last of them are kept."""
-        ranks, totals = self._ranks(num_new, padding)
-        write, columns = self._write(ranks, totals, padding)
-        return Places(write, heads=heads, columns=columns)
-
-    def past(self, heads: slice) -> Past | None:
-        """What stands in the chunks that new tokens may see; `None` if there is nothing."""
-        if not self.has_tokens:
-            return None
-        first = self._first_seen(self._next_ranks)
-        ranks = first[:, None] + torch.arange(self.geometry.window_length, device=self.device)
-        rows = table_rows(self.table, ranks % self.ring_length)
-        absent = ranks >= self._next_ranks[:, None]
-        key, value = self.split(self._read(rows)[:, :, heads])
-        columns = self.columns.view(-1)[rows]
-        return Past(key, value, absent | (columns < 0), columns[:, None].int(), absent)
-
-    @property
-    def _next_ranks(self) -> Tensor:
-        """Rank `[B]` of the next token."""
-        if self.geometry.counts_padding:
-            return torch.zeros_like(self.num_tokens) + self.length
-        return self.num_tokens
-
-    def _first_seen(self, ranks: Tensor) -> Tensor:
-        """The first rank that a token of each rank sees."""
-        geometry = self.geometry
-        own_chunks = ranks.div(geometry.chunk_length, rounding_mode="floor")
-        return ((own_chunks - geometry.num_chunks_before) * geometry.chunk_length).clamp(min=0)
-
-    def _ranks(self, num_new: int, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Ranks `[B, n]` of new tokens, and how many there are then, `[B]`."""
-        next_ranks = self._next_ranks
-        if padding is None or self.geometry.counts_padding:
-            return next_ranks[:, None] + torch.arange(num_new, device=self.device), next_ranks + num_new
-        counts = next_ranks[:, None] + (~padding).cumsum(-1)
-        return counts - 1, counts[:, -1]
-
-    def _write(self, ranks: Tensor, totals: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows to write, and the columns that are to stand there, `[B * n]`."""
-        cells = ranks % self.ring_length
-        num_new = ranks.shape[1]
-        if num_new > self.ring_length:
-            # Of two tokens in one row the later one stays.
-            cells = torch.where(ranks >= (totals - self.ring_length)[:, None], cells, self.ring_length)
-        columns = (torch.arange(num_new, device=self.device) + self.length).expand(ranks.shape)
-        if padding is not None and self.geometry.counts_padding:
-            columns = torch.where(padding, ~columns, columns)
-        elif padding is not None:
-            cells = torch.where(padding, self.ring_length, cells)
-        return table_rows(self.table, cells).flatten(), columns.flatten()
-
-    def _read(self, read: Tensor) -> Tensor:
-        rows = self.rows.index_select(0, read.flatten())
-        return rows.view(*read.shape, *rows.shape[1:])
-
-    def reserve(self, num_new: int) -> None:
-        """Where `crop` is to be expected, make room before what it needs is overwritten."""
-        if not self.record_past or self.is_compileable:
-            return
-        needed = self.geometry.window_length + max(self._longest, self.length + num_new) - self._last_kept
-        if needed > self.ring_length:
-            self._resize_ring(grown(self.ring_length, needed))
-
-    def _after_crop(self) -> None:
-        usual = self._first_rows() - 1
-        if self.ring_length > usual and not self.is_compileable:
-            self._resize_ring(usual)
-            self._longest = int(self.length)
-
-    @in_mode_of_table
-    def _resize_ring(self, new_length: int) -> None:
-        old_length = self.ring_length
-        kept = min(old_length, new_length)
-        ranks = self._next_ranks[:, None] + torch.arange(-kept, 0, device=self.device)
-        old, new = ranks % old_length, torch.where(ranks < 0, new_length, ranks % new_length)
-        for name, fill in (("table", 0), ("columns", self._NOTHING)):
-            table = getattr(self, name)
-            grown = table.new_full((table.shape[0], new_length + 1, *table.shape[2:]), fill)
-            index = torch.arange(len(table), device=self.device)[:, None]
-            grown[index, new] = table[index, old]
-            setattr(self, name, grown)
-        self._table_changed()
-
-    def _can_restore(self, target: int) -> bool:
-        longest = max(self._longest, int(self.length))
-        return longest - target <= self.ring_length - self.geometry.window_length or longest <= self.ring_length
-
-    def _crop(self, num_columns: int) -> None:
-        target = int(self.length) - num_columns
-        ring = self.columns[:, :-1]
-        self.num_tokens -= (ring >= target).sum(-1)
-        removed = (torch.where(ring < 0, ~ring, ring) >= target) & (ring != self._NOTHING)
-        ring.masked_fill_(removed, self._NOTHING)
-
-
-def table_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows `[B, n]` of each batch row, counted through the whole table `[B, rows, …]`."""
-    if table.shape[0] == 1:
-        return rows
-    return rows + torch.arange(table.shape[0], device=rows.device)[:, None] * table.shape[1]
+def self_bias(dtype: torch.dtype) -> float:
+    """Added to the score of a token with itself: it then counts only where all other keys are masked."""
+    return torch.finfo(dtype).min / 4
 
 
 def grown(size: int, needed: int) -> int:
-    """A size for what grows and grows: copying what there is costs little for each addition."""
-    return max(needed, size + max(size // 2, _MIN_ROWS_ADDED))
-
-
-def states_of(cache: Cache) -> list[StateLayer]:
-    """The layers of a cache that was found to be one of this model's."""
-    return cache.layers  # type: ignore[return-value]
+    """A new size that makes copying cheap for a buffer that keeps growing."""
+    return max(needed, size + max(size // 2, _MIN_GROWTH))

@@ -199,7 +199,8 @@ class ReformerHfConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Names by which the caches of Transformers find the cache layer of each layer."""
-        return [f"reformer_hf_{kind}" for kind in self.attn_layers]
+        kinds = {"lsh": "lsh_chunk"} if self.lsh_pattern == "chunk" else {}
+        return [f"reformer_hf_{kinds.get(kind, kind)}" for kind in self.attn_layers]
 
     def padded_length(self, length: int) -> int:
         """

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Position embeddings: axial with any number of axes (Kitaev et al. 2020, section 4), and learned per position."""
+"""Word embeddings, and position embeddings: axial (Kitaev et al. 2020, section 4) or learned per position."""
 
 from collections.abc import Sequence
 
@@ -72,3 +72,22 @@ class PositionEmbeddings(nn.Module):
     def forward(self, position_ids: Tensor) -> Tensor:
         """Return the embeddings `[B, L, E]` of positions `[B, L]`."""
         return dropout(self.embedding(position_ids), self.dropout, training=self.training)
+
+
+class ReformerHfEmbeddings(nn.Module):
+    """The sum of word and position embeddings."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        positions = AxialPositionEmbeddings if config.axial_pos_embds else PositionEmbeddings
+        self.position_embeddings = positions(config)
+
+    def forward(self, input_ids: Tensor | None, position_ids: Tensor, inputs_embeds: Tensor | None) -> Tensor:
+        """Return the embeddings `[B, L, E]`, at least in fp32, with which both residual streams start."""
+        embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.training:
+            embeds = dropout(embeds, self.dropout)
+        embeds = embeds + self.position_embeddings(position_ids)
+        return embeds.to(torch.promote_types(embeds.dtype, torch.float32))

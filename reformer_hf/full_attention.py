@@ -6,64 +6,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import Cache
 
-from .attention_kernels import attend_rows, normalized_keys
-from .cache import Geometry
-from .self_attention import AttentionCall, SharedQueryKeyAttention, see_themselves
+from .attention_kernels import normalized_keys
+from .self_attention import AttentionCall, Found, SelfAttention, Weights
 
 
-class FullSelfAttention(SharedQueryKeyAttention):
+class FullSelfAttention(SelfAttention):
     """Attention of each position to all others; to itself only where there is no other."""
 
-    def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
+    projections = ("query_key", "value")
+
+    def attend(
+        self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
+    ) -> tuple[Tensor, Found]:
         query, value = (x.transpose(1, 2) for x in projected)
         key = normalized_keys(query)
-        if call.state is not None:
-            states = key.transpose(1, 2), projected[1]
-            call.state.prepare(self.geometry(), *states)
-            call.state.reserve(key.shape[2])
-            call.update(*states, call.state.fill(key.shape[2], call.padding, heads))
         if self.config.is_decoder and call.padding is None:
             out = _causal_attention(query, key, value, self.dropout)
         else:
             out = _masked_attention(query, key, value, self._visible(query, call.padding), self.dropout)
-        if call.output_attentions:
-            call.add_weights(self._weights(query, key, call.padding))
-        return out.transpose(1, 2)
+        if found is None:
+            weights = self._weights(query, key, call.padding) if call.output_attentions else None
+            found = Found(weights=weights)
+            if call.fills_cache:
+                found = Found(key=key.transpose(1, 2), value=projected[1], weights=weights)
+        return out.transpose(1, 2), found
 
-    def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
-        query, value = projected
-        state, num_new = call.state, query.shape[1]
-        state.reserve(num_new)
-        places = state.places(num_new, call.padding)
-        seen = call.update(normalized_keys(query), value, places)
-        out, weights = attend_rows(query, *seen, places.hidden, self.dropout)
-        hidden = alone = None
-        if places.hidden is not None:
-            hidden = places.hidden[:, None]
-            alone = hidden.all(-1, keepdim=True)
-            out = torch.where(alone.transpose(1, 2), value, out)
-        if call.output_attentions:
-            positions = state.positions(places).int().expand(weights.shape)
-            if hidden is not None:
-                weights, positions = weights.masked_fill(hidden, 0.0), positions.masked_fill(hidden, -1)
-                see_themselves(weights, positions, alone, int(state.length))
-            call.add_weights((weights[:, :, None], positions[:, :, None]))
-        state.advance(num_new, call.padding)
-        return out
-
-    def geometry(self, num_hashes: int | None = None) -> Geometry:
-        return Geometry(self.config.num_attention_heads, self.config.attention_head_size)
+    def _append(
+        self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
+    ) -> tuple[Tensor, Weights | None]:
+        query, value = self.project(hidden_states, self.all_heads)
+        return self.append_and_attend(query, normalized_keys(query), value, call, cache, layer_idx)
 
     def _visible(self, query: Tensor, padding: Tensor | None) -> Tensor:
-        """Who sees whom, `[B or 1, 1, L, L]`."""
+        """Which keys a query sees, `[B or 1, 1, L, L]`."""
         length = query.shape[2]
         visible = ~torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
         if self.config.is_decoder:
             visible = visible.tril()
         return visible if padding is None else visible & ~padding[:, None, None, :]
 
-    def _weights(self, query: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _weights(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Weights:
         """Weights and positions `[B, H, 1, L, L]`, without gradient."""
         with torch.no_grad():
             visible = _or_itself(self._visible(query, padding))

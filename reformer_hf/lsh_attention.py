@@ -3,185 +3,30 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from .attention_kernels import attend_to, normalized_keys
+from .attention_kernels import normalized_keys
 from .attention_pattern import AttentionPattern
-from .cache import SLACK, Places, Weights
-from .chunk_attention import chunk_attention, chunk_attention_weights
+from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
-from .hashing import (
-    bucket_factors,
-    hash_by,
-    hash_vectors,
-    projections_of,
-    random_rotations,
-    sort_by_bucket,
-)
-from .lsh_cache import LSHGeometry, LSHStateLayer
+from .hashing import bucket_factors, hash_by, hash_few, projections_of, random_rotations, sort_by_bucket
 from .rng import draw_seed
-from .self_attention import AttentionCall, SharedQueryKeyAttention, see_themselves
+from .self_attention import AttentionCall, Found, SelfAttention, Weights
 
 
-class LSHSelfAttention(SharedQueryKeyAttention):
+class LSHSelfAttention(SelfAttention):
     """Attention of each position to those of its buckets, in `num_hashes` rounds."""
 
-    def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
-        query, value = projected
-        if call.state is not None:
-            return self._attend_and_keep(query, value, call, heads)
-        order = None
-        if self._pattern(query.shape[1]) is not None:
-            order = call.keep(("order", heads.start), lambda: self._sorted_order(query, call, heads))
-        out, weights = self._attend(query, None, value, order, call.padding, call, heads)
-        call.add_weights(weights)
-        return out
+    projections = ("query_key", "value")
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor,
-        order: Tensor | None,
-        padding: Tensor | None,
-        call: AttentionCall,
-        heads: slice,
-    ) -> tuple[Tensor, Weights | None]:
-        length = query.shape[1]
-        pattern = self._pattern(length)
-        if pattern is None:
-            pattern, order = self._short_pattern(length), None
-        weights = None
-        if call.output_attentions:
-            weights = chunk_attention_weights(query, key, pattern, order, padding)
-        # Groups of heads drop nothing in common.
-        seed = call.dropout_seed + heads.start
-        return chunk_attention(query, key, value, pattern, order, padding, self.dropout, seed), weights
-
-    def _attend_and_keep(self, query: Tensor, value: Tensor, call: AttentionCall, heads: slice) -> Tensor:
-        """A parallel pass over new tokens and all that the state holds, which then takes the new ones."""
-        state, key = call.state, normalized_keys(query)
-        if not state.is_initialized:
-            factors = state.factors if call.num_buckets is None and state.factors else None
-            factors = factors or self._factors(query.shape[1], call)
-            rotations = self._rotations(call, query.shape[3], factors)
-            state.prepare_hashing(factors, projections_of(rotations, factors, query), rotations.shape[2])
-            state.prepare(self.geometry(call.num_hashes), key, value)
-        if heads.start == 0:
-            state.reserve(query.shape[1])
-        past = state.past(heads)
-        buckets = self._buckets(query, call, heads, call.padding)
-        if past is None:
-            order = sort_by_bucket(buckets)
-            out, weights = self._attend(query, None, value, order, call.padding, call, heads)
-        else:
-            order = sort_by_bucket(torch.cat([past.buckets, buckets], dim=-1))
-            (all_queries, all_keys, all_values), padding = past.before(query, key, value, padding=call.padding)
-            out, weights = self._attend(all_queries, all_keys, all_values, order, padding, call, heads)
-            out, weights = past.cut(out, weights, int(state.length))
-        call.add_weights(weights)
-        call.update(key, value, state.fill(heads, buckets, order))
-        return out
-
-    def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
-        query, value = projected
-        # In chunks of the sorted order each token moves what the next one sees.
-        size = SLACK if call.state.geometry.chunk_length is None else 1
-        outs, weights = [], []
-        for start in range(0, query.shape[1], size):
-            at = slice(start, start + size)
-            padding = None if call.padding is None else call.padding[:, at]
-            out, seen = self._step(query[:, at], value[:, at], padding, call)
-            outs.append(out)
-            weights.append(seen)
-        if call.output_attentions:
-            values, positions = (torch.cat(parts, dim=3) for parts in zip(*weights, strict=True))
-            call.add_weights((values, positions))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-
-    def _step(
-        self, query: Tensor, value: Tensor, padding: Tensor | None, call: AttentionCall
-    ) -> tuple[Tensor, Weights | None]:
-        state, num_new = call.state, query.shape[1]
-        state.reserve(num_new)
-        places = state.places(state.hash(query, padding))
-        seen_keys, seen_values = call.update(normalized_keys(query), value, places)
-        # One batch row of attention for each token and head.
-        query, value = query.transpose(1, 2), value.transpose(1, 2)
-        hidden = places.hidden.view(seen_keys.shape[0], 1, -1)
-        out, weights = attend_to(query.reshape(-1, 1, query.shape[3]), seen_keys, seen_values, hidden, self.dropout)
-        alone = hidden.all(-1).view(*query.shape[:3], 1)
-        out = torch.where(alone, value, out.view(query.shape)).transpose(1, 2)
-        seen = None
-        if call.output_attentions:
-            seen = self._step_weights(weights.view(places.hidden.shape), alone, places, state)
-        state.advance(num_new, padding)
-        return out, seen
-
-    @staticmethod
-    def _step_weights(weights: Tensor, alone: Tensor, places: Places, state: LSHStateLayer) -> Weights:
-        """Weights and positions `[B, H, R, n, W]` of a step; a token that is alone sees itself, last in round 0."""
-        weights = weights.masked_fill(places.hidden, 0.0)
-        positions = state.positions(places).masked_fill(places.hidden, -1).int()
-        see_themselves(weights[..., 0, :], positions[..., 0, :], alone, int(state.length))
-        return weights.transpose(2, 3), positions.transpose(2, 3)
-
-    def geometry(self, num_hashes: int | None = None) -> LSHGeometry:
-        config, in_chunks = self.config, self.config.lsh_pattern == "chunk"
-        chunk_length, before = config.lsh_attn_chunk_length, config.lsh_num_chunks_before
-        return LSHGeometry(
-            num_heads=config.num_attention_heads,
-            head_size=config.attention_head_size,
-            num_hashes=num_hashes or config.num_hashes,
-            window_length=chunk_length * (before + 1 if in_chunks else before),
-            deduplicate_keys=config.lsh_deduplicate_keys,
-            chunk_length=chunk_length if in_chunks else None,
-            same_bucket=in_chunks and not config.lsh_across_buckets,
-            ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
-            shortest_chunk=min(config.chunk_lengths),
-        )
-
-    def _hash_seed(self) -> int:
-        if self.config.hash_seed is not None:
-            return self.config.hash_seed
-        return draw_seed() if self.training else 0
-
-    @staticmethod
-    def _buckets(query: Tensor, call: AttentionCall, heads: slice, padding: Tensor | None) -> Tensor:
-        """Buckets `[B, h, R, n]` by the rotations of the state, N for padding."""
-        state = call.state
-        projections = [projection[heads] for projection in state.projections]
-        buckets = hash_by(projections, query.detach(), state.geometry.num_hashes)
-        return buckets if padding is None else buckets.masked_fill(padding[:, None, None], state.num_buckets)
-
-    def _sorted_order(self, query: Tensor, call: AttentionCall, heads: slice) -> Tensor:
-        factors = self._factors(query.shape[1], call)
-        rotations = self._rotations(call, query.shape[3], factors)[heads]
-        return sort_by_bucket(hash_vectors(query.detach(), rotations, factors), call.padding)
-
-    def _factors(self, length: int, call: AttentionCall) -> list[int]:
-        return factors_of(self.config, length) if call.num_buckets is None else list(call.num_buckets)
-
-    def _rotations(self, call: AttentionCall, head_size: int, factors: list[int]) -> Tensor:
-        num_hashes = call.num_hashes or self.config.num_hashes
-        return random_rotations(call.hash_seed, self.config.num_attention_heads, head_size, num_hashes, factors)
-
-    def _pattern(self, length: int) -> AttentionPattern | None:
-        """The pattern for an input of this length; `None` where all positions see each other, without hashing."""
-        pattern = self.pattern.for_length(length)
-        return pattern if pattern is self.pattern else None
-
-    def _short_pattern(self, length: int) -> AttentionPattern:
-        """In-tree, an input no longer than a chunk is one chunk, in the order of positions."""
-        return self.pattern.for_length(length)
-
-    @cached_property
-    def pattern(self) -> AttentionPattern:
-        config = self.config
-        return AttentionPattern(
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__(config)
+        self.pattern = AttentionPattern(
             chunk_length=config.lsh_attn_chunk_length,
             chunks_before=config.lsh_num_chunks_before,
             chunks_after=config.lsh_num_chunks_after,
@@ -192,6 +37,86 @@ class LSHSelfAttention(SharedQueryKeyAttention):
             ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
             ring_min_length=min(config.chunk_lengths),
         )
+
+    def cache_spec(self, num_hashes: int | None = None) -> CacheSpec:
+        num_hashes = num_hashes or self.config.num_hashes
+        return CacheSpec(self.pattern, self.config.num_attention_heads, self.head_size, num_hashes)
+
+    def begin(self, hidden_states: Tensor, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
+        hash_seed = self._hash_seed()
+        call = super().begin(hidden_states, call, cache_layer)
+        num_hashes = call.num_hashes or self.config.num_hashes
+        if call.past is not None:
+            hashing = {"projections": cache_layer.projections, "factors": cache_layer.factors}
+            return replace(call, num_hashes=num_hashes, **hashing)
+        factors = call.num_buckets or factors_of(self.config, hidden_states.shape[1])
+        rotations = random_rotations(
+            hash_seed, self.config.num_attention_heads, self.head_size, num_hashes, list(factors)
+        )
+        projections = projections_of(rotations, list(factors), hidden_states)
+        return replace(call, num_hashes=num_hashes, projections=projections, factors=factors)
+
+    def _hash_seed(self) -> int:
+        if self.config.hash_seed is not None:
+            return self.config.hash_seed
+        return draw_seed() if self.training else 0
+
+    def attend(
+        self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
+    ) -> tuple[Tensor, Found]:
+        query, value = projected
+        if found is None:
+            found = self._hash(query, value, call, heads)
+        inputs: tuple[Tensor, Tensor | None, Tensor] = (query, None, value)
+        padding = call.padding
+        if call.past is not None:
+            inputs, padding = call.past.heads(heads).prepend(query, normalized_keys(query), value, padding)
+        pattern = self.pattern.for_length(inputs[0].shape[1])
+        order = found.order if pattern is self.pattern else None
+        return self.attend_in_chunks(inputs, pattern, order, padding, call, heads, found)
+
+    def _hash(self, query: Tensor, value: Tensor, call: AttentionCall, heads: slice) -> Found:
+        """The sorted order of some heads, and what a cache wants of them."""
+        is_short = self.pattern.for_length(query.shape[1]) is not self.pattern
+        if is_short and not call.fills_cache:
+            return Found()
+        projections = [projection[heads] for projection in call.projections]
+        buckets = hash_by(projections, query.detach(), call.num_hashes)
+        if not call.fills_cache:
+            return Found(order=sort_by_bucket(buckets, call.padding))
+        if call.padding is not None:
+            buckets = buckets.masked_fill(call.padding[:, None, None], math.prod(call.factors))
+        past = [] if call.past is None else [call.past.buckets[:, heads]]
+        order = sort_by_bucket(torch.cat([*past, buckets], dim=-1))
+        return Found(order, normalized_keys(query), value, buckets)
+
+    def _hashing(self, found: Found, call: AttentionCall) -> dict[str, Any]:
+        return {
+            "projections": call.projections,
+            "factors": call.factors,
+            "buckets": found.buckets,
+            "order": found.order,
+        }
+
+    def _append(
+        self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
+    ) -> tuple[Tensor, Weights | None]:
+        layer: Any = cache.layers[layer_idx]
+        query, value = self.project(hidden_states, self.all_heads)
+        buckets = hash_few(layer.rotations, query, layer.spec.num_hashes)
+        if call.padding is not None:
+            buckets = buckets.masked_fill(call.padding[:, None, :, None], layer.num_buckets)
+        options = {"padding": call.padding, "with_positions": call.output_attentions, "buckets": buckets}
+        seen: Any = cache.update(normalized_keys(query), value, layer_idx, **options)[0]
+        # Each token of each head has keys of its own.
+        batch_size, num_new, num_heads, head_size = query.shape
+        query = query.transpose(1, 2).reshape(-1, 1, 1, head_size)
+        out, weights = self.attend_to(query, seen, call.output_attentions)
+        if weights is not None:
+            shape = (batch_size, num_heads, num_new, layer.spec.num_hashes, -1)
+            values, positions = (x.view(shape).transpose(2, 3) for x in weights)
+            weights = values, positions
+        return out.view(batch_size, num_heads, num_new, head_size).transpose(1, 2).flatten(2), weights
 
 
 def factors_of(config: ReformerHfConfig, length: int) -> list[int]:

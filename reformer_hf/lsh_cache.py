@@ -1,79 +1,60 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Decoding state of LSH layers: for each round, head and bucket a ring of the rows that hold its last positions.
+KV cache of LSH attention: for each round, head and bucket a ring of the rows that hold its last tokens.
 
-A step looks up what a token attends to in the rings of its own buckets, whatever the length of what came before. What
-no ring holds any more is dropped when the table is full, so that the state is bounded.
+Appending a token looks up what it attends to in the rings of its own buckets, whatever the length of what came before.
+Tokens that no ring holds any more are dropped when the buffer is full, so that the cache is bounded.
 
 Shapes: B batch, n new tokens, H heads, D head size, R rounds, N buckets (bucket N holds padding), M length of a ring,
-W slots of the sorted order that a token sees in a round.
+W keys that a token sees in a round. A *row* is a row of the buffer of keys and values, an *index* that of a token
+among those of its bucket.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cache import SLACK, Geometry, Past, Places, StateLayer, grown, in_mode_of_table, table_rows
-from .hashing import both_signs, hash_few, invert_order, sort_by_bucket, unpack_order
+from .cache import SLACK, AttentionCacheLayer, CacheSpec, FixedShape, Past, Seen, grown, ordinary_tensors, self_bias
+from .hashing import both_signs, invert_order, sort_by_bucket, unpack_order
+
+# Computing cached and new tokens together costs about as much as appending this share of the cached ones.
+_PARALLEL_COST = 1 / 20
 
 
-@dataclass(frozen=True)
-class LSHGeometry(Geometry):
+class LSHCacheLayer(AttentionCacheLayer):
     """
-    Args:
-        num_hashes: Rounds.
-        window_length: Slots of the sorted order that a token sees in a round.
-        deduplicate_keys: Whether a key counts in the first round that shows it only.
-        chunk_length: `None` for the pattern `"window"`, the last positions of a token's own bucket. Else a token sees
-            the chunks of the sorted order that it would see were it the last of a parallel pass.
-        same_bucket: With chunks, whether it sees keys of its own bucket only.
-        ring_multiple: With chunks, the multiple to which a length beyond `shortest_chunk` is padded for the chunks of
-            all rounds to form a ring; `None` for no ring.
+    The pattern `"window"`: a token sees the last W tokens of its own bucket in each round.
+
+    The i-th token of a bucket is in cell `i % M` of the bucket's ring; `counts` says how many there were.
     """
 
-    num_hashes: int
-    window_length: int
-    deduplicate_keys: bool = False
-    chunk_length: int | None = None
-    same_bucket: bool = False
-    ring_multiple: int | None = None
-    shortest_chunk: int = 0
-
-
-class LSHStateLayer(StateLayer):
-    """
-    For each round, head and bucket a ring of the rows that hold its last positions.
-
-    The i-th position of a bucket stands in cell `i % M` of the bucket's ring; `counts` says how many there were. With
-    chunks, the first positions of each bucket are kept as well.
-    """
-
-    attention = "lsh"
+    layer_type = "reformer_hf_lsh"
     # The bucket of each row `[B, H, rows, R]`, N where there is padding or nothing.
     buckets: Tensor | None
-    # Columns of the rows `[B, H, rows]`, once some were dropped; until then they are the rows.
-    _positions: Tensor | None
-    # How many positions each bucket had, `[B, H, R, N + 1]`, and the rows of the last and of the first ones.
+    # Cache positions of the rows `[B, H, rows]`, once some were dropped; until then they are the rows.
+    row_positions: Tensor | None
+    # How many tokens each bucket had, `[B, H, R, N + 1]`, and the rows of the last ones, `[B, H, R, N + 1, M]`.
     counts: Tensor | None
     rings: Tensor | None
-    firsts: Tensor | None
-    # Rows of the table in use, a number or a tensor. Differs from the length once something was dropped.
-    stored: Any
-    _bases: tuple[Tensor, Tensor] | None
-    tensors = (*StateLayer.tensors, "buckets", "_positions", "counts", "rings", "firsts")
+    tensors = (*AttentionCacheLayer.tensors, "buckets", "row_positions", "counts", "rings")
 
-    def _clear(self) -> None:
-        super()._clear()
-        # Set by the first input: rotations as `hashing.projections_of` gives them, and the factors of N.
+    def reset(self) -> None:
+        super().reset()
+        # Rotations as `hashing.projections_of` gives them, for all heads, and the factors of N.
         self.projections: list[Tensor] = []
         self.factors: list[int] = []
-        self.stored = 0
-        # Columns that there were when something was last dropped.
-        self._dropped_at: int = 0
         self._signed: list[Tensor] = []
+        # Tokens that are not held any more, and the length when some were last dropped.
+        self._num_dropped = self._dropped_at = 0
+        self._offsets: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def _num_rows(self) -> Any:
+        """Rows in use."""
+        return self.length - self._num_dropped
 
     @property
     def num_buckets(self) -> int:
@@ -83,305 +64,320 @@ class LSHStateLayer(StateLayer):
     def ring_length(self) -> int:
         return self.rings.shape[-1]
 
-    def prepare_hashing(self, factors: list[int], projections: list[Tensor], num_hashes: int) -> None:
-        """What the first input says of all later ones."""
-        self.factors, self.projections = factors, projections
-        self._signed = both_signs(projections, num_hashes)
+    @property
+    def rotations(self) -> list[Tensor]:
+        """For `hashing.hash_few`: the rotations that every token of this cache is hashed with."""
+        return self._signed
 
-    def _make_tensors(self, batch_size: int) -> None:
-        geometry = self.geometry
-        num_buckets = 1
-        for factor in self.factors:
-            num_buckets *= factor
-        heads = (batch_size, geometry.num_heads)
-        rounds = (*heads, geometry.num_hashes)
+    def _window_length(self) -> int:
+        """W."""
+        return self.spec.pattern.chunk_length * self.spec.pattern.chunks_before
+
+    def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
+        super()._initialize(spec, key, value)
+        num_buckets = math.prod(self.factors)
+        heads = (key.shape[0], spec.num_heads)
         integers = torch.zeros((), dtype=torch.int32, device=self.device)
-        rows = (*heads, self.table.shape[1], geometry.num_hashes)
-        self.buckets = integers.new_full(rows, num_buckets)
-        self.counts = torch.zeros((*rounds, num_buckets + 1), dtype=torch.long, device=self.device)
-        self.rings = integers.new_zeros((*self.counts.shape, geometry.window_length + SLACK))
-        if geometry.chunk_length is not None:
-            self.firsts = integers.new_zeros((*self.counts.shape, geometry.chunk_length))
-        self._ages = torch.arange(geometry.window_length, 0, -1, device=self.device)
-        if self.is_compileable:
-            self.stored = self.length
+        self.buckets = integers.new_full((*heads, self.entries.shape[1], spec.num_hashes), num_buckets)
+        self.counts = torch.zeros((*heads, spec.num_hashes, num_buckets + 1), dtype=torch.long, device=self.device)
+        self.rings = integers.new_zeros((*self.counts.shape, self._window_length() + SLACK))
+        # How far back in its bucket what a token sees is: W to 1, and 0 for itself, see `self_bias`.
+        self._ages = torch.arange(self._window_length(), -1, -1, device=self.device)
+        self._bias = self.entries.new_zeros(len(self._ages))
+        self._bias[-1] = self_bias(self.entries.dtype)
+        self._one = torch.ones((), dtype=torch.long, device=self.device)
 
-    def takes_step(self, num_new: int) -> bool:
-        # A parallel pass computes the past as well, a step twenty times as much for each token.
-        return self.has_tokens and (num_new <= SLACK or int(self.stored) > 20 * num_new)
+    def can_append(self, num_new: int) -> bool:
+        return self.is_initialized and (num_new <= SLACK or num_new < int(self._num_rows) * _PARALLEL_COST)
 
-    def places(self, buckets: Tensor) -> Places:
+    def prefill(
+        self,
+        spec: CacheSpec,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None = None,
+        *,
+        projections: list[Tensor] | None = None,
+        factors: list[int] | None = None,
+        **hashing: Any,
+    ) -> None:
         """
-        Where new tokens of these buckets `[B, H, n, R]` (N for padding), n at most `SLACK`, stand in the table, and
-        what they see: for each head, rows and which of them are hidden, `[B, H, n, R, W]`.
+        As for every layer.
+
+        Args:
+            projections, factors: What the tokens were hashed with; an empty layer keeps it.
+            buckets: Of the new tokens `[B, H, R, n]`, N for padding.
+            order: Cached and new tokens in sorted order, as `sort_by_bucket` gives it, `[B, H, R, T + n]`.
         """
-        num_new = buckets.shape[2]
-        rows = self._new_rows(num_new)
-        self.buckets.index_copy_(2, rows, buckets.int())
-        if self._positions is not None:
-            self._positions.index_copy_(2, rows, self._columns(rows))
-        rings, index = self._push(buckets, rows)
-        if self.geometry.chunk_length is None:
-            seen, hidden = self._in_window(rings, index)
-        else:
-            seen, hidden = self._in_chunks(rings, index, rows)
-        if self.geometry.deduplicate_keys and self.geometry.num_hashes > 1:
-            hidden = hidden | _seen_before(seen, hidden)
-        batch_size, _, num_heads, _ = self.table.shape
-        write = rows if batch_size == 1 else table_rows(self.table, rows.expand(batch_size, -1)).flatten()
-        read = torch.add(self._base_rows()[1], seen, alpha=num_heads)
-        return Places(write, read, hidden)
+        if not self.is_initialized:
+            self.projections, self.factors = list(projections), list(factors)
+            self._signed = both_signs(projections, spec.num_hashes)
+        super().prefill(spec, key, value, padding, **hashing)
+
+    def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None, *, buckets: Tensor, order: Tensor) -> None:
+        self._write(self._new_rows(key.shape[1]), key, value, buckets.transpose(2, 3))
+        self._rebuild(unpack_order(order)[0])
+
+    def _append(
+        self, key: Tensor, value: Tensor, padding: Tensor | None, with_positions: bool, *, buckets: Tensor
+    ) -> Seen:
+        """`buckets`: of the new tokens `[B, H, n, R]`, N for padding."""
+        rows = self._new_rows(key.shape[1])
+        self._write(rows, key, value, buckets)
+        ring_offsets, row_offsets = self._get_offsets()
+        rings = buckets + ring_offsets
+        index = self._push(rings, rows)
+        # [B, H, n, R, W + 1]
+        seen, bias = self._seen(rings, index, buckets)
+        if rings.shape[3] > 1:
+            # A token sees itself in one round only.
+            bias[..., 1:, -1] = float("-inf")
+            if self.spec.pattern.deduplicate_keys:
+                bias = bias.masked_fill(_seen_before(seen, bias < 0), float("-inf"))
+        flat = torch.add(row_offsets, seen, alpha=self.spec.num_heads).flatten()
+        entries = self.entries.view(-1, self.entries.shape[-1]).index_select(0, flat)
+        # One batch row of attention for each token of each head.
+        size = bias.shape[3] * bias.shape[4]
+        seen_key, seen_value = entries.view(-1, 1, size, entries.shape[-1]).chunk(2, dim=-1)
+        positions = None
+        if with_positions:
+            positions = self._cache_positions(seen).reshape(-1, 1, 1, size)
+        return Seen(seen_key, seen_value, bias.reshape(-1, 1, 1, size), positions)
 
     def _new_rows(self, num_new: int) -> Tensor:
-        if isinstance(self.stored, int):
-            return torch.arange(self.stored, self.stored + num_new, device=self.device)
-        return torch.arange(num_new, device=self.device) + self.stored
+        positions = self._new_positions(num_new)
+        return positions - self._num_dropped if self._num_dropped else positions
 
-    def positions(self, places: Places) -> Tensor:
-        """The columns of what is read, `[B, H, n, R, W]`; anything for what is hidden."""
-        rows = (places.read - self._base_rows()[1]).div(self.table.shape[2], rounding_mode="floor")
-        return rows if self._positions is None else self._positions.gather(-1, rows.flatten(2)).view(rows.shape)
+    def _write(self, rows: Tensor, key: Tensor, value: Tensor, buckets: Tensor) -> None:
+        """Put new tokens into rows; `buckets` are `[B, H, n, R]`."""
+        self.entries.index_copy_(1, rows, self._as_entries(key, value))
+        self.buckets.index_copy_(2, rows, buckets.int())
+        if self.row_positions is not None:
+            positions = (rows + self._num_dropped).int()
+            self.row_positions.index_copy_(2, rows, positions.expand(*self.row_positions.shape[:2], -1))
 
-    def _read(self, read: Tensor) -> Tensor:
-        """`[B * H * n, R * W, 2 * D]`."""
-        rows, size = read.shape[:3].numel(), self.table.shape[-1]
-        return self.table.view(-1, size).index_select(0, read.flatten()).view(rows, -1, size)
-
-    def _push(self, buckets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Take the rows of new tokens into the rings of their buckets `[B, H, n, R]`.
-
-        Returns:
-            Which ring each is in, of all rings of all rows and rounds, and its index there.
-        """
-        rings = buckets + self._base_rows()[0]
-        counts = self.counts.view(-1)
+    def _push(self, rings: Tensor, rows: Tensor) -> Tensor:
+        """Put the rows of new tokens into their rings `[B, H, n, R]`; returns each token's index in its bucket."""
+        flat, counts = rings.flatten(), self.counts.view(-1)
         index = counts.take(rings)
         if rings.shape[2] > 1:
             # New tokens of one bucket follow each other.
             same = rings[:, :, :, None] == rings[:, :, None]
             earlier = torch.ones(same.shape[2:4], dtype=torch.bool, device=self.device).tril(-1)
             index = index + (same & earlier[..., None]).sum(3)
-        flat_rings, flat_index = rings.flatten(), index.flatten()
-        cells = torch.add(flat_index % self.ring_length, flat_rings, alpha=self.ring_length)
-        self._put(self.rings, cells, rows, rings)
-        if self.firsts is not None:
-            chunk_length = self.firsts.shape[-1]
-            # What is not among the first goes where padding is.
-            last = flat_rings - flat_rings % (self.num_buckets + 1) + self.num_buckets
-            cells = flat_rings * chunk_length + flat_index
-            cells = torch.where(flat_index < chunk_length, cells, (last + 1) * chunk_length - 1)
-            self._put(self.firsts, cells, rows, rings)
-        counts.index_add_(0, flat_rings, torch.ones_like(flat_rings))
-        return rings, index
+        cells = torch.add(index % self.ring_length, rings, alpha=self.ring_length).flatten()
+        rows = rows.int()[:, None].expand(rings.shape).reshape(-1)
+        self.rings.view(-1).index_copy_(0, cells, rows)
+        self._keep_first(rings, index, rows)
+        counts.index_add_(0, flat, self._one.expand(flat.shape))
+        return index
 
-    def _put(self, table: Tensor, cells: Tensor, rows: Tensor, rings: Tensor) -> None:
-        """Write the row of each new token into its cells."""
-        if isinstance(self.stored, int) and rings.shape[2] == 1:
-            table.view(-1).index_fill_(0, cells, self.stored)
-        else:
-            table.view(-1).index_copy_(0, cells, rows.int()[:, None].expand(rings.shape).flatten())
+    def _keep_first(self, rings: Tensor, index: Tensor, rows: Tensor) -> None:
+        """For patterns that see more than the last tokens of a bucket."""
 
-    def _in_window(self, rings: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The last rows of each token's own bucket before it, `[B, H, n, R, W]`, and which of them there are not."""
+    def _seen(self, rings: Tensor, index: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that each token sees, itself last, and what is added to their scores, both `[B, H, n, R, W + 1]`."""
         earlier = index[..., None] - self._ages
         cells = torch.add(earlier % self.ring_length, rings[..., None], alpha=self.ring_length)
-        return self.rings.view(-1).take(cells), earlier < 0
+        return self.rings.view(-1).take(cells), self._bias.where(earlier >= 0, float("-inf"))
 
-    def _in_chunks(self, rings: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows in the chunks of the sorted order around the last token, `[B, H, 1, R, W]`, and which are hidden."""
-        geometry, num_buckets = self.geometry, self.num_buckets
-        buckets = rings - self._base_rows()[0]
-        ends = self.counts.cumsum(-1)
-        starts = ends - self.counts
-        slots = starts.gather(-1, buckets.transpose(2, 3)).transpose(2, 3) + index
-        first = slots.div(geometry.chunk_length, rounding_mode="floor") + 1
-        first = first * geometry.chunk_length - geometry.window_length
-        # [B, H, R, W]
-        slots = (first[..., None] + torch.arange(geometry.window_length, device=self.device))[:, :, 0]
-        wrapped = slots < 0
-        if geometry.ring_multiple is not None:
-            slots = torch.where(wrapped, slots + self._padded_length(), slots)
-        # The first chunk of a round looks back at the last one of the round before.
-        search = _OfRounds(wrapped)
-        seen_buckets = search(ends, lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
-        hidden = (slots < 0) | (seen_buckets >= num_buckets)
-        seen_buckets = seen_buckets.clamp(max=num_buckets)
-        places = slots - search(starts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
-        counts = search(self.counts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
-        seen_rings = search(
-            self._base_rows()[0].transpose(2, 3).contiguous(), lambda of_rounds: of_rounds + seen_buckets
-        )
-        last = self.rings.view(-1).take(seen_rings * self.ring_length + places % self.ring_length)
-        early = places.clamp(min=0, max=geometry.chunk_length - 1)
-        early = self.firsts.view(-1).take(seen_rings * geometry.chunk_length + early)
-        seen = torch.where(counts - places <= self.ring_length, last, early)
-        hidden |= seen == rows
-        if geometry.same_bucket:
-            hidden |= seen_buckets != buckets[:, :, 0, :, None]
-        return seen[:, :, None], hidden[:, :, None]
-
-    def _padded_length(self) -> int | Tensor:
-        """Length of a round in the ring of all chunks, with the token that is being taken."""
-        geometry, length = self.geometry, self.length + 1
-        padded = -(-length // geometry.ring_multiple) * geometry.ring_multiple
-        if isinstance(length, int):
-            return length if length <= geometry.shortest_chunk else padded
-        return torch.where(length <= geometry.shortest_chunk, length, padded)
-
-    def _base_rows(self) -> tuple[Tensor, Tensor]:
-        """Where rings of each row and round begin, `[B, H, 1, R]`, and rows of the table, `[B, H, 1, 1, 1]`."""
-        if self._bases is None:
-            batch_size, capacity, num_heads, _ = self.table.shape
+    def _get_offsets(self) -> tuple[Tensor, Tensor]:
+        """Of the first ring of each round, `[B, H, 1, R]`, and of the first row, `[B, H, 1, 1, 1]`."""
+        if self._offsets is None:
+            batch_size, capacity, num_heads, _ = self.entries.shape
             rounds = torch.arange(self.counts.shape[:3].numel(), device=self.device).view(self.counts.shape[:3])
             batch_rows = torch.arange(batch_size, device=self.device)[:, None] * (capacity * num_heads)
             rows = batch_rows + torch.arange(num_heads, device=self.device)
-            self._bases = rounds[:, :, None] * (self.num_buckets + 1), rows[:, :, None, None, None]
-        return self._bases
+            self._offsets = rounds[:, :, None] * (self.num_buckets + 1), rows[:, :, None, None, None]
+        return self._offsets
 
-    def hash(self, query: Tensor, padding: Tensor | None) -> Tensor:
-        """Buckets `[B, H, n, R]` of a few queries `[B, n, H, D]`, N for padding."""
-        num_hashes = self.geometry.num_hashes
-        buckets = hash_few(self._signed, query, num_hashes)
-        return buckets if padding is None else buckets.masked_fill(padding[:, None, :, None], self.num_buckets)
+    def _cache_positions(self, rows: Tensor) -> Tensor:
+        if self.row_positions is None:
+            return rows
+        return self.row_positions.gather(-1, rows.long().flatten(2)).view(rows.shape)
 
-    def past(self, heads: slice) -> Past | None:
-        """All that is held; `None` if there is nothing."""
-        if not self.has_tokens:
-            return None
-        stored = int(self.stored)
-        buckets = self.buckets[:, heads, :stored].transpose(2, 3)
-        hidden = buckets[:, 0, 0] == self.num_buckets
-        key, value = self.split(self.table[:, :stored, heads])
-        if self._positions is None:
-            columns = torch.arange(stored, dtype=torch.int32, device=self.device).expand(len(hidden), 1, -1)
+    def past(self) -> Past:
+        num_rows = int(self._num_rows)
+        buckets = self.buckets[:, :, :num_rows].transpose(2, 3)
+        masked = buckets[:, 0, 0] == self.num_buckets
+        key, value = self.entries[:, :num_rows].chunk(2, dim=-1)
+        if self.row_positions is None:
+            positions = torch.arange(num_rows, dtype=torch.int32, device=self.device).expand(len(masked), 1, -1)
         else:
-            columns = self._positions[:, heads, :stored]
-        return Past(key, value, hidden, columns, buckets=buckets)
+            positions = self.row_positions[:, :, :num_rows]
+        return Past(key, value, masked, positions, int(self.length), buckets=buckets)
 
-    def fill(self, heads: slice, buckets: Tensor, order: Tensor) -> Places:
-        """
-        Where new tokens stand after a parallel pass.
-
-        Args:
-            buckets: Of the new tokens `[B, h, R, n]`, N for padding.
-            order: Rows held before and new tokens in sorted order, as `sort_by_bucket` gives it, `[B, h, R, T + n]`.
-        """
-        num_new = buckets.shape[-1]
-        rows = torch.arange(num_new, device=self.device) + int(self.stored)
-        self.buckets[:, heads].index_copy_(2, rows, buckets.transpose(2, 3))
-        if self._positions is not None and heads.start == 0:
-            self._positions.index_copy_(2, rows, self._columns(rows))
-        self._rebuild(heads, unpack_order(order)[0])
-        return Places(table_rows(self.table, rows.expand(buckets.shape[0], -1)).flatten(), heads=heads)
-
-    def _rebuild(self, heads: slice, order: Tensor) -> None:
-        """Make counts and rings of the sorted order `[B, h, R, T]` of all rows."""
-        buckets = self.buckets[:, heads, : order.shape[-1]].transpose(2, 3).long()
-        counts = torch.zeros_like(self.counts[:, heads]).scatter_add_(3, buckets, torch.ones_like(buckets))
-        starts = counts.cumsum(-1) - counts
-        self.counts[:, heads] = counts
+    def _rebuild(self, order: Tensor) -> None:
+        """Make counts and rings of the sorted order `[B, H, R, T]` of all rows."""
+        buckets = self.buckets[:, :, : order.shape[-1]].transpose(2, 3).long()
+        self.counts.zero_().scatter_add_(3, buckets, torch.ones_like(buckets))
+        starts = self.counts.cumsum(-1) - self.counts
+        last = self.counts[..., None] - 1
         cells = torch.arange(self.ring_length, device=self.device)
-        last = counts[..., None] - 1
-        # The last position whose index has this remainder.
-        index = last - (last - cells) % self.ring_length
-        self.rings[:, heads] = self._rows_at(order, starts[..., None] + index)
-        # Made here, not in a step, which may be compiled.
-        self._base_rows()
-        if self.firsts is not None:
-            firsts = starts[..., None] + torch.arange(self.firsts.shape[-1], device=self.device)
-            self.firsts[:, heads] = self._rows_at(order, firsts)
+        # The last token whose index has this remainder.
+        self.rings.copy_(_rows_at(order, starts[..., None] + last - (last - cells) % self.ring_length))
+        # Made here, not in `append`, which may be compiled.
+        self._get_offsets()
 
-    @staticmethod
-    def _rows_at(order: Tensor, slots: Tensor) -> Tensor:
-        slots = slots.clamp(min=0, max=order.shape[-1] - 1)
-        return order.gather(-1, slots.flatten(3)).view(slots.shape)
-
-    def advance(self, num_new: int, padding: Tensor | None) -> None:
-        super().advance(num_new, padding)
-        if not self.is_compileable:
-            self.stored += num_new
-
-    def _columns(self, rows: Tensor) -> Tensor:
-        columns = (rows - self.stored + self.length).int()
-        return columns.expand(*self._positions.shape[:2], -1)
-
-    def reserve(self, num_new: int) -> None:
-        """Make room in the table: drop what no ring holds, where that is worth while, else grow."""
-        if self.is_compileable or self.stored + num_new <= self.table.shape[1]:
+    def _reserve(self, num_new: int) -> None:
+        """Make new tokens fit: drop what no ring holds, where that is worth while, else grow."""
+        if self._num_rows + num_new <= self.entries.shape[1]:
             return
-        # What rings hold, and a quarter more, so that rows are dropped now and then only.
-        bound = self.counts.shape[2:].numel() * self.ring_length + SLACK
-        bound += max(bound // 4, SLACK)
-        is_window = self.geometry.chunk_length is None
-        if is_window and self.stored > bound // 2 and self.stored + num_new > bound:
-            recent = max(self._longest, self.length + num_new) - self._last_kept
+        limit = self._row_limit()
+        if self._num_rows > limit // 2 and self._num_rows + num_new > limit:
+            recent = max(self._longest, self.length + num_new) - self._kept_by_crop
             if not self.record_past or recent <= SLACK:
                 self._drop()
-        needed = self.stored + num_new
-        if needed > self.table.shape[1]:
-            size = grown(self.table.shape[1], needed)
-            if is_window:
-                size = max(needed, min(size, bound))
-            self._resize(("table",), 1, size)
-            self._resize(("buckets",), 2, size, fill=self.num_buckets)
-            if self._positions is not None:
-                self._resize(("_positions",), 2, size)
+        needed = self._num_rows + num_new
+        if needed > self.entries.shape[1]:
+            size = max(needed, min(grown(self.entries.shape[1], needed), limit))
+            self._resize("entries", 1, size)
+            self._resize("buckets", 2, size, fill=self.num_buckets)
+            if self.row_positions is not None:
+                self._resize("row_positions", 2, size)
 
-    @in_mode_of_table
+    def _row_limit(self) -> float:
+        """Rows that rings hold at most, and a quarter more, so that rows are dropped now and then only."""
+        limit = self.counts.shape[2:].numel() * self.ring_length + SLACK
+        return limit + max(limit // 4, SLACK)
+
     def _drop(self) -> None:
-        """Keep the rows that rings hold and the last ones, of each head, at the end of the part in use."""
-        stored = self.stored
-        # What stands in cells that were never written, or that were taken back, does no harm.
-        held = self.rings[..., : self.num_buckets, :].flatten(2).long().clamp(max=stored - 1)
-        keep = torch.zeros((*held.shape[:2], stored), dtype=torch.bool, device=self.device).scatter_(-1, held, True)
+        """Keep the rows that rings hold and the last ones, for each head, at the end of the part in use."""
+        num_rows = self._num_rows
+        # What is in cells that were never written, or that were cropped, does no harm.
+        held = self.rings[..., : self.num_buckets, :].flatten(2).long().clamp(max=num_rows - 1)
+        keep = torch.zeros((*held.shape[:2], num_rows), dtype=torch.bool, device=self.device).scatter_(-1, held, True)
         keep[..., -SLACK:] = True
         num_kept = int(keep.sum(-1).max())
         order = torch.sort(keep.int(), dim=-1, stable=True).indices
-        places = (invert_order(order) - (stored - num_kept)).clamp(min=0)
-        kept = order[..., stored - num_kept :]
-        if self._positions is None:
-            self._positions = kept.new_zeros((*kept.shape[:2], self.table.shape[1]), dtype=torch.int32)
-            self._positions[..., :stored] = torch.arange(stored, device=self.device)
-        self._positions[..., :num_kept] = self._positions.gather(-1, kept)
-        index = kept.transpose(1, 2)[..., None].expand(-1, -1, -1, self.table.shape[-1])
-        self.table[:, :num_kept] = self.table.gather(1, index)
+        new_rows = (invert_order(order) - (num_rows - num_kept)).clamp(min=0)
+        kept = order[..., num_rows - num_kept :]
+        if self.row_positions is None:
+            with ordinary_tensors():
+                self.row_positions = self.buckets.new_zeros(self.buckets.shape[:3])
+            self.row_positions[..., :num_rows] = torch.arange(num_rows, device=self.device)
+        self.row_positions[..., :num_kept] = self.row_positions.gather(-1, kept)
+        index = kept.transpose(1, 2)[..., None].expand(-1, -1, -1, self.entries.shape[-1])
+        self.entries[:, :num_kept] = self.entries.gather(1, index)
         index = kept[..., None].expand(-1, -1, -1, self.buckets.shape[-1])
         self.buckets[:, :, :num_kept] = self.buckets.gather(2, index)
         self.buckets[:, :, num_kept:] = self.num_buckets
-        held = self.rings.flatten(2).long().clamp(max=stored - 1)
-        self.rings.copy_(places.gather(-1, held).view(self.rings.shape))
-        self.stored = num_kept
-        self._dropped_at = self.length
+        held = self.rings.flatten(2).long().clamp(max=num_rows - 1)
+        self.rings.copy_(new_rows.gather(-1, held).view(self.rings.shape))
+        self._num_dropped, self._dropped_at = self.length - num_kept, self.length
 
     def _can_restore(self, target: int) -> bool:
         return max(self._longest, int(self.length)) - target <= SLACK or target >= self._dropped_at
 
-    def _crop(self, num_columns: int) -> None:
-        stored = int(self.stored)
-        removed = self.buckets[:, :, stored - num_columns : stored].transpose(2, 3)
-        self.num_tokens -= (removed[:, 0, 0] != self.num_buckets).sum(-1)
-        kept = stored - num_columns
-        within_slack = max(self._longest, int(self.length)) - (int(self.length) - num_columns) <= SLACK
+    def _crop(self, num_removed: int) -> None:
+        num_rows = int(self._num_rows)
+        kept, target = num_rows - num_removed, int(self.length) - num_removed
+        removed = self.buckets[:, :, kept:num_rows].transpose(2, 3).long()
+        self.num_padding -= (removed[:, 0, 0] == self.num_buckets).sum(-1)
+        within_slack = max(self._longest, int(self.length)) - target <= SLACK
         if within_slack:
-            index = removed.long()
-            self.counts.scatter_add_(-1, index, -torch.ones_like(index))
-        self.buckets[:, :, kept:stored] = self.num_buckets
-        if not self.is_compileable:
-            self.stored = kept
+            self.counts.scatter_add_(-1, removed, -torch.ones_like(removed))
+        self.buckets[:, :, kept:num_rows] = self.num_buckets
         if not within_slack:
-            order = sort_by_bucket(self.buckets[:, :, :kept].transpose(2, 3))
-            self._rebuild(slice(None), unpack_order(order)[0])
-            self._longest = int(self.length) - num_columns
+            self._rebuild(unpack_order(sort_by_bucket(self.buckets[:, :, :kept].transpose(2, 3)))[0])
+            self._longest = target
 
-    def _table_changed(self) -> None:
-        super()._table_changed()
-        # See `_base_rows`.
-        self._bases = None
+    def _replace(self, name: str, tensor: Tensor) -> None:
+        super()._replace(name, tensor)
+        self._offsets = None
+
+
+class LSHChunkCacheLayer(LSHCacheLayer):
+    """
+    The pattern `"chunk"`: a token sees the chunks of the sorted order that it would see were it the last of a parallel
+    pass (in-tree).
+
+    The first tokens of each bucket are kept as well as the last ones, and nothing is dropped.
+    """
+
+    layer_type = "reformer_hf_lsh_chunk"
+    # Each token moves what the next one sees.
+    append_limit = 1
+    # Rows of the first tokens of each bucket, `[B, H, R, N + 1, C]`.
+    firsts: Tensor | None
+    tensors = (*LSHCacheLayer.tensors, "firsts")
+
+    def _window_length(self) -> int:
+        return self.spec.pattern.chunk_length * (self.spec.pattern.chunks_before + 1)
+
+    def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
+        super()._initialize(spec, key, value)
+        self.firsts = self.rings.new_zeros((*self.counts.shape, spec.pattern.chunk_length))
+
+    def can_append(self, num_new: int) -> bool:
+        return self.is_initialized and num_new <= SLACK
+
+    def _row_limit(self) -> float:
+        return math.inf
+
+    def _rebuild(self, order: Tensor) -> None:
+        super()._rebuild(order)
+        starts = self.counts.cumsum(-1) - self.counts
+        self.firsts.copy_(_rows_at(order, starts[..., None] + torch.arange(self.firsts.shape[-1], device=self.device)))
+
+    def _keep_first(self, rings: Tensor, index: Tensor, rows: Tensor) -> None:
+        chunk_length = self.firsts.shape[-1]
+        # What is not among the first goes where padding is.
+        trash = rings - rings % (self.num_buckets + 1) + self.num_buckets
+        cells = torch.where(index < chunk_length, rings * chunk_length + index, (trash + 1) * chunk_length - 1)
+        self.firsts.view(-1).index_copy_(0, cells.flatten(), rows)
+
+    def _seen(self, rings: Tensor, index: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
+        pattern, num_buckets = self.spec.pattern, self.num_buckets
+        window_length, chunk_length = self._window_length(), pattern.chunk_length
+        ends = self.counts.cumsum(-1)
+        starts = ends - self.counts
+        slots = starts.gather(-1, buckets.transpose(2, 3)).transpose(2, 3) + index
+        first = (slots.div(chunk_length, rounding_mode="floor") + 1) * chunk_length - window_length
+        # [B, H, R, W]
+        slots = (first[..., None] + torch.arange(window_length, device=self.device))[:, :, 0]
+        wrapped = slots < 0
+        if pattern.wraps:
+            slots = torch.where(wrapped, slots + self._padded_length(), slots)
+        # The first chunk of a round looks back at the last one of the round before.
+        search = _OfRounds(wrapped)
+        seen_buckets = search(ends, lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
+        masked = (slots < 0) | (seen_buckets >= num_buckets)
+        seen_buckets = seen_buckets.clamp(max=num_buckets)
+        seen_index = slots - search(starts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
+        counts = search(self.counts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
+        round_rings = self._get_offsets()[0].transpose(2, 3).contiguous()
+        seen_rings = search(round_rings, lambda of_rounds: of_rounds + seen_buckets)
+        last = self.rings.view(-1).take(seen_rings * self.ring_length + seen_index % self.ring_length)
+        early = seen_index.clamp(min=0, max=chunk_length - 1)
+        early = self.firsts.view(-1).take(seen_rings * chunk_length + early)
+        seen = torch.where(counts - seen_index <= self.ring_length, last, early)
+        own = self.rings.view(-1).take(rings * self.ring_length + index % self.ring_length).transpose(2, 3)
+        masked |= seen == own
+        if pattern.same_bucket:
+            masked |= seen_buckets != buckets[:, :, 0, :, None]
+        seen = torch.cat([seen, own], dim=-1)[:, :, None]
+        bias = self._bias.repeat(*seen.shape[:-1], 1)
+        return seen, bias.masked_fill_(torch.nn.functional.pad(masked, (0, 1))[:, :, None], float("-inf"))
+
+    def _padded_length(self) -> int | Tensor:
+        """Length of a round in the ring of all chunks, with the token that is being appended."""
+        pattern, length = self.spec.pattern, self.length + 1
+        is_padded = length > pattern.ring_min_length
+        # The length is a number or a tensor.
+        return length + is_padded * (-length % pattern.ring_multiple)
+
+
+class StaticLSHCacheLayer(FixedShape, LSHCacheLayer):
+    """`LSHCacheLayer` of a fixed shape."""
+
+
+class StaticLSHChunkCacheLayer(FixedShape, LSHChunkCacheLayer):
+    """`LSHChunkCacheLayer` of a fixed shape."""
 
 
 class _OfRounds:
-    """Looks up `[B, H, R, W]` in what there is of each round, `[B, H, R, …]`: its own, or that of the round before."""
+    """Looks up `[B, H, R, W]` in a tensor of all rounds, `[B, H, R, …]`: its own round, or the one before it."""
 
     def __init__(self, before: Tensor):
         self._before = before
@@ -390,10 +386,16 @@ class _OfRounds:
         return torch.where(self._before, look_up(of_rounds.roll(1, 2)), look_up(of_rounds))
 
 
-def _seen_before(rows: Tensor, hidden: Tensor) -> Tensor:
-    """Which rows `[…, R, W]` are not hidden in an earlier round."""
-    seen = torch.zeros_like(hidden)
+def _rows_at(order: Tensor, slots: Tensor) -> Tensor:
+    """What is at these slots `[B, H, R, N + 1, …]` of a sorted order `[B, H, R, T]`; anything beyond its ends."""
+    slots = slots.clamp(min=0, max=order.shape[-1] - 1)
+    return order.gather(-1, slots.flatten(3)).view(slots.shape)
+
+
+def _seen_before(rows: Tensor, masked: Tensor) -> Tensor:
+    """Which rows `[…, R, W]` are visible in an earlier round."""
+    seen = torch.zeros_like(masked)
     for round in range(1, rows.shape[-2]):
-        earlier = rows.masked_fill(hidden, -1)[..., :round, :].flatten(-2)
+        earlier = rows.masked_fill(masked, -1)[..., :round, :].flatten(-2)
         seen[..., round, :] = (rows[..., round, :, None] == earlier[..., None, :]).any(-1)
     return seen

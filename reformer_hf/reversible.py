@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,34 +31,38 @@ class Branch(ABC):
     """
     One residual branch of a layer: a function of one stream `[B, L, E]` that is added to the other.
 
-    `parameters` are those of the function that require gradients; `uses_rng` says whether it takes random numbers from
-    the global generators.
+    The function is pure but for the dropout that it draws. What it finds on its way, such as a sorted order, it
+    returns; the backward pass gives it back, so that it is not found again.
+
+    Args:
+        parameters: Those of the function that require gradients.
+        uses_rng: Whether it takes random numbers from the global generators.
     """
 
     parameters: Sequence[Tensor]
     uses_rng: bool
 
     @abstractmethod
-    def add(self, other: Tensor, stream: Tensor) -> Tensor:
-        """The other stream with the branch of `stream` added, differentiable as any other function."""
+    def add(self, other: Tensor, stream: Tensor) -> tuple[Tensor, Any]:
+        """The other stream with the branch of `stream` added, differentiable, and what was found."""
 
     @abstractmethod
-    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
-        """The same without gradient; taken away where the sign is -1."""
+    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, Any]:
+        """The same without gradient; subtracted where the sign is -1."""
 
     @abstractmethod
     def reverse_and_grad(
-        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Any
     ) -> tuple[Tensor, Gradients]:
         """
-        Take the branch of `stream` away from `total`, and carry the gradient through it.
+        Subtract the branch of `stream` from `total`, and propagate the gradient through it.
 
         Args:
             rest: Takes what is left of `total`, and may be `total`.
+            found: What was found in the forward pass.
 
         Returns:
-            The gradient of `stream` with what came through the branch added to `grad_stream`, and the gradients of
-            the parameters.
+            The gradient of `stream`, `grad_stream` included, and the gradients of the parameters.
         """
 
 
@@ -79,17 +84,18 @@ class PositionWiseBranch(Branch):
     chunk_size: int = 0
     recompute: bool = False
 
-    def add(self, other: Tensor, stream: Tensor) -> Tensor:
-        return other + apply_chunked(self.function, stream, self.chunk_size, self.parameters, self.recompute)
+    def add(self, other: Tensor, stream: Tensor) -> tuple[Tensor, None]:
+        added = apply_chunked(self.function, stream, self.chunk_size, self.parameters, self.recompute)
+        return other + added, None
 
-    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
+    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, None]:
         out = torch.empty_like(other)
         for positions in chunks_of(stream, self.chunk_size):
             torch.add(other[:, positions], self.function(stream[:, positions]), alpha=sign, out=out[:, positions])
-        return out
+        return out, None
 
     def reverse_and_grad(
-        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Any
     ) -> tuple[Tensor, Gradients]:
         grad_sum = torch.empty_like(grad_stream)
         grads: Gradients = [None] * len(self.parameters)
@@ -110,12 +116,13 @@ class AttentionPart:
     Args:
         read: From a chunk of positions of the stream to queries, keys and values there. Takes `values=False` where the
             results themselves are not needed, but their gradients are.
-        attend: From those of all positions to the output of the heads `[B, L, …]`. Uses no parameters.
+        attend: From those of all positions, and what it found before if it is run again, to the output of the heads
+            `[B, L, …]` and what it found. Uses no parameters.
         write: From a chunk of positions of that output to what is added there.
     """
 
     read: Callable[..., Sequence[Tensor]]
-    attend: Callable[[Sequence[Tensor]], Tensor]
+    attend: Callable[[Sequence[Tensor], Any], tuple[Tensor, Any]]
     write: Callable[[Tensor], Tensor]
 
 
@@ -141,36 +148,40 @@ class AttentionBranch(Branch):
     chunk_size: int = 0
     dropout: Callable[[], Callable[[Tensor, slice], Tensor]] | None = None
 
-    def add(self, other: Tensor, stream: Tensor) -> Tensor:
-        chunks, drop = list(chunks_of(stream, self.chunk_size)), self._drop()
+    def add(self, other: Tensor, stream: Tensor) -> tuple[Tensor, list]:
+        chunks, drop, found = list(chunks_of(stream, self.chunk_size)), self._drop(), []
         for part in self.parts:
             inputs = zip(*(part.read(stream[:, at]) for at in chunks), strict=True)
-            heads = part.attend([torch.cat(x, dim=1) for x in inputs])
+            heads, of_part = part.attend([torch.cat(x, dim=1) for x in inputs], None)
             added = torch.cat([drop(part.write(heads[:, at]), at) for at in chunks], dim=1)
             other = other + added
-        return other
+            found.append(of_part)
+        return other, found
 
-    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1) -> Tensor:
-        out, drop = torch.empty_like(other), self._drop()
-        for part in self.parts:
-            heads = part.attend(map_chunks(part.read, stream, self.chunk_size))
+    def add_to(
+        self, other: Tensor, stream: Tensor, sign: int = 1, found: Sequence | None = None
+    ) -> tuple[Tensor, list]:
+        out, drop, found_now = torch.empty_like(other), self._drop(), []
+        for part, of_part in zip(self.parts, found or [None] * len(self.parts), strict=True):
+            heads, of_part = part.attend(map_chunks(part.read, stream, self.chunk_size), of_part)
             for at in chunks_of(stream, self.chunk_size):
                 added = drop(part.write(heads[:, at]), at)
                 torch.add(other[:, at], added, alpha=sign, out=out[:, at])
             other = out
-        return out
+            found_now.append(of_part)
+        return out, found_now
 
     def reverse_and_grad(
-        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Sequence
     ) -> tuple[Tensor, Gradients]:
         grad_sum, drop = torch.empty_like(grad_stream), self._drop()
         grads: Gradients = [None] * len(self.parameters)
-        for part in self.parts:
+        for part, of_part in zip(self.parts, found, strict=True):
             # An adapter may draw random numbers as it reads, and is to draw them again.
             state = ReplayState(stream.device, generators=self.uses_rng)
             inputs = [x.requires_grad_() for x in map_chunks(part.read, stream, self.chunk_size)]
             with torch.enable_grad():
-                heads = part.attend(inputs)
+                heads, _ = part.attend(inputs, of_part)
             grad_heads = torch.empty_like(heads)
             grads_of = partial(_grad_added, drop, grad_total)
             for at, (added,), grad in vjp_chunks(
@@ -207,10 +218,11 @@ def _at(tensors: Sequence[Tensor], positions: slice) -> Sequence[Tensor]:
 
 @dataclass
 class _Record:
-    """What a layer needs to go back: its branches and the state under which they ran."""
+    """What the backward pass of a layer needs: its branches, the state under which they ran, and what they found."""
 
     branches: tuple[Branch, Branch]
-    states: tuple[ReplayState, ReplayState]
+    states: tuple[ReplayState, ReplayState] | None = None
+    found: tuple[Any, Any] = (None, None)
 
 
 class Tape:
@@ -254,33 +266,47 @@ class Tape:
             self._streams, self._private = streams, True
 
 
-def reversible_layer(x1: Tensor, x2: Tensor, attention: Branch, feed_forward: Branch, tape: Tape) -> Streams:
+def residual_layer(
+    x1: Tensor, x2: Tensor, attention: Branch, feed_forward: Branch, tape: Tape | None
+) -> tuple[Tensor, Tensor, Any]:
     """
-    One layer whose input is recomputed from its output in the backward pass.
+    One layer of two residual branches.
 
     Args:
         x1, x2: The two streams `[B, L, E]`, in fp32 at least for the inversion to be accurate.
-        attention, feed_forward: The branches. Called again in the backward pass they must do what they did.
-        tape: Shared by the layers of one forward pass, in order.
+        attention, feed_forward: The branches. Run again in the backward pass they must do what they did.
+        tape: Shared by the layers of one forward pass, in order; the backward pass then recomputes the input of each
+            layer from its output. `None` keeps activations.
 
     Returns:
-        The two streams after the layer.
+        The two streams after the layer, and what `attention` found.
 
     Raises:
-        RuntimeError: In a second backward pass, or in one with `create_graph=True`.
+        RuntimeError: In a second backward pass through a tape, or in one with `create_graph=True`.
     """
-    parameters = (*attention.parameters, *feed_forward.parameters)
-    return _ReversibleLayer.apply(attention, feed_forward, tape, x1, x2, *parameters)
+    needs_grad = x1.requires_grad or x2.requires_grad or attention.parameters or feed_forward.parameters
+    if not (torch.is_grad_enabled() and needs_grad):
+        y1, found = attention.add_to(x1, x2)
+        y2, _ = feed_forward.add_to(x2, y1)
+    elif tape is None:
+        y1, found = attention.add(x1, x2)
+        y2, _ = feed_forward.add(x2, y1)
+    else:
+        record = _Record((attention, feed_forward))
+        y1, y2 = _ReversibleLayer.apply(record, tape, x1, x2, *attention.parameters, *feed_forward.parameters)
+        found = record.found[0]
+    return y1, y2, found
 
 
 class _ReversibleLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attention, feed_forward, tape, x1, x2, *parameters):
+    def forward(ctx, record, tape, x1, x2, *parameters):
+        attention, feed_forward = record.branches
         attention_state = ReplayState(x1.device, generators=attention.uses_rng)
-        y1 = attention.add_to(x1, x2)
+        y1, found = attention.add_to(x1, x2)
         feed_forward_state = ReplayState(x1.device, generators=feed_forward.uses_rng)
-        y2 = feed_forward.add_to(x2, y1)
-        record = _Record((attention, feed_forward), (attention_state, feed_forward_state))
+        y2, feed_forward_found = feed_forward.add_to(x2, y1)
+        record.states, record.found = (attention_state, feed_forward_state), (found, feed_forward_found)
         ctx.tape, ctx.place = tape, tape.push(record, (y1.detach(), y2.detach()))
         return y1, y2
 
@@ -292,25 +318,27 @@ class _ReversibleLayer(torch.autograd.Function):
                 "model with `reversible=False`."
             )
         record, (y1, y2), private = ctx.tape.rewind(ctx.place)
-        attention, feed_forward = record.branches
+        (attention, feed_forward), (found, feed_forward_found) = record.branches, record.found
         attention_state, feed_forward_state = record.states
         x2 = y2 if private else torch.empty_like(y2)
         with feed_forward_state.replay():
-            grad_x1, feed_forward_grads = feed_forward.reverse_and_grad(y2, y1, grad_y2, grad_y1, rest=x2)
+            grad_x1, feed_forward_grads = feed_forward.reverse_and_grad(
+                y2, y1, grad_y2, grad_y1, rest=x2, found=feed_forward_found
+            )
         del y2
         x1 = y1 if private else torch.empty_like(y1)
         with attention_state.replay():
-            grad_x2, attention_grads = attention.reverse_and_grad(y1, x2, grad_x1, grad_y2, rest=x1)
+            grad_x2, attention_grads = attention.reverse_and_grad(y1, x2, grad_x1, grad_y2, rest=x1, found=found)
         ctx.tape.put_back((x1, x2))
-        return None, None, None, grad_x1, grad_x2, *attention_grads, *feed_forward_grads
+        return None, None, grad_x1, grad_x2, *attention_grads, *feed_forward_grads
 
 
 def _invert(record: _Record, streams: Streams) -> Streams:
     """The input of a layer, from its output."""
     y1, y2 = streams
-    attention, feed_forward = record.branches
+    (attention, feed_forward), (found, feed_forward_found) = record.branches, record.found
     attention_state, feed_forward_state = record.states
     with feed_forward_state.replay():
-        x2 = feed_forward.add_to(y2, y1, sign=-1)
+        x2, _ = feed_forward.add_to(y2, y1, sign=-1, found=feed_forward_found)
     with attention_state.replay():
-        return attention.add_to(y1, x2, sign=-1), x2
+        return attention.add_to(y1, x2, sign=-1, found=found)[0], x2

@@ -1,16 +1,18 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the kinds of attention share: projections of some of the heads, and what one call draws and keeps."""
+"""What the kinds of attention share: what a call is given and returns, and projections of some of the heads."""
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
-from .cache import Geometry, Places, Weights
+from .attention_pattern import AttentionPattern
+from .cache import CacheSpec, Past, Seen
+from .chunk_attention import chunk_attention, chunk_attention_weights
 from .configuration_reformer_hf import ReformerHfConfig
 from .rng import draw_seed
 
@@ -18,71 +20,78 @@ from .rng import draw_seed
 # many lie in a cache of a CPU, and are enough to fill a GPU.
 _GROUP_ROWS = {"cpu": 1 << 15, "cuda": 1 << 20}
 
+# Attention weights and the positions of their keys.
+Weights = tuple[Tensor, Tensor]
 
-@dataclass
+
+@dataclass(frozen=True)
 class AttentionCall:
     """
-    One call of an attention layer: what is common to all heads, in the forward pass and in its recomputation.
+    What one call of attention is given, the same for all heads, in the forward pass and in its recomputation.
+
+    The fields that differ from layer to layer are set by `SelfAttention.begin`.
 
     Args:
         padding: `[B, L]`, True where there is padding.
-        num_hashes: Rounds, instead of the config's.
-        output_attentions: Whether the attention weights are wanted too.
-        hash_seed: Seed of the hash rotations.
+        num_hashes: Hash rounds, instead of the config's.
+        num_buckets: Factors of the number of buckets, instead of those that follow from the config and the length.
+        output_attentions: Whether attention weights are wanted too.
+        fills_cache: Whether keys, values and buckets are wanted too.
+        past: Cached tokens that come before these.
+        projections: Rotations that hash all heads, as `hashing.projections_of` gives them.
+        factors: Of the number of buckets that they hash into.
         dropout_seed: Seed of the dropout of attention weights.
-        num_buckets: Factors of the number of buckets, instead of the config's.
-        cache: Decoding state of the model, with what came before this input.
-        layer_idx: Whose part of it is this layer's.
-        shared: What layers have in common in this call of the model.
     """
 
     padding: Tensor | None = None
     num_hashes: int | None = None
-    output_attentions: bool = False
-    hash_seed: int = 0
-    dropout_seed: int = 0
     num_buckets: Sequence[int] | None = None
-    cache: Cache | None = None
-    layer_idx: int = 0
-    shared: dict[Hashable, Any] | None = None
-    _kept: dict[Hashable, Any] = field(default_factory=dict)
-    _weights: list[Weights] = field(default_factory=list)
+    output_attentions: bool = False
+    fills_cache: bool = False
+    past: Past | None = None
+    projections: Sequence[Tensor] = ()
+    factors: Sequence[int] = ()
+    dropout_seed: int = 0
 
-    def keep(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, or gave when it was first asked for by this key."""
-        if key not in self._kept:
-            self._kept[key] = compute()
-        return self._kept[key]
 
-    def share(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, or gave the first layer that asked for it by this key."""
-        if self.shared is None:
-            return compute()
-        if key not in self.shared:
-            self.shared[key] = compute()
-        return self.shared[key]
+@dataclass(frozen=True)
+class Found:
+    """
+    What attention of some heads found besides its output.
 
-    @property
-    def state(self) -> Any:
-        """This layer's decoding state, of the kind that its attention has; `None` if there is none."""
-        return None if self.cache is None else self.cache.layers[self.layer_idx]
+    Args:
+        order: Sorted order of LSH attention, `[B, h, R, L]`; the recomputation takes it back.
+        key, value: `[B, n, h, D]`, where the call fills a cache.
+        buckets: `[B, h, R, n]`, likewise.
+        weights: Attention weights `[B, h, R, n, W]` before dropout and the positions of their keys, where wanted.
+    """
 
-    def update(self, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """Put keys and values into the state; returns those that the new tokens attend to."""
-        return self.cache.update(key, value, self.layer_idx, places)
+    order: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    buckets: Tensor | None = None
+    weights: Weights | None = None
 
-    def add_weights(self, weights: Weights | None) -> None:
-        """Take the attention weights `[B, H, R, L, W]` of some heads, and the positions of their keys, if any."""
-        if weights is not None:
-            self._weights.append(weights)
+    @classmethod
+    def join(cls, groups: Sequence["Found"]) -> "Found":
+        """That of all heads, from groups of heads."""
+        if len(groups) == 1:
+            return groups[0]
+        weights = None
+        if groups[0].weights is not None:
+            values, positions = zip(*(group.weights for group in groups), strict=True)
+            weights = torch.cat(values, dim=1), torch.cat(positions, dim=1)
+        return cls(
+            order=_join([group.order for group in groups], 1),
+            key=_join([group.key for group in groups], 2),
+            value=_join([group.value for group in groups], 2),
+            buckets=_join([group.buckets for group in groups], 1),
+            weights=weights,
+        )
 
-    def take_weights(self) -> Weights | None:
-        """Those of all heads; `None` where they are not wanted. They are not wanted again."""
-        weights, self._weights, self.output_attentions = self._weights, [], False
-        if not weights:
-            return None
-        values, positions = (torch.cat(parts, dim=1) for parts in zip(*weights, strict=True))
-        return values, positions
+
+def _join(parts: Sequence[Tensor | None], axis: int) -> Tensor | None:
+    return None if parts[0] is None else torch.cat([part for part in parts if part is not None], dim=axis)
 
 
 class SelfAttention(nn.Module):
@@ -109,35 +118,27 @@ class SelfAttention(nn.Module):
         return slice(0, self.config.num_attention_heads)
 
     def features(self, heads: slice) -> slice:
-        """Where some heads stand among the features of all."""
-        size = self.head_size
-        return slice(heads.start * size, heads.stop * size)
+        """Where some heads are among the features of all."""
+        return slice(heads.start * self.head_size, heads.stop * self.head_size)
 
-    def begin(self, padding: Tensor | None = None, **options) -> AttentionCall:
-        """A new call; draws the seeds that it needs from torch's global generator. Options as in `AttentionCall`."""
-        hash_seed = self._hash_seed()
-        return AttentionCall(padding, hash_seed=hash_seed, dropout_seed=draw_seed() if self.dropout else 0, **options)
+    def cache_spec(self, num_hashes: int | None = None) -> CacheSpec:
+        """What the cache layer of this attention is built for."""
+        return CacheSpec(None, self.config.num_attention_heads, self.head_size)
 
-    def _hash_seed(self) -> int:
-        return 0
+    def begin(self, hidden_states: Tensor, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
+        """The call of this layer, for hidden states `[B, L, E]`; draws the seeds that it needs."""
+        past = cache_layer.past() if cache_layer is not None and cache_layer.is_initialized else None
+        dropout_seed = draw_seed() if self.dropout else 0
+        return replace(call, past=past, fills_cache=cache_layer is not None, dropout_seed=dropout_seed)
 
-    def forward(self, hidden_states: Tensor, call: AttentionCall | None = None, heads: slice | None = None) -> Tensor:
-        """
-        Args:
-            hidden_states: `[B, L, E]`.
-            call: What `begin` returned; by default a new call. It takes the attention weights if it wants them.
-            heads: Which heads; by default all, H of them.
-
-        Returns:
-            `[B, L, H * D]`.
-        """
-        call = self.begin() if call is None else call
-        heads = self.all_heads if heads is None else heads
-        return self.attend(self.project(hidden_states, heads), call, heads).flatten(2)
+    def forward(self, hidden_states: Tensor, call: AttentionCall | None = None) -> Tensor:
+        """The output of all heads `[B, L, H * D]` for hidden states `[B, L, E]`."""
+        call = self.begin(hidden_states, call or AttentionCall())
+        return self.attend(self.project(hidden_states, self.all_heads), call, self.all_heads)[0].flatten(2)
 
     def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
         """
-        Each projection `[B, L, H, D]` of hidden states `[B, L, E]`, of some heads; any positions.
+        Each projection `[B, L, h, D]` of hidden states `[B, L, E]`, of some heads; any positions.
 
         Without `values` it may be anything, computed at no cost, that gradients go through as they should.
         """
@@ -147,22 +148,120 @@ class SelfAttention(nn.Module):
         shape = (*hidden_states.shape[:2], -1, self.head_size)
         return [project(getattr(self, name), rows, features, values).view(shape) for name in self.projections]
 
-    def attend(self, projected: Sequence[Tensor], call: AttentionCall, heads: slice) -> Tensor:
-        """Output `[B, L, H, D]` of what `project` gave."""
+    def attend(
+        self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
+    ) -> tuple[Tensor, Found]:
+        """
+        Output `[B, L, h, D]` of what `project` gave for some heads, and what was found besides.
+
+        A pure function, which the backward pass of a reversible layer runs again with what it `found`.
+        """
         raise NotImplementedError
 
-    def project_all(self, hidden_states: Tensor) -> list[Tensor]:
-        """What `project` gives for all heads, in the least time for a few positions."""
-        shape = (*hidden_states.shape[:2], -1, self.head_size)
-        return [apply_linear(getattr(self, name), hidden_states).view(shape) for name in self.projections]
+    def attend_heads(
+        self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None
+    ) -> tuple[Tensor, Found]:
+        """`attend` with the heads side by side, `[B, L, h * D]`."""
+        out, found = self.attend(projected, call, heads, found)
+        return out.flatten(2), found
 
-    def geometry(self, num_hashes: int | None = None) -> Geometry:
-        """What the decoding state of this layer is made for."""
+    def attend_in_chunks(
+        self,
+        inputs: tuple[Tensor, Tensor | None, Tensor],
+        pattern: AttentionPattern,
+        order: Tensor | None,
+        padding: Tensor | None,
+        call: AttentionCall,
+        heads: slice,
+        found: Found,
+    ) -> tuple[Tensor, Found]:
+        """`chunk_attention` of queries, keys and values, those of cached tokens first: output of the new tokens, and
+        what was `found` with the attention weights that the call wants."""
+        # Groups of heads drop nothing in common.
+        out = chunk_attention(*inputs, pattern, order, padding, self.dropout, call.dropout_seed + heads.start)
+        weights = found.weights
+        if call.output_attentions and weights is None:
+            weights = chunk_attention_weights(*inputs[:2], pattern, order, padding)
+        if call.past is not None:
+            num_cached = call.past.key.shape[1]
+            out = out[:, num_cached:]
+            if weights is not None:
+                values, index = (x[:, :, :, num_cached:] for x in weights)
+                weights = values, call.past.heads(heads).cache_positions(index)
+        return out, replace(found, weights=weights)
+
+    def prefill(self, found: Found, call: AttentionCall, cache: Cache, layer_idx: int) -> None:
+        """Put what was found for all heads into the cache."""
+        spec = self.cache_spec(call.num_hashes)
+        cache.update(found.key, found.value, layer_idx, spec=spec, padding=call.padding, **self._hashing(found, call))
+
+    def _hashing(self, found: Found, call: AttentionCall) -> dict[str, Any]:
+        """What the cache layer takes besides keys and values."""
+        return {}
+
+    def append(
+        self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
+    ) -> tuple[Tensor, Weights | None]:
+        """
+        Put few new tokens `[B, n, E]` into the cache and attend to what they see there.
+
+        Returns:
+            Output `[B, n, H * D]`, and attention weights where the call wants them.
+        """
+        layer: Any = cache.layers[layer_idx]
+        limit = layer.append_limit
+        if hidden_states.shape[1] <= limit:
+            return self._append(hidden_states, call, cache, layer_idx)
+        outs, weights = [], []
+        for start in range(0, hidden_states.shape[1], limit):
+            block = slice(start, start + limit)
+            padding = None if call.padding is None else call.padding[:, block]
+            out, seen = self._append(hidden_states[:, block], replace(call, padding=padding), cache, layer_idx)
+            outs.append(out)
+            weights.append(seen)
+        if not call.output_attentions:
+            return torch.cat(outs, dim=1), None
+        return torch.cat(outs, dim=1), _join_steps(weights)
+
+    def _append(
+        self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
+    ) -> tuple[Tensor, Weights | None]:
         raise NotImplementedError
 
-    def step(self, projected: Sequence[Tensor], call: AttentionCall) -> Tensor:
-        """Output `[B, n, H, D]` for new tokens, all heads, by looking up in the state what they attend to."""
-        raise NotImplementedError
+    def append_and_attend(
+        self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
+    ) -> tuple[Tensor, Weights | None]:
+        """`append` of projected tokens `[B, n, H, D]`, for a cache layer whose keys all tokens and heads share."""
+        options = {"padding": call.padding, "with_positions": call.output_attentions}
+        seen: Any = cache.update(key, value, layer_idx, **options)[0]
+        out, weights = self.attend_to(query.transpose(1, 2), seen, call.output_attentions)
+        if weights is not None:
+            values, positions = weights
+            weights = values[:, :, None], positions[:, :, None]
+        return out.transpose(1, 2).flatten(2), weights
+
+    def attend_to(self, query: Tensor, seen: Seen, with_weights: bool) -> tuple[Tensor, Weights | None]:
+        """
+        Attend to what a cache layer returned; few queries, in its layout `[B, H, n, D]` or `[B * H * n, 1, 1, D]`.
+
+        Returns:
+            Output in the layout of the queries, and weights before dropout with the positions of their keys.
+        """
+        key, value = seen.key, seen.value
+        if key.dtype != query.dtype:
+            key, value = key.to(query.dtype), value.to(query.dtype)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=seen.bias, dropout_p=self.dropout, scale=1.0)
+        if not with_weights:
+            return out, None
+        scores = torch.matmul(query, key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))
+        if seen.bias is not None:
+            scores = scores + seen.bias
+        weights = scores.softmax(-1)
+        positions = seen.positions.to(torch.int32).expand(weights.shape)
+        if seen.bias is not None:
+            masked = (seen.bias < 0).expand(weights.shape) & (weights == 0)
+            positions = positions.masked_fill(masked, -1)
+        return out, (weights, positions)
 
     def head_groups(self, hidden_states: Tensor, output: nn.Module) -> list[slice]:
         """
@@ -178,30 +277,22 @@ class SelfAttention(nn.Module):
         return [slice(first, min(first + size, num_heads)) for first in range(0, num_heads, size)]
 
 
+def _join_steps(steps: Sequence[Weights]) -> Weights:
+    """Attention weights `[B, H, R, n, W]` of consecutive tokens; those of fewer keys are padded."""
+    width = max(weights.shape[-1] for weights, _ in steps)
+    padded = [
+        (pad(weights, (0, width - weights.shape[-1])), pad(positions, (0, width - positions.shape[-1]), value=-1))
+        for weights, positions in steps
+    ]
+    weights, positions = zip(*padded, strict=True)
+    return torch.cat(weights, dim=3), torch.cat(positions, dim=3)
+
+
 def parallel_heads(config: ReformerHfConfig, positions: int, device_type: str) -> int:
     """Heads to be computed at a time, given the positions of all rows of a batch: as many as the config says, or as a
     device computes fastest."""
     suitable = max(_GROUP_ROWS.get(device_type, _GROUP_ROWS["cuda"]) // max(positions, 1), 1)
     return min(config.num_parallel_heads or suitable, config.num_attention_heads)
-
-
-class SharedQueryKeyAttention(SelfAttention):
-    """One projection serves queries and keys: LSH and full attention."""
-
-    projections = ("query_key", "value")
-
-
-def see_themselves(weights: Tensor, positions: Tensor, alone: Tensor, first: int) -> None:
-    """
-    Give tokens that see no other one the weight of themselves, in the last of the places `[B, H, n, W]`.
-
-    Args:
-        alone: Which they are, `[B, 1 or H, n, 1]`.
-        first: The column of the first token.
-    """
-    own = torch.arange(first, first + weights.shape[2], dtype=torch.int32, device=weights.device)[:, None]
-    weights[..., -1:] = torch.where(alone, 1.0, weights[..., -1:])
-    positions[..., -1:] = torch.where(alone, own, positions[..., -1:])
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -210,15 +301,12 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and not hooks and "forward" not in vars(module)
 
 
-def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """What a linear layer gives, in less time where it is nothing more."""
-    return linear(hidden_states, module.weight, module.bias) if is_plain(module) else module(hidden_states)
-
-
 def project(module: nn.Module, rows: Tensor, features: slice, values: bool) -> Tensor:
     """Some of the features that a linear layer without bias gives of `[rows, E]`; its `forward` gives all."""
     if is_plain(module):
-        weight = module.weight[features]
+        weight = module.weight
+        if features != slice(0, module.out_features):
+            weight = weight[features]
         return linear(rows, weight) if values else _LinearWithoutValues.apply(rows, weight)
     # `head_groups` asks for all.
     return module(rows)

@@ -1,0 +1,93 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The LM head: logits, and the cross entropy of the next token without logits of all positions."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn.functional import linear_cross_entropy, pad
+
+from .chunked import apply_chunked
+from .configuration_reformer_hf import ReformerHfConfig
+
+# Label of a position that has no part in the loss.
+IGNORED = -100
+
+
+class ReformerHfLMHead(nn.Module):
+    """Scores of tokens. Its bias goes by two names: `bias`, in in-tree checkpoints, is `decoder.bias`."""
+
+    # Read when a model is saved; see `ReformerHfForCausalLM.get_expanded_tied_weights_keys` for all else.
+    _tied_weights_keys = {"decoder.bias": "bias"}
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        self.chunk_size = config.chunk_size_lm_head
+        self.tied = config.tie_word_embeddings
+        in_features = config.hidden_size if self.tied else 2 * config.hidden_size
+        self.decoder = nn.Linear(in_features, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
+        """
+        Logits of hidden states `[B, L, 2 * hidden_size]`, or, given targets `[B, L]` (-100 where there is none), the
+        sum of their cross entropies, for which only the logits of one chunk exist at a time.
+        """
+        if self.tied:
+            # Word embeddings are as wide as one stream.
+            hidden_states = hidden_states.unflatten(-1, (2, -1)).mean(-2)
+        if targets is not None:
+            return self._sum_cross_entropy(hidden_states, targets)
+        if not torch.is_grad_enabled() and not 0 < self.chunk_size < hidden_states.shape[1]:
+            return self.decoder(hidden_states)
+        return apply_chunked(self.decoder, hidden_states, self.chunk_size, list(self.decoder.parameters()))
+
+    def _sum_cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        chunk = LinearCrossEntropyOptions(
+            batch_chunk_size=self.chunk_size * hidden_states.shape[0], chunking_method=None
+        )
+        # In fp32 at least, as the loss of Transformers is.
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return linear_cross_entropy(
+                hidden_states.flatten(0, 1).to(dtype),
+                self.decoder.weight.to(dtype),
+                targets.flatten(),
+                linear_bias=self.decoder.bias.to(dtype),
+                reduction="sum",
+                ignore_index=IGNORED,
+                options=chunk,
+            )
+
+    def causal_loss(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        **kwargs,
+    ) -> Tensor:
+        """What `ForCausalLMLoss` of Transformers computes from the logits."""
+        targets = pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+        targets = targets.to(hidden_states.device)
+        targets = targets.masked_fill(targets == ignore_index, IGNORED)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != IGNORED).sum()
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(hidden_states.device)
+        return self(hidden_states, targets) / num_items_in_batch
+
+
+def states_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The hidden states `[B, L, …]` whose logits are wanted."""
+    if not isinstance(logits_to_keep, int):
+        return hidden_states[:, logits_to_keep]
+    kept = hidden_states[:, -logits_to_keep:]
+    if attention_mask is None or logits_to_keep == 0 or torch.compiler.is_compiling():
+        return kept
+    mask = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device, torch.bool)
+    if mask[:, -logits_to_keep:].all():
+        return kept
+    places = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).cummax(-1).values
+    places = places[:, -logits_to_keep:, None].expand(-1, -1, hidden_states.shape[-1])
+    return hidden_states.gather(1, places)
