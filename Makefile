@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Torch comes first, so that nothing else brings in a build of another version.
+# Install torch first, so that no other package pulls in a different build.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch
@@ -20,7 +20,7 @@ help:  ## Show this help
 	$(INSTALL) --editable '.[bench]'
 	touch $@
 
-demo: .venv/.installed  ## Train a small byte-level model and generate from it
+demo: .venv/.installed  ## Train a small byte-level model and generate text with it
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## Run the quick tests
@@ -29,7 +29,7 @@ test: .venv/.installed  ## Run the quick tests
 test-slow: .venv/.installed  ## Run the slow tests
 	$(PYTEST) -m slow
 
-check: .venv/.installed  ## Lint, check format, types and the direction of imports
+check: .venv/.installed  ## Check lint, format, types and import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy reformer_hf
@@ -39,9 +39,9 @@ format: .venv/.installed  ## Sort imports and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed-bench  ## Run the benchmarks; pass options as ARGS='…'
+bench: .venv/.installed-bench  ## Run the benchmarks (options: ARGS='…')
 	$(BIN)/python -m benchmarks $(ARGS)
 
-clean:  ## Remove the virtual environment and everything generated
+clean:  ## Remove the virtual environment and all generated files
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

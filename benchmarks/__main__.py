@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Command line of the benchmarks: `python -m benchmarks --help`."""
+"""Command-line interface of the benchmarks: `python -m benchmarks --help`."""
 
 import argparse
 import datetime
@@ -17,17 +17,18 @@ from .results import Results
 from .runner import count_measurements, launch_here, launch_process, run_entries
 
 _EPILOG = """examples:
-  python -m benchmarks --list                              what there is
-  python -m benchmarks --quick                             try everything at tiny sizes, in less than a minute
-  python -m benchmarks --suite required                    the figures that the library must show
+  python -m benchmarks --list                              list suites, cases and workloads
+  python -m benchmarks --quick                             run everything at tiny sizes, in less than a minute
+  python -m benchmarks --suite required                    measure the performance targets
   python -m benchmarks --suite lengths --cases 'step-*-R2' --implementations reformer_hf dense
   python -m benchmarks --resume benchmarks/results/2026-01-31-required.json
 
-Leave the machine alone meanwhile. Results are kept after each measurement: stop when you like, and resume."""
+Do not use the machine for other work during a run. Each measurement is saved as soon as it is finished: you can stop
+at any time and continue with --resume."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 if an implementation was wrong or failed."""
+    """Run the command line `arguments` and return the exit status: 1 if a check or a measurement failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.list:
@@ -37,12 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _report(Results.load(options.report))
     if options.resume is not None:
         results = Results.load(options.resume)
-        results.forget_failures()
+        results.drop_failures()
     else:
         results = _fresh_results(options)
     entries = select(SUITES[results.suite], results.options["cases"], results.options["implementations"])
     if not entries:
-        parser.error(f"suite {results.suite!r} has no such case or implementation; see --list")
+        parser.error(f"suite {results.suite!r} has no matching case or implementation; see --list")
     quick = results.suite == "quick"
     repeats = 1 if quick else options.repeats
     with tqdm(total=count_measurements(entries, repeats), unit="measurement") as bar:
@@ -57,18 +58,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def listing() -> str:
-    """Suites with their cases, workloads and implementations."""
+    """Return all suites with their cases and implementations, and all workloads, as text."""
     lines = []
     for name, entries in SUITES.items():
         lines.append(f"suite {name}")
         lines += [f"  {case.name:28} {' '.join(names)}" for case, names in entries]
     lines.append("workloads")
-    lines += [f"  {name:28} {what}" for name, what in WORKLOADS.items()]
+    lines += [f"  {name:28} {description}" for name, description in WORKLOADS.items()]
     return "\n".join(lines)
 
 
 def select(entries: list[Entry], cases: list[str] | None, implementations: list[str] | None) -> list[Entry]:
-    """Entries whose names match one of the patterns each; None matches all."""
+    """Return the entries whose case and implementations match one of the patterns. `None` matches all."""
     selected = []
     for case, names in entries:
         kept = tuple(name for name in names if _matches(name, implementations))
@@ -94,7 +95,7 @@ def _fresh_results(options: argparse.Namespace) -> Results:
 
 
 def _free_path(folder: Path, stem: str) -> Path:
-    """`stem.json`, or with a number where there is one of that name."""
+    """Return the path `stem.json`, with a number appended if that file exists."""
     path, number = folder / f"{stem}.json", 2
     while path.exists():
         path, number = folder / f"{stem}-{number}.json", number + 1
@@ -111,18 +112,20 @@ def _report(results: Results) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure speed and memory of reformer_hf beside its rivals, after checking that they are correct.",
+        description="Measure speed and memory of reformer_hf and of baselines, after checking their correctness.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     suites = [name for name in SUITES if name != "quick"]
-    parser.add_argument("--suite", choices=suites, default="required", help="which cases (default: required)")
-    parser.add_argument("--cases", nargs="+", metavar="PATTERN", help="of these, only the ones named so: 'step-*-R2'")
+    parser.add_argument("--suite", choices=suites, default="required", help="cases to run (default: required)")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="PATTERN", help="run only the cases that match, such as 'step-*-R2'"
+    )
     parser.add_argument(
         "--implementations",
         nargs="+",
         metavar="PATTERN",
-        help=f"only these: {', '.join(IMPLEMENTATIONS)}; patterns too",
+        help=f"run only these implementations: {', '.join(IMPLEMENTATIONS)}; patterns are allowed",
     )
     parser.add_argument("--repeats", type=int, default=3, help="processes per case and implementation (default: 3)")
     parser.add_argument(
@@ -130,20 +133,22 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=300.0,
         metavar="SECONDS",
-        help="do not repeat what takes longer than this (default: 300)",
+        help="do not repeat measurements that take longer than this (default: 300)",
     )
-    parser.add_argument("--threads", type=int, help="threads of torch (default: as many as torch takes)")
-    parser.add_argument("--device", default="cpu", help="where models run: cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, help="number of torch threads (default: that of torch)")
+    parser.add_argument("--device", default="cpu", help="device of the models: cpu (default) or cuda")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for results")
-    parser.add_argument("--quick", action="store_true", help="the suite of tiny sizes, once, all in this process")
-    parser.add_argument("--list", action="store_true", help="show suites, cases and workloads, and stop")
+    parser.add_argument("--quick", action="store_true", help="run the suite of tiny sizes once, in this process")
+    parser.add_argument("--list", action="store_true", help="list suites, cases and workloads, and exit")
     parser.add_argument(
         "--resume",
         type=Path,
         metavar="JSON",
-        help="go on with these results, cases and options",
+        help="continue these results, with their cases and options",
     )
-    parser.add_argument("--report", type=Path, metavar="JSON", help="write table and plots of these results, and stop")
+    parser.add_argument(
+        "--report", type=Path, metavar="JSON", help="write the table and plots of these results, and exit"
+    )
     return parser
 
 

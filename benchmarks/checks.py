@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Whether an implementation computes what it should, at a short length. What is wrong is not timed."""
+"""Correctness checks at a short length. An implementation that fails its check is not timed."""
 
 import copy
 import math
@@ -26,20 +26,20 @@ Grads = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Finding:
-    """A measure of what is wrong, and how much of it is allowed."""
+    """An error that a check measured, and the largest value that passes."""
 
-    what: str
+    name: str
     value: float
     limit: float
 
     @property
     def ok(self) -> bool:
-        # Not a number is not at or below the limit.
+        # False for NaN.
         return self.value <= self.limit
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of `expected`; infinite where only one of them is zero."""
+    """Return the RMS of the difference divided by the RMS of `expected`; infinite if only `expected` is zero."""
     if actual.shape != expected.shape:
         return math.inf
     difference = (actual.double() - expected.double()).square().mean().sqrt().item()
@@ -48,18 +48,18 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 
 def worst(actual: Grads, expected: Grads) -> float:
-    """Largest relative difference of tensors by name; infinite where names differ."""
+    """Return the largest relative error of tensors with the same name; infinite if the names differ."""
     if actual.keys() != expected.keys():
         return math.inf
-    # `max` may pass over what is not a number.
+    # `max` may ignore a NaN.
     differences = [relative_rms(actual[name], expected[name]) for name in expected]
     return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
-def check_oracle(shape: Shape, num_hashes: int) -> list[Finding]:
-    """Our LSH attention against the dense definition in fp64: output, and gradients of input and weights."""
+def check_reference(shape: Shape, num_hashes: int) -> list[Finding]:
+    """Compare our LSH attention with the dense reference in fp64: output, and gradients of input and weights."""
     torch.manual_seed(0)
-    # Odd, so that the last chunk is not full.
+    # Odd, so that the last chunk is partial.
     length = 3 * shape.lsh_chunk + 1
     config = our_config(shape, length, num_hashes, hash_seed=0)
     module = LSHSelfAttention(config).eval()
@@ -76,31 +76,31 @@ def check_oracle(shape: Shape, num_hashes: int) -> list[Finding]:
     )
     counts = torch.stack([key_counts(pattern, of_head.tolist(), [False] * length) for of_head in buckets])[None]
 
-    def oracle(hidden_states: Tensor) -> Tensor:
+    def reference(hidden_states: Tensor) -> Tensor:
         query, value = exact.project(hidden_states, exact.all_heads)
         return dense_attention(query, normalized_keys(query), value, counts, own_value=True).flatten(2)
 
-    found = _with_gradients(module, module, hidden_states)
-    expected = _with_gradients(exact, oracle, hidden_states.double())
-    output_error = relative_rms(found.pop("output"), expected.pop("output"))
+    actual = _output_and_gradients(module, module, hidden_states)
+    expected = _output_and_gradients(exact, reference, hidden_states.double())
+    output_error = relative_rms(actual.pop("output"), expected.pop("output"))
     return [
-        Finding("output against the dense definition", output_error, 1e-5),
-        Finding("gradients against the dense definition", worst(found, expected), 1e-5),
+        Finding("output, compared with the dense reference", output_error, 1e-5),
+        Finding("gradients, compared with the dense reference", worst(actual, expected), 1e-5),
         _check_decoding(shape, num_hashes),
     ]
 
 
 def _check_decoding(shape: Shape, num_hashes: int) -> Finding:
-    """In fp64: what rounding takes into another bucket is no error of a state."""
+    """Compare decoding token by token with the parallel pass, in fp64, where rounding changes no bucket."""
     torch.manual_seed(0)
     length = shape.check_length
     model = ReformerHfForCausalLM(our_config(shape, length, num_hashes, num_buckets=8)).double().eval()
-    found, expected = steps_and_parallel_pass(model, random_ids(shape, length), prompt=length // 2 + 1)
-    return Finding("logits of tokens one by one against all at once", relative_rms(found, expected), 1e-10)
+    actual, expected = steps_and_parallel_pass(model, random_ids(shape, length), prompt=length // 2 + 1)
+    return Finding("logits token by token, compared with the parallel pass", relative_rms(actual, expected), 1e-10)
 
 
 def check_in_tree(shape: Shape, num_hashes: int) -> list[Finding]:
-    """Ours in the in-tree pattern against the in-tree model, with the same weights and hash seed."""
+    """Compare our model, configured as in-tree, with the in-tree model: same weights and hash seed."""
     torch.manual_seed(0)
     length = shape.check_length
     in_tree = in_tree_model(shape, length, num_hashes, hash_seed=0)
@@ -109,17 +109,17 @@ def check_in_tree(shape: Shape, num_hashes: int) -> list[Finding]:
     ours.load_state_dict(in_tree.state_dict())
     ids = random_ids(shape, length)
     with torch.no_grad():
-        found, expected = (model.eval()(input_ids=ids)["logits"] for model in (ours, in_tree))
+        actual, expected = (model.eval()(input_ids=ids)["logits"] for model in (ours, in_tree))
     grads_error = worst(*(_loss_gradients(model, ids) for model in (ours, in_tree)))
     return [
-        Finding("logits of ours against in-tree", relative_rms(found, expected), 1e-4),
-        # A unit of the feed-forward that rounding takes over the kink of its ReLU is worth up to 1e-3.
-        Finding("gradients of ours against in-tree", grads_error, 5e-3),
+        Finding("logits, compared with in-tree", relative_rms(actual, expected), 1e-4),
+        # Rounding may change the sign of a ReLU input, which changes gradients by up to 1e-3.
+        Finding("gradients, compared with in-tree", grads_error, 5e-3),
     ]
 
 
 def check_dense(shape: Shape, num_hashes: int) -> list[Finding]:
-    """No later token moves an earlier logit, and some do move later ones."""
+    """Check that changed tokens change later logits and no earlier ones."""
     torch.manual_seed(0)
     length = shape.check_length
     model = dense_model(shape, length, num_hashes).eval()
@@ -127,22 +127,22 @@ def check_dense(shape: Shape, num_hashes: int) -> list[Finding]:
     changed = ids.clone()
     changed[:, length // 2 :] = (ids[:, length // 2 :] + 1) % shape.vocab_size
     with torch.no_grad():
-        logits, moved = (model(input_ids=x)["logits"] for x in (ids, changed))
-    before = relative_rms(moved[:, : length // 2], logits[:, : length // 2])
-    after = relative_rms(moved[:, length // 2 :], logits[:, length // 2 :])
+        logits, changed_logits = (model(input_ids=x)["logits"] for x in (ids, changed))
+    before = relative_rms(changed_logits[:, : length // 2], logits[:, : length // 2])
+    after = relative_rms(changed_logits[:, length // 2 :], logits[:, length // 2 :])
     return [
-        Finding("change of logits before a changed token", before, 1e-5),
-        Finding("lack of a change from it on", float(after < 1e-3), 0.0),
-        _without_gradient(model, ids),
+        Finding("change of logits before the first changed token", before, 1e-5),
+        Finding("no change of logits after it", float(after < 1e-3), 0.0),
+        _check_finite_gradients(model, ids),
     ]
 
 
 def check_reformer_pytorch(shape: Shape, num_hashes: int) -> list[Finding]:
     """
-    No logit has a gradient by a later token's embedding, and all parameters have gradients.
+    Check that logits have no gradient with respect to later embeddings, and that all parameters have gradients.
 
-    A gradient, not a changed token: in chunks of a sorted order a later token moves the borders of chunks, and with
-    them which of the earlier positions an earlier one sees.
+    The check uses gradients instead of changed tokens, because later tokens shift the chunk boundaries of the sorted
+    order and thereby change which earlier positions a query sees.
     """
     torch.manual_seed(0)
     length = shape.check_length
@@ -159,14 +159,14 @@ def check_reformer_pytorch(shape: Shape, num_hashes: int) -> list[Finding]:
     handle.remove()
     grad = embeddings[0].grad
     return [
-        Finding("gradient by later tokens", grad[:, length // 2 + 1 :].abs().max().item(), 0.0),
-        Finding("lack of one by earlier tokens", float(not grad[:, : length // 2].any()), 0.0),
-        _without_gradient(model, ids),
+        Finding("gradient with respect to later tokens", grad[:, length // 2 + 1 :].abs().max().item(), 0.0),
+        Finding("no gradient with respect to earlier tokens", float(not grad[:, : length // 2].any()), 0.0),
+        _check_finite_gradients(model, ids),
     ]
 
 
 def _buckets(module: LSHSelfAttention, hidden_states: Tensor) -> Tensor:
-    """Buckets `[H, R, L]` of the one sequence, under the module's hash seed."""
+    """Return the buckets `[H, R, L]` of a batch of one sequence, with the module's hash seed."""
     config = module.config
     with torch.no_grad():
         query, _ = module.project(hidden_states, module.all_heads)
@@ -176,23 +176,23 @@ def _buckets(module: LSHSelfAttention, hidden_states: Tensor) -> Tensor:
     return hash_vectors(query, rotations, factors)[0]
 
 
-def _with_gradients(module: nn.Module, function: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Grads:
-    """The output, and the gradients of the input and of all parameters."""
+def _output_and_gradients(module: nn.Module, function: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Grads:
+    """Return the output and the gradients of the input and of all parameters."""
     hidden_states = hidden_states.clone().requires_grad_()
     out = function(hidden_states)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
     module.zero_grad()
     (out * weight).sum().backward()
-    found = {"output": out.detach(), "grad of input": hidden_states.grad}
-    return {**found, **{name: parameter.grad for name, parameter in module.named_parameters()}}
+    tensors = {"output": out.detach(), "grad of input": hidden_states.grad}
+    return {**tensors, **{name: parameter.grad for name, parameter in module.named_parameters()}}
 
 
 def _make_comparable(in_tree: nn.Module) -> None:
     """
-    Score a position itself at -100 instead of -1e5, and drop the head's biases.
+    Set the score of a position with itself to -100 instead of -1e5, and the biases of the LM head to zero.
 
-    exp(-100) is nothing beside real scores, as exp(-1e5) is; but a logsumexp of -1e5 has a step of 1/128 in fp32. The
-    head has two biases of which one does not count.
+    exp(-100) is as negligible as exp(-1e5), but fp32 resolves a logsumexp of -1e5 only to 1/128. The LM head has two
+    biases, one of which is not used.
     """
     for module in in_tree.modules():
         if isinstance(module, modeling_reformer.LSHSelfAttention):
@@ -203,13 +203,13 @@ def _make_comparable(in_tree: nn.Module) -> None:
 
 
 def _loss_gradients(model: nn.Module, ids: Tensor) -> Grads:
-    """Gradients of the loss, but for the head's bias, which goes by several names."""
+    """Return the gradients of the loss, except for the bias of the LM head, which has several names."""
     model.train().zero_grad()
     model(input_ids=ids, labels=ids)["loss"].backward()
     return {name: p.grad for name, p in model.named_parameters() if not name.startswith("lm_head") or "weight" in name}
 
 
-def _without_gradient(model: nn.Module, ids: Tensor) -> Finding:
+def _check_finite_gradients(model: nn.Module, ids: Tensor) -> Finding:
     model.train().zero_grad()
     model(input_ids=ids, labels=ids)["loss"].backward()
     missing = [p for p in model.parameters() if p.grad is None or not p.grad.isfinite().all()]

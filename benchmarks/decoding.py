@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Decoding token by token, by each model's own state."""
+"""Decoding token by token with each model's own KV cache."""
 
 from collections.abc import Callable
 
@@ -10,22 +10,22 @@ from transformers.models.reformer import modeling_reformer
 
 from reformer_hf import ReformerHfForCausalLM
 
-# Tokens of one run.
-TOKENS = 128
+# Tokens decoded in one run.
+TOKENS_PER_RUN = 128
 
-# Tokens that models have positions for beyond the context: those of all runs.
-ROOM = 2048
+# Largest number of tokens decoded after the context, in all runs together.
+MAX_NEW_TOKENS = 2048
 
-# Gives the logits of a token `[1, 1]` at a position.
+# Takes a token `[1, 1]` and its position, and returns its logits.
 Step = Callable[[Tensor, int], Tensor]
 
 
 def start_decoding(model: nn.Module, ids: Tensor, compiled: bool = False) -> Step:
-    """Take the context `[1, L]` into a state."""
+    """Fill a KV cache with the context `[1, L]`, and return the decoding step."""
     if isinstance(model, ReformerModelWithLMHead):
         return _start_in_tree(model, ids)
     if compiled:
-        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + ROOM)
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + MAX_NEW_TOKENS)
     else:
         cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -42,33 +42,33 @@ def start_decoding(model: nn.Module, ids: Tensor, compiled: bool = False) -> Ste
 
 def _start_in_tree(model: nn.Module, ids: Tensor) -> Step:
     for module in model.modules():
-        # Without a seed a step compares buckets of different rotations.
+        # Without a seed, a decoding step compares buckets of different rotations.
         if isinstance(module, modeling_reformer.LSHSelfAttention):
             module.hash_seed = 0
     with torch.no_grad():
-        state = model(input_ids=ids, use_cache=True)["past_buckets_states"]
+        cache = model(input_ids=ids, use_cache=True)["past_buckets_states"]
 
     def step(token: Tensor, position: int) -> Tensor:
         with torch.no_grad():
-            return model(input_ids=token, past_buckets_states=state, use_cache=True)["logits"]
+            return model(input_ids=token, past_buckets_states=cache, use_cache=True)["logits"]
 
     return step
 
 
 def decode(model: nn.Module, ids: Tensor, compiled: bool = False) -> Callable[[], Tensor]:
     """
-    A run of `TOKENS` tokens; the next run goes on from there.
+    Return a function that decodes `TOKENS_PER_RUN` tokens. Each call continues where the last one stopped.
 
-    They are given: what a model without training would choose is one token over and over, which all falls into one
-    bucket.
+    The tokens are given. An untrained model would choose the same token over and over, and all copies would fall into
+    one bucket.
     """
     step = start_decoding(model, ids, compiled)
-    tokens = iter(ids.roll(ROOM // 2, dims=1).repeat(1, ROOM)[:, :ROOM].split(1, dim=1))
+    tokens = iter(ids.roll(MAX_NEW_TOKENS // 2, dims=1).repeat(1, MAX_NEW_TOKENS)[:, :MAX_NEW_TOKENS].split(1, dim=1))
     position = ids.shape[1]
 
     def run() -> Tensor:
         nonlocal position
-        for _ in range(TOKENS):
+        for _ in range(TOKENS_PER_RUN):
             logits = step(next(tokens), position)
             position += 1
         return logits
@@ -77,8 +77,8 @@ def decode(model: nn.Module, ids: Tensor, compiled: bool = False) -> Callable[[]
 
 
 def steps_and_parallel_pass(model: ReformerHfForCausalLM, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
-    """Logits of all tokens after a prompt, decoded one by one and computed at once."""
+    """Return the logits of all tokens after a prompt, decoded token by token and computed by one parallel pass."""
     step = start_decoding(model, ids[:, :prompt])
-    found = torch.cat([step(ids[:, i : i + 1], i) for i in range(prompt, ids.shape[1])], dim=1)
+    decoded = torch.cat([step(ids[:, i : i + 1], i) for i in range(prompt, ids.shape[1])], dim=1)
     with torch.no_grad():
-        return found, model(ids).logits[:, prompt:]
+        return decoded, model(ids).logits[:, prompt:]

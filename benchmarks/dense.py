@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The dense rival: a causal Transformer of the same width, depth and heads, with fused exact attention."""
+"""The dense baseline: a causal Transformer of the same width, depth and heads, with fused exact attention."""
 
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -8,7 +8,7 @@ from .cases import Shape
 
 
 def dense_model(shape: Shape, length: int, num_hashes: int) -> nn.Module:
-    """GPT-2, whose feed-forward has two matrices as ours has, with activation checkpointing. It knows no rounds."""
+    """Build GPT-2, whose feed-forward has two matrices like ours, with activation checkpointing."""
     config = GPT2Config(
         vocab_size=shape.vocab_size,
         n_positions=length,

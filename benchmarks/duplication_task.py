@@ -1,11 +1,11 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Which LSH pattern learns to copy: the duplication task of the Reformer paper (0w0w, the loss on the second w).
+Compare LSH patterns on the duplication task of the Reformer paper (0w0w, with the loss on the second w).
 
     python -m benchmarks.duplication_task --out duplication.jsonl --table duplication.md
 
-Trains one layer on fresh random sequences for each setting of a grid and measures the accuracy on the copied half at
-1, 2, 4 and 8 hashes and with full attention. Runs that are in the output file already are not done again.
+For each setting of a grid, the script trains one layer on random sequences and measures the accuracy on the copied
+half with 1, 2, 4 and 8 hashes and with full attention. It skips runs that are already in the output file.
 """
 
 import argparse
@@ -30,7 +30,7 @@ EVAL_HASHES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Run:
-    """One setting. `window` is W = chunk * chunks before, the keys that a query of the window pattern sees."""
+    """One setting. `window` is the number of keys that a query sees: chunk length * chunks before."""
 
     pattern: str
     deduplicate_keys: bool = False
@@ -42,7 +42,7 @@ class Run:
 
 
 def grid(steps: int, seeds: list[int], hashes: list[int]) -> list[Run]:
-    """The settings that the defaults were chosen from, full attention first."""
+    """Return the settings from which the defaults were chosen, full attention first."""
     shapes = [
         ("chunk", 1, 2),
         ("chunk", 1, 1),
@@ -52,13 +52,15 @@ def grid(steps: int, seeds: list[int], hashes: list[int]) -> list[Run]:
         ("window", 2, 0.5),
     ]
     runs = [Run("full", seed=seed, steps=steps) for seed in seeds]
-    for (pattern, before, density), once, num_hashes, seed in itertools.product(shapes, (False, True), hashes, seeds):
-        runs.append(Run(pattern, once, CHUNK * before, int(density * LENGTH / CHUNK), num_hashes, seed, steps))
+    for (pattern, before, density), deduplicate, num_hashes, seed in itertools.product(
+        shapes, (False, True), hashes, seeds
+    ):
+        runs.append(Run(pattern, deduplicate, CHUNK * before, int(density * LENGTH / CHUNK), num_hashes, seed, steps))
     return runs
 
 
 def sequences(batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ids `[B, LENGTH]` of 0w0w, and labels that leave out all but the second w."""
+    """Return ids `[B, LENGTH]` of 0w0w, and labels that are -100 except on the second w."""
     word = torch.randint(1, SYMBOLS, (batch_size, LENGTH // 2 - 1), generator=generator)
     separator = torch.zeros((batch_size, 1), dtype=torch.long)
     input_ids = torch.cat([separator, word, separator, word], dim=1)
@@ -68,7 +70,7 @@ def sequences(batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def build(run: Run, layer: str) -> ReformerHfForCausalLM:
-    """One layer of width 128. Positions are learned one by one: what is tested is attention."""
+    """Build one layer of width 128, with one learned embedding per position."""
     lsh = {} if run.pattern == "full" else {"lsh_pattern": run.pattern, "num_buckets": run.num_buckets}
     config = ReformerHfConfig(
         attn_layers=[layer],
@@ -94,7 +96,7 @@ def build(run: Run, layer: str) -> ReformerHfForCausalLM:
 
 @torch.no_grad()
 def accuracy(model: ReformerHfForCausalLM, **kwargs) -> float:
-    """Share of the second w that is predicted, on sequences of its own."""
+    """Return the accuracy on the second w of held-out sequences."""
     input_ids, labels = sequences(TEST_BATCH, torch.Generator().manual_seed(1 << 20))
     predicted = model.eval()(input_ids, **kwargs).logits[:, :-1].argmax(-1)
     counted = labels[:, 1:] != -100
@@ -102,7 +104,7 @@ def accuracy(model: ReformerHfForCausalLM, **kwargs) -> float:
 
 
 def train(run: Run) -> dict:
-    """Train and measure one setting, on one thread."""
+    """Train and evaluate one setting on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     model = build(run, "full" if run.pattern == "full" else "lsh").train()
@@ -119,17 +121,21 @@ def train(run: Run) -> dict:
         schedule.step()
         losses.append(loss.item())
     seconds = time.perf_counter() - start
-    found = {"loss": sum(losses[-50:]) / len(losses[-50:]), "learned_at": first_below(losses, 0.1), "seconds": seconds}
+    result = {
+        "loss": sum(losses[-50:]) / len(losses[-50:]),
+        "learned_at": first_below(losses, 0.1),
+        "seconds": seconds,
+    }
     if run.pattern == "full":
-        return asdict(run) | found | {"accuracy": {"full": accuracy(model)}}
+        return asdict(run) | result | {"accuracy": {"full": accuracy(model)}}
     scores = {str(num_hashes): accuracy(model, num_hashes=num_hashes) for num_hashes in EVAL_HASHES}
     full = build(run, "full")
     full.load_state_dict(model.state_dict())
-    return asdict(run) | found | {"accuracy": scores | {"full": accuracy(full)}}
+    return asdict(run) | result | {"accuracy": scores | {"full": accuracy(full)}}
 
 
 def first_below(losses: list[float], limit: float) -> int | None:
-    """The first step after which the mean loss of ten steps is below `limit`."""
+    """Return the first step at which the mean loss of the last ten steps is below `limit`."""
     for step in range(10, len(losses) + 1):
         if sum(losses[step - 10 : step]) / 10 < limit:
             return step
@@ -137,20 +143,20 @@ def first_below(losses: list[float], limit: float) -> int | None:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: a row for each run."""
+    """Return a Markdown table with one row per run."""
     columns = [*(str(num_hashes) for num_hashes in EVAL_HASHES), "full"]
     lines = [
-        "| pattern | a key counts | W | buckets | hashes | seed | steps | loss | below 0.1 at step | seconds | "
+        "| pattern | duplicate keys | W | buckets | hashes | seed | steps | loss | steps to loss 0.1 | seconds | "
         + " | ".join(f"acc. {name}" for name in columns)
         + " |",
         "|" + "---|" * (10 + len(columns)),
     ]
     for r in results:
         lsh = r["pattern"] != "full"
-        rule = ("once" if r["deduplicate_keys"] else "each time") if lsh else ""
+        duplicates = ("removed" if r["deduplicate_keys"] else "counted") if lsh else ""
         cells = [
             r["pattern"],
-            rule,
+            duplicates,
             r["window"] if lsh else "",
             r["num_buckets"] or "",
             r["num_hashes"] if lsh else "",
@@ -162,14 +168,14 @@ def table(results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing of the grid, and write the table."""
+    """Run the missing settings of the grid, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a run")
-    parser.add_argument("--table", type=Path, help="Markdown table of all runs in --out")
+    parser.add_argument("--out", type=Path, required=True, help="output file in JSON Lines format, one line per run")
+    parser.add_argument("--table", type=Path, help="file for a Markdown table of all runs in --out")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--hashes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--processes", type=int, default=2, help="number of parallel runs, each with one thread")
     args = parser.parse_args(argv)
     results = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     fields = Run.__dataclass_fields__

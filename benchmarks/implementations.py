@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The registry: what is measured, what it can do, and how its correctness is checked."""
+"""Registry of the implementations: how to build them, how to check them, and their workloads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,17 +10,19 @@ from . import checks, reformers
 from .cases import WORKLOADS, Case, Shape
 from .checks import Finding
 from .dense import dense_model
-from .floor import floor_of_step
+from .lower_bound import lower_bound_of_step
 from .workloads import Build, Run, prepare, prepare_compiled
 
 
 @dataclass(frozen=True)
 class Implementation:
     """
+    An implementation to measure.
+
     Args:
-        prepare: Builds what a case needs and returns what does its work once.
-        check: Measures, for a shape and a number of rounds, what is wrong.
-        workloads: What it can do.
+        prepare: Builds the model of a case and returns a function that runs the workload once.
+        check: Measures the errors for a shape and a number of hash rounds.
+        workloads: Names of the supported workloads.
     """
 
     prepare: Callable[[Case, torch.device], Run]
@@ -28,7 +30,7 @@ class Implementation:
     workloads: frozenset[str] = frozenset(WORKLOADS)
 
 
-def _of_modules(
+def _implementation(
     check: Callable[[Shape, int], list[Finding]],
     build_model: Build,
     build_attention: Build | None = None,
@@ -37,31 +39,33 @@ def _of_modules(
     return Implementation(lambda case, device: prepare(case, device, build_model, build_attention), check, workloads)
 
 
-# Without a state of its own, or one that the workloads know.
-_NO_STATE = frozenset(WORKLOADS) - {"tokens", "prefill", "last"}
-_OF_MODEL = frozenset(WORKLOADS) - {"attention", "attention-step"}
+# Without a KV cache, or with one that only the workload `tokens` supports.
+_WITHOUT_CACHE = frozenset(WORKLOADS) - {"tokens", "prefill", "last"}
+_WITHOUT_ATTENTION = frozenset(WORKLOADS) - {"attention", "attention-step"}
 
 
 IMPLEMENTATIONS = {
-    "reformer_hf": _of_modules(checks.check_oracle, reformers.our_model, reformers.our_attention),
-    "reformer_hf-wide": _of_modules(checks.check_oracle, reformers.our_default_model, reformers.our_default_attention),
-    "reformer_hf-in-tree": _of_modules(
+    "reformer_hf": _implementation(checks.check_reference, reformers.our_model, reformers.our_attention),
+    "reformer_hf-wide": _implementation(
+        checks.check_reference, reformers.our_default_model, reformers.our_default_attention
+    ),
+    "reformer_hf-in-tree": _implementation(
         checks.check_in_tree, reformers.our_in_tree_model, reformers.our_in_tree_attention
     ),
     "reformer_hf-compiled": Implementation(
         lambda case, device: prepare_compiled(case, device, reformers.our_model),
-        checks.check_oracle,
+        checks.check_reference,
         frozenset({"tokens"}),
     ),
-    "transformers": _of_modules(
-        checks.check_in_tree, reformers.in_tree_model, reformers.in_tree_attention, _NO_STATE | {"tokens"}
+    "transformers": _implementation(
+        checks.check_in_tree, reformers.in_tree_model, reformers.in_tree_attention, _WITHOUT_CACHE | {"tokens"}
     ),
-    "reformer-pytorch": _of_modules(
+    "reformer-pytorch": _implementation(
         checks.check_reformer_pytorch,
         reformers.reformer_pytorch_model,
         reformers.reformer_pytorch_attention,
-        _NO_STATE,
+        _WITHOUT_CACHE,
     ),
-    "dense": _of_modules(checks.check_dense, dense_model, workloads=_OF_MODEL),
-    "floor": Implementation(floor_of_step, lambda shape, num_hashes: [], frozenset({"step"})),
+    "dense": _implementation(checks.check_dense, dense_model, workloads=_WITHOUT_ATTENTION),
+    "lower-bound": Implementation(lower_bound_of_step, lambda shape, num_hashes: [], frozenset({"step"})),
 }

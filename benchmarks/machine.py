@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the results were measured on and with."""
+"""The machine and the software versions of a run."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "transformers", "reformer-pytorch", "numpy")
 
 
 def describe_machine(threads: int | None, device: str) -> dict:
-    """Processor, memory, versions, threads and commit."""
+    """Return the processor, memory, versions, number of threads and commit."""
     described = {
         "cpu": _cpu_model(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
@@ -47,7 +47,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit, marked where tracked files of the package or the benchmarks differ from it."""
+    """Return the commit, marked if tracked files of the package or the benchmarks have changed since."""
     root = Path(__file__).resolve().parent.parent
     try:
         commit = _git(root, "rev-parse", "--short=12", "HEAD")

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Time and peak memory of one case, in the process that this runs in."""
+"""Measure time and peak memory of one case in the current process."""
 
 import ctypes
 import gc
@@ -20,7 +20,7 @@ from .cases import Case
 from .implementations import Implementation
 from .workloads import Run
 
-# A first run that takes as long as this is taken as it is; a shorter one is a warm-up.
+# If the first run takes at least this long, its time is the result. Otherwise it is a warm-up.
 LONG_SECONDS = 15.0
 MAX_RUNS = 5
 
@@ -29,20 +29,20 @@ Result = TypeVar("Result")
 
 def measure(implementation: Implementation, case: Case, device: torch.device) -> dict:
     """
-    Build the case and run it.
+    Build the model of a case and run the workload.
 
     Returns:
-        `seconds`: the median of `runs`; `peak_bytes`: the peak of memory above `built_bytes`, what was in use when
-        the model was built.
+        `seconds`, the median of `runs`; `peak_bytes`, the peak memory above `built_bytes`, the memory in use after the
+        model is built.
 
     Raises:
         RuntimeError: If a run's result is not finite.
     """
-    # Loads libraries and starts threads, so that neither counts: the same work at a small size.
+    # Load libraries and start threads by running the same work at a small size, so that neither is measured.
     implementation.prepare(replace(case, length=min(case.length, case.shape.check_length)), device)()
     run = implementation.prepare(case, device)
     peak = _PeakMemory(device)
-    runs = time_runs(lambda: _finished(run, device), _check_finite)
+    runs = time_runs(lambda: _run_and_synchronize(run, device), _check_finite)
     return {
         "seconds": statistics.median(runs),
         "runs": runs,
@@ -53,9 +53,9 @@ def measure(implementation: Implementation, case: Case, device: torch.device) ->
 
 def time_runs(run: Callable[[], Result], check: Callable[[Result], None]) -> list[float]:
     """
-    Seconds of each run: one long one, or after a warm-up as many as fit into `LONG_SECONDS`, `MAX_RUNS` at most.
+    Return the seconds of each run: of one long run, or, after a warm-up, of the runs that fit into `LONG_SECONDS`.
 
-    `check` is given each result; the time that it takes does not count.
+    There are at most `MAX_RUNS` runs. `check` receives each result; its time is not included.
     """
 
     def seconds() -> float:
@@ -71,7 +71,7 @@ def time_runs(run: Callable[[], Result], check: Callable[[Result], None]) -> lis
     return [seconds() for _ in range(min(max(int(LONG_SECONDS / first), 1), MAX_RUNS))]
 
 
-def _finished(run: Run, device: torch.device) -> Tensor:
+def _run_and_synchronize(run: Run, device: torch.device) -> Tensor:
     result = run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -79,13 +79,13 @@ def _finished(run: Run, device: torch.device) -> Tensor:
 
 
 def _check_finite(result: Tensor) -> None:
-    # One number, not a mask as large as the result.
+    # The sum avoids a mask as large as the result.
     if not result.sum().isfinite():
         raise RuntimeError("The result is not finite.")
 
 
 class _PeakMemory:
-    """Peak above what is in use when this is made: of CUDA's allocator, or of the process's resident memory."""
+    """Peak of CUDA's allocator or of resident memory, above the memory in use when this object is created."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -106,7 +106,7 @@ class _PeakMemory:
 
 
 def _return_free_memory() -> None:
-    """Give what was freed back to the system; else it would be used again, and the peak would miss it."""
+    """Return freed memory to the system. If it were reused instead, the peak would not include it."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -117,7 +117,7 @@ def _reset_host_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        # The peak since the process began is all there is. Building takes less than running.
+        # Only the peak since the process started is available. Building the model takes less memory than running it.
         pass
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Time against length, both on logarithmic axes, as in figure 5 of the paper (Kitaev et al. 2020)."""
+"""Plots of time against length on logarithmic axes, as in figure 5 of the paper (Kitaev et al. 2020)."""
 
 import math
 from pathlib import Path
@@ -20,13 +20,13 @@ _COLOURS = {
     "transformers": "C1",
     "reformer-pytorch": "C2",
     "dense": "black",
-    "floor": "C3",
+    "lower-bound": "C3",
 }
 _STYLES = {1: ":", 2: "-", 4: "--", 8: "-."}
 
 
 def draw_plots(results: Results) -> list[Path]:
-    """One picture beside the JSON for each workload and shape that has several lengths."""
+    """Draw one plot for each workload and shape with several lengths, next to the JSON file."""
     assert results.path is not None
     paths = []
     for shape_name in SHAPES:
@@ -65,7 +65,7 @@ def _draw(lines: dict[tuple[str, int], dict[int, float]], title: str, path: Path
 
 
 def _draw_guide(axes, lines: dict[tuple[str, int], dict[int, float]]) -> None:
-    """L log L through the first point of our line with the fewest rounds."""
+    """Draw L log L through the first point of our line with the fewest hash rounds."""
     ours = sorted(key for key in lines if key[0] == OURS)
     if not ours:
         return

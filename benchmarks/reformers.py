@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The Reformers that are compared: ours in two patterns, the in-tree one, and `reformer-pytorch`."""
+"""The Reformer models: ours with two patterns, the in-tree model, and `reformer-pytorch`."""
 
 import math
 
@@ -15,7 +15,7 @@ from reformer_hf.lsh_attention import LSHSelfAttention
 
 from .cases import Shape
 
-# The in-tree function: whole chunks across buckets in a ring, a key as often as it is met.
+# What the in-tree model computes: whole chunks across buckets, wrapped, with duplicate keys counted.
 IN_TREE_PATTERN = {
     "lsh_pattern": "chunk",
     "lsh_across_buckets": True,
@@ -25,19 +25,19 @@ IN_TREE_PATTERN = {
 
 
 def axial_shape(length: int) -> tuple[int, int]:
-    """The two factors of `length` that are nearest to each other; in-tree trains at their product only."""
+    """Return the two closest factors of `length`; the in-tree model trains only on sequences of their product."""
     columns = max(factor for factor in range(1, math.isqrt(length) + 1) if length % factor == 0)
     return length // columns, columns
 
 
 def num_buckets(shape: Shape, length: int) -> int | list[int]:
-    """Buckets per round by the in-tree formula, for what computes the in-tree function."""
+    """Return the number of buckets per round by the in-tree formula."""
     factors = bucket_factors(None, length, shape.lsh_chunk, length)
     return factors[0] if len(factors) == 1 else factors
 
 
 def _shared_fields(shape: Shape, length: int, num_hashes: int) -> dict:
-    """Fields that both our config and the in-tree one have."""
+    """Return the fields that our config and the in-tree config share."""
     return {
         "attn_layers": list(shape.layers),
         "hidden_size": shape.width,
@@ -65,13 +65,13 @@ def _shared_fields(shape: Shape, length: int, num_hashes: int) -> dict:
 
 
 def our_config(shape: Shape, length: int, num_hashes: int, **fields) -> ReformerHfConfig:
-    """Our config; what `fields` leave open, such as the pattern, has its default."""
+    """Return our config; other fields, such as the pattern, have their defaults unless given."""
     chunks = {"chunk_size_feed_forward": shape.feed_forward_chunk, "chunk_size_lm_head": shape.head_chunk}
     return ReformerHfConfig(**{**_shared_fields(shape, length, num_hashes), **chunks, **fields})
 
 
 def our_model(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Module:
-    """The pattern `window`, with as many buckets as it chooses."""
+    """Build our model with the pattern `window` and its default number of buckets."""
     return ReformerHfForCausalLM(our_config(shape, length, num_hashes, num_buckets=None, **fields))
 
 
@@ -80,7 +80,7 @@ def our_attention(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Mo
 
 
 def our_default_model(shape: Shape, length: int, num_hashes: int) -> nn.Module:
-    """With the window of new configs, two chunks."""
+    """Build our model with the default window of two chunks."""
     return our_model(shape, length, num_hashes, lsh_num_chunks_before=None)
 
 
@@ -109,7 +109,7 @@ def in_tree_attention(shape: Shape, length: int, num_hashes: int) -> nn.Module:
 
 
 class _ReformerPytorch(nn.Module):
-    """`reformer_pytorch.ReformerLM`, called as the models of Transformers are."""
+    """`reformer_pytorch.ReformerLM` with the signature of Transformers models."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -123,11 +123,11 @@ class _ReformerPytorch(nn.Module):
 
 
 def reformer_pytorch_model(shape: Shape, length: int, num_hashes: int) -> nn.Module:
-    """Nothing cut into chunks and positions by axial embeddings, as in the others; its buckets hold one chunk."""
+    """Build `ReformerLM` without chunked layers, with axial position embeddings and buckets of one chunk."""
     from reformer_pytorch import ReformerLM
 
     if set(shape.layers) != {"lsh"}:
-        raise ValueError(f"Shape {shape.name!r} has layers {shape.layers}; reformer-pytorch has 'lsh' alone.")
+        raise ValueError(f"Shape {shape.name!r} has layers {shape.layers}, but reformer-pytorch supports only 'lsh'.")
     return _ReformerPytorch(
         ReformerLM(
             num_tokens=shape.vocab_size,
@@ -152,7 +152,7 @@ def reformer_pytorch_model(shape: Shape, length: int, num_hashes: int) -> nn.Mod
 
 
 def reformer_pytorch_attention(shape: Shape, length: int, num_hashes: int) -> nn.Module:
-    """Without its output projection, which the other modules leave to their layer."""
+    """Build the attention module without its output projection, which the other attention modules do not contain."""
     from reformer_pytorch import LSHSelfAttention as ReformerPytorchAttention
 
     module = ReformerPytorchAttention(
@@ -169,5 +169,5 @@ def reformer_pytorch_attention(shape: Shape, length: int, num_hashes: int) -> nn
 
 
 def random_ids(shape: Shape, length: int, device: torch.device | str = "cpu") -> Tensor:
-    """Token ids `[1, L]`, always the same ones."""
+    """Return fixed random token ids `[1, L]`."""
     return torch.randint(0, shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(1)).to(device)

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Results as Markdown."""
+"""Markdown reports of results."""
 
 import math
 import statistics
@@ -11,11 +11,11 @@ from .required import required_figures
 from .results import Results
 
 _HEAD = ["case", "implementation", "seconds", "min–max", "processes", "peak MB", "process MB", "time / ours"]
-_CHECKS_HEAD = ["implementation", "shape", "hashes", "what", "found", "limit"]
+_CHECKS_HEAD = ["implementation", "shape", "hashes", "check", "value", "limit"]
 
 
 def write_report(results: Results) -> list[Path]:
-    """Write the table and the plots beside the JSON, and return what was written."""
+    """Write the tables and plots next to the JSON file, and return their paths."""
     assert results.path is not None
     plots = draw_plots(results)
     path = results.path.with_suffix(".md")
@@ -24,11 +24,11 @@ def write_report(results: Results) -> list[Path]:
 
 
 def markdown(results: Results, plots: list[Path] | None = None) -> str:
-    """The whole report."""
+    """Return the report as Markdown."""
     parts = [f"# Benchmarks: {results.suite}, {results.date}", _machine(results)]
     parts.append(_table(_HEAD, _rows(results)))
     if results.suite in ("required", "generation"):
-        parts += ["## Required figures", _table(["case", "wanted", "measured", "met"], _required_rows(results))]
+        parts += ["## Performance targets", _table(["case", "target", "measured", "met"], _required_rows(results))]
     parts += [f"![]({plot.name})" for plot in plots or []]
     parts += ["## Correctness", _table(_CHECKS_HEAD, _checks(results))]
     return "\n\n".join(parts) + "\n"
@@ -44,9 +44,9 @@ def _machine(results: Results) -> str:
         f"commit {machine['commit']}",
     ]
     return (
-        f"{'; '.join(words)}.\n\nfp32, batch 1. Medians of interleaved processes (each the median of its runs); MB "
-        "is 10^6 bytes, the peak above the built model and that of the whole process. How time, memory and floor are "
-        "measured: `benchmarks/README.md`."
+        f"{'; '.join(words)}.\n\nfp32, batch size 1. Each time is the median over processes that take turns, and each "
+        "process reports the median of its runs. Peak MB is the peak memory above the built model, process MB that of "
+        "the whole process (1 MB is 10^6 bytes). See `benchmarks/README.md` for the method."
     )
 
 
@@ -80,8 +80,8 @@ def _rows(results: Results) -> list[list[str]]:
 
 
 def _required_rows(results: Results) -> list[list[str]]:
-    says = {True: "yes", False: "**no**", None: "not measured"}
-    return [[row.title, row.wanted, row.measured, says[row.met]] for row in required_figures(results)]
+    answers = {True: "yes", False: "**no**", None: "not measured"}
+    return [[row.title, row.target, row.measured, answers[row.met]] for row in required_figures(results)]
 
 
 def _checks(results: Results) -> list[list[str]]:
@@ -92,8 +92,8 @@ def _checks(results: Results) -> list[list[str]]:
             rows.append([*key, f"failed: {_one_line(check['error'])}", "", ""])
         for finding in check.get("findings", []):
             value, limit = finding["value"], finding["limit"]
-            bad = math.isnan(value) or value > limit
-            rows.append([*key, finding["what"], f"{value:.2g}{', **wrong: not timed**' if bad else ''}", f"{limit:g}"])
+            verdict = ", **wrong: not timed**" if math.isnan(value) or value > limit else ""
+            rows.append([*key, finding["what"], f"{value:.2g}{verdict}", f"{limit:g}"])
     return rows
 
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The figures that are required of the library, and what the results say of them."""
+"""The performance targets of the library, compared with results."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from .cases import DENSE, IN_TREE, OURS
+from .cases import DENSE, IN_TREE, LOWER_BOUND, OURS
 from .results import Results
 
 GROWTH_LENGTHS = (4096, 65536)
@@ -14,29 +14,29 @@ GROWTH_LENGTHS = (4096, 65536)
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians, `rival` over ours in the same case unless another one is named below the line."""
+    """A ratio of medians: that of `baseline` in `case`, divided by ours in the same case or in `our_case`."""
 
     title: str
     case: str
-    rival: str
-    least: float | None = None
-    what: str = "seconds"
-    most: float | None = None
-    below: str | None = None
+    baseline: str
+    minimum: float | None = None
+    quantity: str = "seconds"
+    maximum: float | None = None
+    our_case: str | None = None
 
     @property
-    def wanted(self) -> str:
-        return f"≥ {self.least:g}" if self.most is None else f"≤ {self.most:g}"
+    def target(self) -> str:
+        return f"≥ {self.minimum:g}" if self.maximum is None else f"≤ {self.maximum:g}"
 
     def measured(self, results: Results) -> float | None:
-        above = results.median(self.case, self.rival, self.what)
-        below = results.median(self.below or self.case, OURS, self.what)
-        return above / below if above is not None and below else None
+        baseline = results.median(self.case, self.baseline, self.quantity)
+        ours = results.median(self.our_case or self.case, OURS, self.quantity)
+        return baseline / ours if baseline is not None and ours else None
 
     def met(self, value: float | None) -> bool | None:
         if value is None:
             return None
-        return value >= self.least if self.most is None else value <= self.most
+        return value >= self.minimum if self.maximum is None else value <= self.maximum
 
 
 RATIOS = [
@@ -49,7 +49,7 @@ RATIOS = [
     Ratio(
         "peak memory, training step, L 16,384, 4 hashes: in-tree / ours", "step-L16384-R4", IN_TREE, 6.0, "peak_bytes"
     ),
-    Ratio("training step, L 16,384, 4 hashes: floor / ours", "step-L16384-R4", "floor", 0.85),
+    Ratio("training step, L 16,384, 4 hashes: lower bound / ours", "step-L16384-R4", LOWER_BOUND, 0.85),
     Ratio("training step, L 16,384, 4 hashes: reformer-pytorch / ours", "step-L16384-R4", "reformer-pytorch", 2.0),
     Ratio("training step, L 4,096, 2 hashes: dense / ours", "step-L4096-R2", DENSE, 1.8),
     Ratio("training step, L 16,384, 2 hashes: dense / ours", "step-L16384-R2", DENSE, 5.0),
@@ -58,55 +58,55 @@ RATIOS = [
 
 _TOKENS = "decoder-tokens-L{}-R4"
 GENERATION_RATIOS = [
-    Ratio("time of a token, context 4,096: in-tree / ours", _TOKENS.format(4096), IN_TREE, 10.0),
-    Ratio("time of a token, context 16,384: in-tree / ours", _TOKENS.format(16384), IN_TREE, 20.0),
+    Ratio("time per token, context of 4,096: in-tree / ours", _TOKENS.format(4096), IN_TREE, 10.0),
+    Ratio("time per token, context of 16,384: in-tree / ours", _TOKENS.format(16384), IN_TREE, 20.0),
     Ratio(
-        "time of a token, ours: context 65,536 / 1,024",
+        "time per token, ours: context of 65,536 / 1,024",
         _TOKENS.format(65536),
         OURS,
-        most=1.2,
-        below=_TOKENS.format(1024),
+        maximum=1.2,
+        our_case=_TOKENS.format(1024),
     ),
     Ratio(
         "prefill of 65,536 tokens / plain forward pass",
         "decoder-prefill-L65536-R4",
         OURS,
-        most=1.15,
-        below="decoder-last-L65536-R4",
+        maximum=1.15,
+        our_case="decoder-last-L65536-R4",
     ),
 ]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A row of the table of required figures."""
+    """A row of the table of performance targets."""
 
     title: str
-    wanted: str
+    target: str
     measured: str
     met: bool | None
 
 
 def required_figures(results: Results) -> list[Figure]:
-    """All rows that the suite is for; where something was not measured, nothing is said of it."""
+    """Return the targets of the suite; `met` is `None` if a target was not measured."""
     ratios = GENERATION_RATIOS if results.suite == "generation" else RATIOS
     figures = []
     for ratio in ratios:
         value = ratio.measured(results)
-        figures.append(Figure(ratio.title, ratio.wanted, _number(value), ratio.met(value)))
+        figures.append(Figure(ratio.title, ratio.target, _number(value), ratio.met(value)))
     if results.suite == "generation":
         return figures
     return [*figures, _shortest_length(results), *_growths(results)]
 
 
 def _shortest_length(results: Results) -> Figure:
-    """From which length on our step with 2 hashes is faster than the dense model's."""
+    """Return the shortest length from which our step with 2 hashes is always faster than the dense step."""
     ours, dense = (results.times_by_length("step", "base").get((name, 2), {}) for name in (OURS, DENSE))
     lengths = sorted(ours.keys() & dense.keys())
     slower = [length for length in lengths if ours[length] >= dense[length]]
     faster = [length for length in lengths if length > max(slower, default=0)]
     measured = f"{faster[0]:,}" if faster else "none" if lengths else "–"
-    title = "shortest length from which on our step with 2 hashes is faster than the dense one"
+    title = "shortest length from which our step with 2 hashes is always faster than the dense step"
     return Figure(title, "≤ 1,024", measured, bool(faster) and faster[0] <= 1024 if lengths else None)
 
 
@@ -116,17 +116,17 @@ def _growths(results: Results) -> list[Figure]:
         growth = fit_growth(times)
         if name == OURS and growth is not None:
             exponent, allowed = growth
-            title = f"training step, {num_hashes} hashes: exponent of L from 4,096 to 65,536 (wanted: L·log L's)"
+            title = f"training step, {num_hashes} hashes: exponent of L from 4,096 to 65,536 (target: that of L·log L)"
             figures.append(Figure(title, f"≤ {allowed:.3f}", f"{exponent:.3f}", exponent <= allowed))
     return figures
 
 
 def fit_growth(times: dict[int, float]) -> tuple[float, float] | None:
     """
-    Fit `time ∝ L^p` by least squares of logarithms, over the lengths from 4,096 to 65,536.
+    Fit `time ∝ L^p` to the lengths from 4,096 to 65,536, by least squares of the logarithms.
 
     Returns:
-        The exponent, and that of `L log L` over the same lengths; None where there are not both ends.
+        The exponent, and that of `L log L` over the same lengths. `None` if the first or the last length is missing.
     """
     first, last = GROWTH_LENGTHS
     lengths = [length for length in times if first <= length <= last]
@@ -136,7 +136,7 @@ def fit_growth(times: dict[int, float]) -> tuple[float, float] | None:
 
 
 def fit_exponent(values: dict[int, float]) -> float:
-    """The exponent p of `value ∝ L^p`."""
+    """Fit the exponent p of `value ∝ L^p`."""
     return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Results as they are kept in JSON: the machine, the options, all checks and every measurement."""
+"""Results, saved as JSON: the machine, the options, all checks and all measurements."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ from .cases import Case
 
 @dataclass
 class Results:
-    """Results of one suite; each addition is written to `path` at once, unless that is None."""
+    """Results of one suite. Each addition is written to `path` at once, unless `path` is `None`."""
 
     suite: str
     date: str
@@ -25,8 +25,8 @@ class Results:
     def load(cls, path: Path) -> "Results":
         return cls(**json.loads(path.read_text()), path=path)
 
-    def forget_failures(self) -> None:
-        """Drop what failed and whatever was found wrong, so that it is tried again."""
+    def drop_failures(self) -> None:
+        """Drop failed checks and measurements, so that they are repeated."""
         self.checks = [check for check in self.checks if check.get("ok", False)]
         self.measurements = [found for found in self.measurements if "error" not in found]
 
@@ -35,13 +35,13 @@ class Results:
             return
         kept = {name: value for name, value in vars(self).items() if name != "path"}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever stops the run finds the old file or the new one.
+        # If the run is stopped here, either the old or the new file is intact.
         fresh = self.path.with_suffix(".json.tmp")
         fresh.write_text(json.dumps(kept, indent=1) + "\n")
         fresh.replace(self.path)
 
     def check(self, shape_name: str, num_hashes: int, implementation: str) -> dict | None:
-        """What the check of an implementation found, or None."""
+        """Return the result of the check of an implementation, or `None`."""
         key = (shape_name, num_hashes, implementation)
         for found in self.checks:
             if (found["shape"], found["num_hashes"], found["implementation"]) == key:
@@ -59,24 +59,24 @@ class Results:
         self.save()
 
     def of(self, case_name: str, implementation: str) -> list[dict]:
-        """Measurements that succeeded."""
+        """Return the successful measurements."""
         return [found for found in self._all(case_name, implementation) if "error" not in found]
 
     def failure(self, case_name: str, implementation: str) -> str | None:
-        """Why a measurement failed, if one did."""
+        """Return the error of the first failed measurement, or `None`."""
         return next((found["error"] for found in self._all(case_name, implementation) if "error" in found), None)
 
-    def median(self, case_name: str, implementation: str, what: str = "seconds") -> float | None:
-        """The median of `"seconds"` or `"peak_bytes"`, or None where nothing was measured."""
-        found = [measurement[what] for measurement in self.of(case_name, implementation)]
+    def median(self, case_name: str, implementation: str, quantity: str = "seconds") -> float | None:
+        """Return the median of `"seconds"` or `"peak_bytes"`, or `None` without measurements."""
+        found = [measurement[quantity] for measurement in self.of(case_name, implementation)]
         return statistics.median(found) if found else None
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Cases and implementations in the order in which they were first measured."""
+        """Return cases and implementations in the order of their first measurement."""
         return list(dict.fromkeys((found["case"], found["implementation"]) for found in self.measurements))
 
     def times_by_length(self, workload: str, shape_name: str) -> dict[tuple[str, int], dict[int, float]]:
-        """For each implementation and number of rounds, the median time by length."""
+        """Return the median time by length, for each implementation and number of hash rounds."""
         lines: dict[tuple[str, int], dict[int, float]] = {}
         for found in self.measurements:
             if (found["workload"], found["shape_name"]) != (workload, shape_name) or "error" in found:

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Runs cases: checks first, then measurements in turns, each kept as soon as it is known."""
+"""Run cases: checks first, then measurements in turns. Each result is saved as soon as it is available."""
 
 import json
 import subprocess
@@ -16,17 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def launch_process(task: dict) -> dict:
-    """Perform a task in a process of its own. `{"error": …}` where it fails."""
+    """Perform a task in a separate process. Return `{"error": …}` if it fails."""
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    said = done.stderr.strip().splitlines() or ["nothing was said"]
-    return {"error": f"exit status {done.returncode}: {said[-1]}"}
+    lines = done.stderr.strip().splitlines() or ["no output"]
+    return {"error": f"exit status {done.returncode}: {lines[-1]}"}
 
 
 def launch_here(task: dict) -> dict:
-    """Perform a task in this process, for a quick look: memory figures then mean little."""
+    """Perform a task in this process, which is fast but makes memory values unreliable."""
     from .worker import perform
 
     try:
@@ -48,14 +48,15 @@ def run_entries(
     advance: Callable[[str], None],
 ) -> None:
     """
-    Measure all entries, skipping what `results` has.
+    Run all measurements that `results` does not contain yet.
 
-    The implementations of a case take turns, so that a disturbance hits all. One whose check fails is not measured.
+    The implementations of a case take turns, so that a disturbance affects all of them. An implementation that fails
+    its check is not measured.
 
     Args:
-        once_above: What takes more seconds than this is not repeated.
+        once_above: A measurement that takes more seconds than this is not repeated.
         launch: Performs a task; see `benchmarks.worker`.
-        advance: Called for each measurement, with its name, before it is made or skipped.
+        advance: Called with the name of each measurement, before it runs or is skipped.
     """
     for case, names in entries:
         correct = {name for name in names if _is_correct(case, name, results, launch)}
@@ -72,7 +73,7 @@ def run_entries(
 
 
 def _is_correct(case: Case, name: str, results: Results, launch: Launch) -> bool:
-    """What the check says; asked once for each shape and number of rounds."""
+    """Return whether the implementation passes its check, which runs once per shape and number of hash rounds."""
     found = results.check(case.shape_name, case.num_hashes, name)
     if found is None:
         found = launch(_task("check", case, name, results))

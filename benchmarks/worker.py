@@ -1,6 +1,6 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-One task in a process of its own: `python -m benchmarks.worker JSON` writes one line of JSON.
+Perform one task in a separate process: `python -m benchmarks.worker JSON` writes one line of JSON.
 
 The task is `{"task": "check" or "measure", "implementation": …, "case": {…}, "device": …, "threads": … or null}`.
 """
@@ -18,7 +18,7 @@ from .measure import measure
 
 
 def perform(task: dict) -> dict:
-    """Findings of a check, `{"ok": …, "findings": […]}`, or what `measure` returns."""
+    """Return the findings of a check, `{"ok": …, "findings": […]}`, or the result of `measure`."""
     if task["threads"] is not None:
         torch.set_num_threads(task["threads"])
     transformers.logging.set_verbosity_error()
@@ -30,7 +30,7 @@ def perform(task: dict) -> dict:
     findings = implementation.check(case.shape, case.num_hashes)
     return {
         "ok": all(finding.ok for finding in findings),
-        "findings": [{"what": f.what, "value": f.value, "limit": f.limit} for f in findings],
+        "findings": [{"what": f.name, "value": f.value, "limit": f.limit} for f in findings],
     }
 
 

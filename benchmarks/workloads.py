@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a measured run does with a model or an attention module."""
+"""The workloads: functions that run a model or an attention module once."""
 
 import sysconfig
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from reformer_hf.tokenization_reformer_hf import FIRST_BYTE_ID
 
 from .cases import Case, Shape
-from .decoding import ROOM, decode
+from .decoding import MAX_NEW_TOKENS, decode
 from .reformers import random_ids
 
 Build = Callable[[Shape, int, int], nn.Module]
@@ -19,11 +19,11 @@ Run = Callable[[], Tensor]
 
 
 def prepare(case: Case, device: torch.device, build_model: Build, build_attention: Build | None) -> Run:
-    """Build what the case needs; the function returned does the work once and returns a loss or output."""
+    """Build the model of a case. Return a function that runs the workload once and returns a loss or an output."""
     torch.manual_seed(0)
     sizes = (case.shape, case.length, case.num_hashes)
     if case.workload == "tokens":
-        model = build_model(case.shape, case.length + ROOM, case.num_hashes).to(device).eval()
+        model = build_model(case.shape, case.length + MAX_NEW_TOKENS, case.num_hashes).to(device).eval()
         return decode(model, random_ids(case.shape, case.length, device))
     if case.workload in ("last", "prefill"):
         model = build_model(*sizes).to(device).eval()
@@ -35,7 +35,7 @@ def prepare(case: Case, device: torch.device, build_model: Build, build_attentio
         ids = random_ids(case.shape, case.length, device)
         return _step(model.train(), ids) if case.workload == "step" else _forward(model.eval(), ids)
     if build_attention is None:
-        raise ValueError(f"There is no attention module for the case {case.name!r}.")
+        raise ValueError(f"This implementation has no attention module for the case {case.name!r}.")
     module = build_attention(*sizes).to(device).train(case.workload == "attention-step")
     hidden_states = torch.randn(1, case.length, case.shape.width, device=device)
     if case.workload == "attention":
@@ -60,9 +60,9 @@ def _last(model: nn.Module, ids: Tensor, use_cache: bool) -> Run:
 
 
 def prepare_compiled(case: Case, device: torch.device, build_model: Build) -> Run:
-    """Decoding from a state of fixed shape, by a compiled step."""
+    """Like `prepare`, for decoding with a static KV cache and a compiled step."""
     torch.manual_seed(0)
-    model = build_model(case.shape, case.length + ROOM, case.num_hashes).to(device).eval()
+    model = build_model(case.shape, case.length + MAX_NEW_TOKENS, case.num_hashes).to(device).eval()
     return decode(model, random_ids(case.shape, case.length, device), compiled=True)
 
 
@@ -89,14 +89,14 @@ def _training(model: nn.Module, ids: Tensor) -> Run:
 
 
 def text_ids(length: int, device: torch.device) -> Tensor:
-    """The first bytes of the Python standard library's source files, as ids `[1, length]` of the byte tokenizer."""
+    """Return byte tokens `[1, length]` of the source files of the Python standard library."""
     text = b""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text += path.read_bytes()
         if len(text) >= length:
             break
     if len(text) < length:
-        raise ValueError(f"The standard library's modules hold {len(text)} bytes, fewer than {length}.")
+        raise ValueError(f"The modules of the standard library have only {len(text)} bytes, fewer than {length}.")
     return torch.frombuffer(bytearray(text[:length]), dtype=torch.uint8).to(device).long()[None] + FIRST_BYTE_ID
 
 
@@ -122,5 +122,5 @@ def _attention_step(module: nn.Module, hidden_states: Tensor, grad: Tensor) -> R
 
 
 def attention_output(returned) -> Tensor:
-    """The output among what an attention module returns: itself, or the first of several."""
+    """Return the output of an attention module, which returns a tensor or a tuple that begins with it."""
     return returned if isinstance(returned, Tensor) else returned[0]

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Bits per byte: the metric, and the figure of a bigram model to hold it against."""
+"""The metric bits per byte, and a bigram model as a baseline."""
 
 import math
 
@@ -13,15 +13,15 @@ from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
 
 class BitsPerByte(evaluate.Metric):
     """
-    Bits that a model needs for a text, divided by the bytes of the text.
+    Bits that a model needs to encode a text, divided by the number of bytes of the text.
 
-    `predictions` are negative log-likelihoods in nats, one sum a sequence; `references` the numbers of bytes in these
-    sequences. What special tokens cost counts; they are no bytes themselves.
+    `predictions` are negative log-likelihoods in nats, summed over each sequence. `references` are the numbers of
+    bytes in these sequences. The cost of special tokens is included, but they do not count as bytes.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Bits needed for a text, per byte of the text.",
+            description="Bits needed to encode a text, per byte of the text.",
             citation="",
             inputs_description="predictions: nats per sequence. references: bytes per sequence.",
             features=datasets.Features(
@@ -32,26 +32,30 @@ class BitsPerByte(evaluate.Metric):
     def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
         num_bytes = sum(references)
         if num_bytes == 0:
-            raise ValueError("The held-out text holds no byte, so that bits per byte are undefined.")
+            raise ValueError("The held-out text has no bytes, so bits per byte is undefined: give more held-out text.")
         return {"bits_per_byte": math.fsum(predictions) / math.log(2) / num_bytes}
 
 
 def bigram_bits_per_byte(train: np.ndarray, held_out: np.ndarray, alpha: float = 0.1) -> float:
     """
-    Bits per byte of a bigram model, fitted on `train`, for all tokens of `held_out` but the first.
+    Compute the bits per byte of a bigram model on `held_out`.
 
     Args:
-        train, held_out (`np.ndarray`): Streams of token ids of `ReformerHfByteTokenizer`.
-        alpha (`float`): Count given to every pair beforehand.
+        train (`np.ndarray`): Token ids of `ReformerHfByteTokenizer`, to which the model is fitted.
+        held_out (`np.ndarray`): Token ids to predict, all except the first.
+        alpha (`float`, defaults to 0.1): Pseudocount of every pair of tokens.
+
+    Returns:
+        `float`: Bits per byte.
     """
     counts = _count_pairs(train) + alpha
-    # The padding id, 0, never occurs and gets no share of the probability.
+    # The padding id 0 does not occur and gets no probability.
     log_probs = np.log2(counts) - np.log2(counts[:, 1:].sum(axis=1, keepdims=True))
     return float(-(log_probs * _count_pairs(held_out)).sum() / count_bytes(held_out[1:]))
 
 
 def _count_pairs(stream: np.ndarray, piece: int = 1 << 20) -> np.ndarray:
-    """How often each id follows each; the stream may be a memory map, of which one piece is looked at at a time."""
+    """Count how often each id follows each other id. Reads one piece of the stream at a time."""
     size = LAST_BYTE_ID + 1
     counts = np.zeros(size * size, dtype=np.int64)
     for start in range(0, len(stream) - 1, piece):

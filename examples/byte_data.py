@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Reading text as one stream of byte tokens: from a file, a folder, a Hub data set or the Python standard library."""
+"""Read text as one stream of byte tokens, from a file, a folder, a dataset on the Hub or the standard library."""
 
 import logging
 import os
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 PAD_ID, END_ID = SPECIAL_TOKEN_IDS["<pad>"], SPECIAL_TOKEN_IDS["</s>"]
 
-# Bytes or tokens that are in memory at a time.
+# Bytes or tokens in memory at a time.
 _PIECE = 1 << 22
 
-# Tests would be 60 % of the standard library and are no example of ordinary code.
+# Tests would be 60 % of the standard library and are not typical code.
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
 
 
 @dataclass
 class Corpus:
     """
-    Two streams of token ids (`int16`, the ids of `ReformerHfByteTokenizer`).
+    Training and held-out text as two streams of token ids (`int16`, the ids of `ReformerHfByteTokenizer`).
 
-    `held_out` starts with one token of context, the last of `train`, so that each of its further tokens is predicted
-    from at least one before it and no byte of the held-out text goes uncounted.
+    `held_out` starts with one token of context, the last token of `train`. All bytes of the held-out text are
+    therefore predicted from at least one token.
     """
 
     train: np.ndarray
@@ -43,17 +43,17 @@ class Corpus:
 
     @property
     def num_train_bytes(self) -> int:
-        """Bytes of the training text, separators left out."""
+        """Number of bytes of the training text, without separators."""
         return count_bytes(self.train)
 
     @property
     def num_held_out_bytes(self) -> int:
-        """Bytes of the held-out text, separators and the token of context left out."""
+        """Number of bytes of the held-out text, without separators and the context token."""
         return count_bytes(self.held_out[1:])
 
 
 def count_bytes(ids: np.ndarray) -> int:
-    """How many of `ids` stand for a byte, not for a special token."""
+    """Count the ids that are bytes, not special tokens."""
     pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
     return sum(int(((piece >= FIRST_BYTE_ID) & (piece <= LAST_BYTE_ID)).sum()) for piece in pieces)
 
@@ -66,21 +66,25 @@ def load_corpus(
     max_bytes: int | None = None,
 ) -> Corpus:
     """
-    Read `data` and split it: the last `validation_fraction` of the stream is held out.
+    Read text and hold out the last `validation_fraction` of it.
 
     Args:
-        data (`str`, *optional*): A file (any bytes), a folder (every UTF-8 file below it, in order of path), or the
-            name of a data set on the Hub. `None` reads the standard library's own source files.
-        dataset_config (`str`, *optional*), text_column (`str`): Configuration and column of a Hub data set. Its
-            `validation` split, where it has one, is held out in place of a fraction of `train`.
-        validation_fraction (`float`): Share of the stream that is held out, in (0, 1).
-        max_bytes (`int`, *optional*): Stop reading after so many bytes.
+        data (`str`, *optional*): A file of any bytes, a folder (all UTF-8 files below it, sorted by path), or the name
+            of a dataset on the Hub. `None` reads the source files of the Python standard library.
+        dataset_config (`str`, *optional*): Configuration of a dataset on the Hub.
+        text_column (`str`, defaults to `"text"`): Column of a dataset on the Hub. If the dataset has a split
+            `validation`, that split is held out instead of a fraction of `train`.
+        validation_fraction (`float`, defaults to 0.05): Fraction of the text to hold out, between 0 and 1.
+        max_bytes (`int`, *optional*): Maximum number of bytes to read.
+
+    Returns:
+        `Corpus`: The training and the held-out text.
 
     Raises:
-        `ValueError`: where there is no such data, no text in it, or an argument out of range.
+        `ValueError`: If the data do not exist or contain no text, or if an argument is out of range.
     """
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"`validation_fraction` is {validation_fraction}, but must lie between 0 and 1.")
+        raise ValueError(f"`validation_fraction` is {validation_fraction}, but must be between 0 and 1.")
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"`max_bytes` is {max_bytes}, but must be at least 1; leave it out to read everything.")
     limit = f" (the first {max_bytes:,} bytes)" if max_bytes else ""
@@ -100,33 +104,37 @@ def load_corpus(
 
 def encode(documents: Iterable[bytes | np.ndarray], max_bytes: int | None = None, begin: bool = False) -> np.ndarray:
     """
-    Token ids of all documents in one `int16` array, `</s>` between them, cut after `max_bytes` bytes.
+    Convert documents to one array of token ids, separated by `</s>`.
 
-    With `begin` there is one `</s>` before the first too.
+    Args:
+        documents (`Iterable[bytes | np.ndarray]`): Bytes of each document.
+        max_bytes (`int`, *optional*): Maximum number of bytes to encode.
+        begin (`bool`, defaults to `False`): Whether to put `</s>` before the first document too.
 
-    The array is a memory map of a temporary file, which is gone when the array is.
+    Returns:
+        `np.ndarray`: Token ids (`int16`), memory-mapped from a temporary file that is deleted with the array.
     """
     with tempfile.TemporaryFile() as file:
-        room, empty, separates = max_bytes, True, begin
+        remaining, empty, needs_separator = max_bytes, True, begin
         for document in documents:
-            if room is not None and room <= 0:
+            if remaining is not None and remaining <= 0:
                 break
             if not len(document):
                 continue
-            if separates:
+            if needs_separator:
                 np.array([END_ID], dtype=np.int16).tofile(file)
-            empty, separates = False, True
-            data = np.frombuffer(document, dtype=np.uint8)[:room]
+            empty, needs_separator = False, True
+            data = np.frombuffer(document, dtype=np.uint8)[:remaining]
             for start in range(0, len(data), _PIECE):
                 (data[start : start + _PIECE].astype(np.int16) + FIRST_BYTE_ID).tofile(file)
-            if room is not None:
-                room -= len(document)
+            if remaining is not None:
+                remaining -= len(document)
         file.flush()
         return np.empty(0, dtype=np.int16) if empty else np.memmap(file, dtype=np.int16, mode="r")
 
 
 def documents_of(stream: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents of what `encode` gave, without what is between them."""
+    """Yield the documents of an array returned by `encode`, without separators."""
     start = 0
     for first in range(0, len(stream), _PIECE):
         for end in first + np.flatnonzero(stream[first : first + _PIECE] == END_ID):
@@ -136,7 +144,7 @@ def documents_of(stream: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _read_files(root: Path, suffix: str = "") -> Iterator[bytes]:
-    """Contents of the UTF-8 files below `root` whose names end with `suffix`, hidden ones and tests left out."""
+    """Yield the UTF-8 files below `root` whose names end with `suffix`, except hidden files and tests."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("."))
         for path in (Path(folder, name) for name in sorted(names)):
@@ -164,44 +172,46 @@ def _is_text(content: bytes) -> bool:
 def _split(stream: np.ndarray, validation_fraction: float, description: str, source: str, **kwargs) -> Corpus:
     if len(stream) < 3:
         raise ValueError(
-            f"The data {source!r} hold {len(stream)} bytes of text: too few to train on and to hold out. Give a "
-            "non-empty text file, a folder with UTF-8 text files, or the name of a data set."
+            f"The data {source!r} contain {len(stream)} bytes of text: too few to train on and to hold out. Give a "
+            "non-empty text file, a folder with UTF-8 text files, or the name of a dataset on the Hub."
         )
-    border = min(max(len(stream) - round(len(stream) * validation_fraction), 2), len(stream) - 1)
+    boundary = min(max(len(stream) - round(len(stream) * validation_fraction), 2), len(stream) - 1)
     held_out_description = f"the last {validation_fraction:.1%} of the stream"
-    return Corpus(stream[:border], stream[border - 1 :], description, held_out_description, **kwargs)
+    return Corpus(stream[:boundary], stream[boundary - 1 :], description, held_out_description, **kwargs)
 
 
 def _load_hub(
     name: str, dataset_config: str | None, text_column: str, validation_fraction: float, max_bytes: int | None
 ) -> Corpus:
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in {".txt", ".md", ".py", ".json"}:
-        raise ValueError(f"The data {name!r} do not exist: give a text file, a folder, or the name of a data set.")
+        raise ValueError(
+            f"The data {name!r} do not exist: give a text file, a folder, or the name of a dataset on the Hub."
+        )
     try:
         splits = datasets.load_dataset(name, dataset_config)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
-            f"The data {name!r} are neither a file nor a folder, and could not be loaded as a data set of the Hub: "
+            f"The data {name!r} are neither a file nor a folder, and could not be loaded as a dataset from the Hub: "
             f"{error}"
         ) from error
     if "train" not in splits:
-        raise ValueError(f"The data set {name!r} has no split `train`, only {sorted(splits)}.")
+        raise ValueError(f"The dataset {name!r} has no split `train`, only {sorted(splits)}: choose another dataset.")
     if text_column not in splits["train"].column_names:
         raise ValueError(
-            f"The data set {name!r} has no column {text_column!r}: set `text_column` to one of "
+            f"The dataset {name!r} has no column {text_column!r}: set `text_column` to one of "
             f"{splits['train'].column_names}."
         )
 
     def stream_of(split: str, **options) -> np.ndarray:
         return encode((text.encode("utf-8") for text in splits[split][text_column]), max_bytes, **options)
 
-    description = f"the data set `{name}`" + (f", configuration `{dataset_config}`" if dataset_config else "")
+    description = f"the dataset `{name}`" + (f", configuration `{dataset_config}`" if dataset_config else "")
     if max_bytes:
-        description += f" (the first {max_bytes:,} bytes of a split)"
+        description += f" (the first {max_bytes:,} bytes of each split)"
     train = stream_of("train")
     if "validation" not in splits:
         return _split(train, validation_fraction, description, source=name, dataset_id=name)
     held_out = stream_of("validation", begin=True)
     if len(train) < 2 or len(held_out) < 2:
-        raise ValueError(f"The data set {name!r} holds no text in column {text_column!r}.")
+        raise ValueError(f"The dataset {name!r} contains no text in column {text_column!r}: choose another one.")
     return Corpus(train, held_out, description, "the split `validation`", dataset_id=name)

@@ -1,13 +1,13 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The whole way in a few minutes on two CPU cores: train, save, load in a new process, compare bit for bit, generate.
+Train a model, save it, load it in a new process, compare its logits bit for bit, and generate text.
 
     python examples/demo.py
     python examples/demo.py --data book.txt --output_dir outputs/book
 
-Trains `train_causal_lm.py` at 4,096 bytes on the first 4 MB of the Python standard library, or of `--data`. Further
-options go to that script. Exits with 1 unless the model beats a byte bigram model on the held-out text and the new
-process computes the very same logits.
+The demo takes a few minutes on two CPU cores. It runs `train_causal_lm.py` with sequences of 4,096 bytes on the first
+4 MB of the Python standard library or of `--data`, and passes further options to that script. It exits with status 1
+if the model does not beat a byte bigram model on the held-out text, or if the new process computes different logits.
 """
 
 import argparse
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 CHECK_FILE = "demo_logits.safetensors"
 SEQUENCE_LENGTH = 4096
 
-# Short local chunks, and positions that start small beside the bytes: what learns fastest in so few steps.
+# Short local chunks, and position embeddings that are small compared with token embeddings, learn fast in few steps.
 OPTIONS = f"""
     --sequence_length {SEQUENCE_LENGTH} --max_bytes 4000000 --overwrite_output_dir
     --attn_layers local,lsh,local --hidden_size 128 --num_attention_heads 4 --attention_head_size 32
@@ -40,14 +40,14 @@ OPTIONS = f"""
 
 
 def compute_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits of `input_ids`, in `eval()` and without gradients."""
+    """Compute the logits of `input_ids` in `eval()` mode and without gradients."""
     with torch.inference_mode():
         return model.eval()(input_ids).logits
 
 
 def train_and_save(output_dir: Path, options: list[str]) -> dict[str, float]:
-    """Train, and leave beside the model the logits that it gives for one held-out sequence. Returns the metrics."""
-    # Imported here, so that the new process needs nothing but the package and the folder.
+    """Train, save the model and its logits for one held-out sequence, and return the metrics."""
+    # Imported here, so that the new process needs only the package and the folder.
     from train_causal_lm import main as train_main
 
     trainer, metrics = train_main([*OPTIONS.split(), *options, "--output_dir", str(output_dir)])
@@ -57,7 +57,7 @@ def train_and_save(output_dir: Path, options: list[str]) -> dict[str, float]:
 
 
 def verify(output_dir: Path) -> bool:
-    """Load the folder, compare its logits with the saved ones, generate. Returns whether all bits are equal."""
+    """Load the model, generate text, and return whether its logits equal the saved ones."""
     model = AutoModelForCausalLM.from_pretrained(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
     saved = load_file(output_dir / CHECK_FILE)
@@ -67,33 +67,33 @@ def verify(output_dir: Path) -> bool:
     print(f"Logits of {tuple(logits.shape)}: {'bit-identical' if equal else f'differ by up to {difference:.3g}'}")
     set_seed(0)
     prompt = tokenizer("def read(self, path):\n", return_tensors="pt")
-    room = model.config.max_position_embeddings - prompt["input_ids"].shape[1]
-    generated = model.generate(**prompt, max_new_tokens=min(200, room))
+    max_new_tokens = model.config.max_position_embeddings - prompt["input_ids"].shape[1]
+    generated = model.generate(**prompt, max_new_tokens=min(200, max_new_tokens))
     print(f"Generated:\n\n{tokenizer.decode(generated[0])}\n")
     return equal
 
 
 def main() -> int:
-    """Run the demo; returns the exit status."""
+    """Run the demo and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--verify", action="store_true", help="only load and check what is in the output folder")
+    parser.add_argument("--verify", action="store_true", help="only load and check the model in the output folder")
     args, options = parser.parse_known_args()
     if args.verify:
         return 0 if verify(args.output_dir) else 1
 
     metrics = train_and_save(args.output_dir, options)
     command = [sys.executable, __file__, "--verify", "--output_dir", str(args.output_dir)]
-    print("\nA new process loads the folder:", flush=True)
+    print("\nLoading the model in a new process:", flush=True)
     identical = subprocess.run(command, check=False).returncode == 0
     ours, bigram = metrics["eval_bits_per_byte"], metrics["bigram_bits_per_byte"]
     rows = {
         "Held-out bits per byte, reformer_hf": f"{ours:.3f}",
-        "Held-out bits per byte, byte bigram": f"{bigram:.3f}",
+        "Held-out bits per byte, bigram model": f"{bigram:.3f}",
         "Lower than the bigram model": "yes" if ours < bigram else "NO",
-        "Same bits in a new process": "yes" if identical else "NO",
+        "Same logits in a new process": "yes" if identical else "NO",
         "Training time": f"{metrics['train_runtime']:.0f} s",
-        "Saved in": str(args.output_dir),
+        "Output folder": str(args.output_dir),
     }
     for name, value in rows.items():
         print(f"{name:<40}{value}")

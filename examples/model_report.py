@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a training run leaves beside the weights: the loss curve and the model card."""
+"""Write the loss curve and the model card of a training run."""
 
 import math
 import platform
@@ -54,7 +54,7 @@ TRAINING_SETTINGS = (
 
 
 def plot_loss_curve(log_history: list[dict[str, Any]], bigram: float, folder: Path) -> None:
-    """Write `loss_curve.png`: the losses in bits by step, and the `bigram` model's bits per byte as a line."""
+    """Write `loss_curve.png`: the losses in bits by step, and the bits per byte of the `bigram` model as a line."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     curves = (("loss", 1 / math.log(2), "training, per token"), ("eval_bits_per_byte", 1.0, "held out, per byte"))
     for key, factor, label in curves:
@@ -77,7 +77,7 @@ def write_model_card(
     prompt: str,
     sample: str,
 ) -> None:
-    """Write `README.md` from the template in `model_cards/`, with what the run was given and what it measured."""
+    """Write the model card `README.md` from the template in `model_cards/`, with settings and results of the run."""
     args, config = trainer.args, trainer.model.config
     model_name = args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).resolve().name
     bits = metrics["eval_bits_per_byte"]
@@ -86,9 +86,9 @@ def write_model_card(
         "Bits per byte, held out": f"{bits:.4f}",
         "Bits per byte of a byte bigram model, held out": f"{metrics['bigram_bits_per_byte']:.4f}",
         "Training steps": f"{trainer.state.global_step:,}",
-        "Tokens trained on, repeats included": f"{num_sequences * args.world_size * sequence_length:,}",
+        "Training tokens, including repetitions": f"{num_sequences * args.world_size * sequence_length:,}",
         "Epochs": f"{trainer.state.epoch:.2f}",
-        "Training time, since the last start": f"{metrics['train_runtime']:.0f} s",
+        "Training time since the last resume": f"{metrics['train_runtime']:.0f} s",
     }
     card_data = ModelCardData(
         library_name="transformers",

@@ -1,28 +1,29 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Train a byte-level causal Reformer, or fine-tune one, and measure bits per byte on held-out text.
+Train or fine-tune a byte-level causal Reformer, and measure bits per byte on held-out text.
 
-On the Python standard library's own source files, which every machine has:
+Train on the source files of the Python standard library:
 
     python examples/train_causal_lm.py --output_dir outputs/stdlib
 
-On a text file, a folder or a data set of the Hub, with a model of your own shape:
+Train a model with your own settings on a text file, a folder or a dataset on the Hub:
 
     python examples/train_causal_lm.py --data book.txt --output_dir outputs/book --sequence_length 16384 \
         --attn_layers local,lsh,local,lsh --num_hashes 2 --hidden_size 256 --max_steps 500 --learning_rate 1e-3
 
-Continue from a saved model:
+Fine-tune a saved model:
 
     python examples/train_causal_lm.py --model_name_or_path outputs/book --data letters.txt \
         --output_dir outputs/letters
 
-On two processes of one machine without a GPU:
+Train with two processes on one machine without a GPU:
 
     torchrun --nproc_per_node 2 examples/train_causal_lm.py --use_cpu --output_dir outputs/stdlib
 
-The same command again goes on from the last checkpoint in `output_dir`; `--resume_from_checkpoint FOLDER` from another
-one, and `--overwrite_output_dir` from the start. `--help` lists all options, each field of `TrainingArguments` among
-them. The folder then holds weights, config, generation config, tokenizer, model card, loss curve and `*_results.json`.
+Running the same command again resumes from the last intact checkpoint in `output_dir`. To resume from another
+checkpoint, use `--resume_from_checkpoint FOLDER`; to start over, use `--overwrite_output_dir`. `--help` lists all
+options, including every field of `TrainingArguments`. The script writes weights, config, generation config, tokenizer,
+model card, loss curve and `*_results.json` to `output_dir`.
 """
 
 import json
@@ -63,94 +64,112 @@ _CONFIG_FIELDS = {config_field.name for config_field in fields(ReformerHfConfig)
 
 @dataclass
 class ModelArguments:
-    """Fields of `ReformerHfConfig`. What is left out has the loaded model's value, or the config's default."""
+    """Fields of `ReformerHfConfig`. Omitted fields keep the value of the loaded model or the default of the config."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of a byte-level model to fine-tune, instead of a new one."}
+        default=None, metadata={"help": "Folder or Hub name of a byte-level model to fine-tune."}
     )
-    sequence_length: int = field(default=4096, metadata={"help": "Tokens in a sequence; a new model reads so many."})
-    attn_layers: str | None = field(
-        default=None, metadata={"help": "Kinds of layers, with commas between: local, lsh, full."}
+    sequence_length: int = field(
+        default=4096, metadata={"help": "Sequence length in tokens; a new model reads at most this many."}
     )
+    attn_layers: str | None = field(default=None, metadata={"help": "Comma-separated layer types: local, lsh, full."})
     hidden_size: int | None = field(default=None, metadata={"help": "Width of one residual stream."})
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Number of heads."})
-    attention_head_size: int | None = field(default=None, metadata={"help": "Size of a head."})
-    feed_forward_size: int | None = field(default=None, metadata={"help": "Inner width of the feed-forward."})
-    num_hashes: int | None = field(default=None, metadata={"help": "Hash rounds of LSH layers."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Number of attention heads."})
+    attention_head_size: int | None = field(default=None, metadata={"help": "Head dimension."})
+    feed_forward_size: int | None = field(default=None, metadata={"help": "Inner width of the feed-forward layers."})
+    num_hashes: int | None = field(default=None, metadata={"help": "Number of hash rounds of LSH layers."})
     num_buckets: str | None = field(
-        default=None, metadata={"help": "Buckets per round: an even number, or factors with commas between."}
+        default=None, metadata={"help": "Buckets per round: an even number, or comma-separated even factors."}
     )
     hash_seed: int | None = field(default=None, metadata={"help": "Seed of the hash rotations."})
-    lsh_pattern: str | None = field(default=None, metadata={"help": "What a query sees: window or chunk."})
+    lsh_pattern: str | None = field(default=None, metadata={"help": "Which keys a query sees: window or chunk."})
     lsh_attn_chunk_length: int | None = field(default=None, metadata={"help": "Chunk length of LSH layers."})
-    lsh_num_chunks_before: int | None = field(default=None, metadata={"help": "Chunks before, in LSH layers."})
-    local_attn_chunk_length: int | None = field(default=None, metadata={"help": "Chunk length of local layers."})
-    local_num_chunks_before: int | None = field(default=None, metadata={"help": "Chunks before, in local layers."})
-    hidden_dropout_prob: float | None = field(default=None, metadata={"help": "Dropout of embeddings and branches."})
-    lsh_attention_probs_dropout_prob: float | None = field(default=None, metadata={"help": "Dropout in LSH layers."})
-    local_attention_probs_dropout_prob: float | None = field(
-        default=None, metadata={"help": "Dropout of the attention weights of local layers."}
+    lsh_num_chunks_before: int | None = field(
+        default=None, metadata={"help": "Chunks before its own that a query sees in LSH layers."}
     )
-    chunk_size_feed_forward: int | None = field(default=None, metadata={"help": "Positions at a time; 0 for all."})
-    chunk_size_lm_head: int | None = field(default=None, metadata={"help": "Positions at a time; 0 for all."})
+    local_attn_chunk_length: int | None = field(default=None, metadata={"help": "Chunk length of local layers."})
+    local_num_chunks_before: int | None = field(
+        default=None, metadata={"help": "Chunks before its own that a query sees in local layers."}
+    )
+    hidden_dropout_prob: float | None = field(
+        default=None,
+        metadata={"help": "Dropout rate of the embeddings and the outputs of sublayers."},
+    )
+    lsh_attention_probs_dropout_prob: float | None = field(
+        default=None, metadata={"help": "Dropout rate of the attention weights of LSH layers."}
+    )
+    local_attention_probs_dropout_prob: float | None = field(
+        default=None, metadata={"help": "Dropout rate of the attention weights of local layers."}
+    )
+    chunk_size_feed_forward: int | None = field(
+        default=None, metadata={"help": "Positions that a feed-forward layer processes at a time; 0 for the default."}
+    )
+    chunk_size_lm_head: int | None = field(
+        default=None, metadata={"help": "Positions that the LM head processes at a time; 0 for all."}
+    )
     reversible: bool | None = field(default=None, metadata={"help": "Recompute activations instead of storing them."})
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "Any other field of the config: key=value,key=[1,2],… with values written as in JSON."},
+        metadata={"help": "Other fields of the config: key=value,key=[1,2],… with JSON values."},
     )
 
 
 @dataclass
 class DataArguments:
-    """What to read. See `byte_data.load_corpus`."""
+    """The data. See `byte_data.load_corpus`."""
 
     data: str | None = field(
         default=None,
-        metadata={"help": "Text file, folder, or data set on the Hub; left out: the Python standard library."},
+        metadata={"help": "Text file, folder, or dataset on the Hub. Default: the Python standard library."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set on the Hub."})
-    text_column: str = field(default="text", metadata={"help": "Column of the data set on the Hub."})
-    validation_fraction: float = field(default=0.05, metadata={"help": "Share of the text, its end, to hold out."})
-    max_bytes: int | None = field(default=None, metadata={"help": "Stop reading after so many bytes."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Text column of the dataset on the Hub."})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Fraction of the text to hold out, from its end."}
+    )
+    max_bytes: int | None = field(default=None, metadata={"help": "Maximum number of bytes to read."})
     across_documents: bool = field(
-        default=True, metadata={"help": "Go on with the next document in the same sequence; else each begins one."}
+        default=True,
+        metadata={"help": "Continue sequences across documents. False starts one for each document."},
     )
-    sample_length: int = field(default=256, metadata={"help": "Bytes to generate at the end; 0 for none."})
+    sample_length: int = field(default=256, metadata={"help": "Bytes to generate after training; 0 for none."})
 
 
 @dataclass
 class ScriptTrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults for small models on long sequences."""
 
-    output_dir: str | None = field(default="outputs/causal_lm", metadata={"help": "Where everything is written."})
+    output_dir: str | None = field(default="outputs/causal_lm", metadata={"help": "Output folder."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the checkpoints in `output_dir` and start anew."}
+        default=False, metadata={"help": "Delete the checkpoints in `output_dir` and start over."}
     )
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Sequences per device in training."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Sequences per device in evaluation."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Training batch size per device."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Evaluation batch size per device."})
     dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Page-locked memory, for faster copies to a GPU."}
+        default=torch.cuda.is_available(), metadata={"help": "Pin memory, for faster copies to a GPU."}
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training text."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or below 1 a share of all steps."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Warm-up steps, or a fraction of all steps if below 1."}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs of the loss."})
+    logging_steps: float = field(default=10, metadata={"help": "Number of steps between two logs."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    eval_steps: float | None = field(default=200, metadata={"help": "Steps between two evaluations."})
-    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Number of steps between two evaluations."})
+    save_steps: float = field(default=200, metadata={"help": "Number of steps between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Maximum number of checkpoints to keep."})
 
 
 class ByteTrainer(Trainer):
-    """A Trainer that leaves the model card to the script, on `push_to_hub` too."""
+    """A `Trainer` that does not write a model card, because the script writes its own."""
 
     def create_model_card(self, *args, **kwargs):
-        """Keep the card that is in the folder."""
+        """Keep the existing model card."""
 
 
 def build_config(args: ModelArguments) -> ReformerHfConfig:
-    """The config of a new causal model, or of the one to fine-tune. Raises `ValueError` where it does not fit."""
+    """Build the config of a new causal model or of the model to fine-tune. Raises `ValueError` if it does not fit."""
     given = {name: value for name, value in vars(args).items() if value is not None and name in _CONFIG_FIELDS}
     if args.attn_layers is not None:
         given["attn_layers"] = [layer.strip() for layer in args.attn_layers.split(",")]
@@ -159,7 +178,7 @@ def build_config(args: ModelArguments) -> ReformerHfConfig:
         given["num_buckets"] = factors if len(factors) > 1 else factors[0]
     given |= parse_overrides(args.config_overrides)
     if args.sequence_length < 2:
-        raise ValueError(f"`sequence_length` is {args.sequence_length}, but a sequence needs at least 2 tokens.")
+        raise ValueError(f"`sequence_length` is {args.sequence_length}, but must be at least 2.")
     if args.model_name_or_path is None:
         config = ReformerHfConfig(**{"max_position_embeddings": args.sequence_length, **given, "is_decoder": True})
     else:
@@ -171,20 +190,20 @@ def build_config(args: ModelArguments) -> ReformerHfConfig:
         )
     if config.vocab_size <= LAST_BYTE_ID:
         raise ValueError(
-            f"The model has {config.vocab_size} token ids, but a byte-level one has at least {LAST_BYTE_ID + 1}: "
+            f"`vocab_size` is {config.vocab_size}, but a byte-level model needs at least {LAST_BYTE_ID + 1}: "
             "choose another model."
         )
     return config
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`{"key": value}` of `key=value,key=value`. Raises `ValueError` for what is no field of the config."""
+    """Parse `key=value,key=value` into a dictionary. Raises `ValueError` for keys that are no config fields."""
     overrides = {}
     for item in re.split(r",(?=\s*\w+=)", text) if text else []:
         name, separator, value = item.strip().partition("=")
         if not separator or name not in _CONFIG_FIELDS:
             raise ValueError(
-                f"`config_overrides` holds {item!r}, but each entry must be key=value, with a field of "
+                f"`config_overrides` contains {item!r}, but each entry must be key=value, with a field of "
                 "`ReformerHfConfig` as the key."
             )
         try:
@@ -194,16 +213,18 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     return overrides
 
 
-def packed(stream: np.ndarray, path: Path, length: int, across_documents: bool, keep_last: bool) -> datasets.Dataset:
-    """Sequences of a stream of documents, memory-mapped from a file."""
+def pack_stream(
+    stream: np.ndarray, path: Path, length: int, across_documents: bool, keep_last: bool
+) -> datasets.Dataset:
+    """Pack a stream of documents into sequences, memory-mapped from the file `path`."""
     if across_documents:
-        # What is between documents is a token among others.
+        # Separators between documents are part of the sequences.
         return pack_to_file(path, [stream], length, keep_last=keep_last)
     return pack_to_file(path, documents_of(stream), length, separator_id=END_ID, across_documents=False)
 
 
 def sum_nll(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Negative log-likelihood of each sequence `[B]`, so that the logits `[B, L, vocab_size]` are never gathered."""
+    """Sum the negative log-likelihoods of each sequence, `[B]`, so that `Trainer` gathers no `[B, L, V]` logits."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
     return nll.sum(dim=1)
@@ -213,11 +234,11 @@ def train(
     model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
 ) -> tuple[Trainer, dict[str, Any]]:
     """
-    Train, measure, and fill `training_args.output_dir`.
+    Train and evaluate a model, and write everything to `training_args.output_dir`.
 
     Returns:
-        The trainer (its `model` is the trained one), and what came out: `eval_bits_per_byte`, `bigram_bits_per_byte`,
-        the other metrics of `Trainer`, and the generated `sample`.
+        The trainer with the trained model, and a dictionary of the metrics of `Trainer`, `eval_bits_per_byte`,
+        `bigram_bits_per_byte` and the generated `sample`.
     """
     set_seed(training_args.seed)
     config = build_config(model_args)
@@ -229,15 +250,15 @@ def train(
         max_bytes=data_args.max_bytes,
     )
     logger.info(
-        "Training on %s: %s bytes, and %s held out.",
+        "Training on %s: %s bytes, with %s bytes held out.",
         corpus.description,
         f"{corpus.num_train_bytes:,}",
         f"{corpus.num_held_out_bytes:,}",
     )
     if len(corpus.train) < model_args.sequence_length:
         raise ValueError(
-            f"The training text, {len(corpus.train)} tokens, is shorter than one sequence of "
-            f"{model_args.sequence_length}: give more data, or lower `sequence_length`."
+            f"The training text has {len(corpus.train)} tokens and is shorter than one sequence of "
+            f"{model_args.sequence_length}: give more data or lower `sequence_length`."
         )
     checkpoint = find_checkpoint(training_args)
     if model_args.model_name_or_path is None:
@@ -255,10 +276,10 @@ def train(
     )
 
     sizes = (model_args.sequence_length, data_args.across_documents)
-    # Each process maps a file of its own. Names with an underscore are not pushed to the Hub.
+    # Each process writes its own file. Names that begin with an underscore are not pushed to the Hub.
     folder = Path(training_args.output_dir, "_data", f"rank-{training_args.process_index}")
-    train_dataset = packed(corpus.train, folder / "train.arrow", *sizes, keep_last=False)
-    eval_dataset = packed(corpus.held_out, folder / "held_out.arrow", *sizes, keep_last=True)
+    train_dataset = pack_stream(corpus.train, folder / "train.arrow", *sizes, keep_last=False)
+    eval_dataset = pack_stream(corpus.held_out, folder / "held_out.arrow", *sizes, keep_last=True)
     on_sigterm = SaveOnSigterm()
     metric = BitsPerByte(keep_in_memory=True)
 
@@ -279,7 +300,7 @@ def train(
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if on_sigterm.stopped:
-        logger.warning("Stopped after step %d; the same command goes on from there.", trainer.state.global_step)
+        logger.warning("Stopped after step %d. Run the same command again to resume.", trainer.state.global_step)
         raise SystemExit(128 + signal.SIGTERM)
     metrics |= trainer.evaluate()
     metrics["bigram_bits_per_byte"] = bigram_bits_per_byte(corpus.train, corpus.held_out)
@@ -306,38 +327,43 @@ def train(
 
 
 def find_checkpoint(args: ScriptTrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the last one in `output_dir`."""
+    """Return the checkpoint to resume from: the requested one, or the last intact one in `output_dir`."""
     output_dir = Path(args.output_dir)
     if args.overwrite_output_dir:
         if args.should_save:
             for folder in output_dir.glob("checkpoint-*"):
                 shutil.rmtree(folder)
         return None
-    wanted = args.resume_from_checkpoint
-    if wanted is not None and str(wanted).lower() not in {"true", "last"}:
-        if not Path(wanted).is_dir():
-            raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, which is not a folder: give a checkpoint's.")
-        missing = find_corruption(wanted)
-        if missing:
-            raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, where {missing}: give a whole checkpoint.")
-        return wanted
+    requested = args.resume_from_checkpoint
+    if requested is not None and str(requested).lower() not in {"true", "last"}:
+        if not Path(requested).is_dir():
+            raise ValueError(
+                f"`resume_from_checkpoint` is {requested!r}, which is not a folder: give a checkpoint folder."
+            )
+        corruption = find_corruption(requested)
+        if corruption:
+            raise ValueError(f"The checkpoint {requested!r} is corrupt: {corruption}. Give an intact checkpoint.")
+        return requested
     checkpoint = last_intact_checkpoint(output_dir)
-    if wanted is not None and checkpoint is None:
-        raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, but there is no checkpoint in {args.output_dir!r}.")
+    if requested is not None and checkpoint is None:
+        raise ValueError(
+            f"`resume_from_checkpoint` is {requested!r}, but there is no checkpoint in "
+            f"{args.output_dir!r}: leave it out to train from the start."
+        )
     if checkpoint is not None:
-        logger.info("Going on from %s; `--overwrite_output_dir` would start anew.", checkpoint)
+        logger.info("Resuming from %s. Use `--overwrite_output_dir` to start over.", checkpoint)
     return checkpoint
 
 
 def generate_sample(trainer: Trainer, corpus: Corpus, length: int) -> tuple[str, str]:
-    """A prompt from the held-out text, and what the model makes of it."""
+    """Return a prompt from the held-out text and the generated continuation."""
     tokenizer, model = trainer.processing_class, trainer.model
-    room = model.config.max_position_embeddings
-    prompt = corpus.held_out[1 : 1 + min(PROMPT_LENGTH, room // 2)]
-    length = min(length, room - len(prompt))
+    max_length = model.config.max_position_embeddings
+    prompt = corpus.held_out[1 : 1 + min(PROMPT_LENGTH, max_length // 2)]
+    length = min(length, max_length - len(prompt))
     if length < 1:
         return tokenizer.decode(prompt), ""
-    # The same draws on every process, which matters where the weights are sharded.
+    # With sharded weights, all processes must sample the same tokens.
     set_seed(trainer.args.seed)
     input_ids = torch.tensor(prompt[None].astype("int64"), device=trainer.args.device)
     model.eval()
@@ -349,7 +375,7 @@ def generate_sample(trainer: Trainer, corpus: Corpus, length: int) -> tuple[str,
 
 
 def main(argv: list[str] | None = None) -> tuple[Trainer, dict[str, Any]]:
-    """Run the script with the options `argv`, or those of the command line. Returns what `train` does."""
+    """Run the script with the options `argv`, or those of the command line. Returns the result of `train`."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments), description=__doc__)
     return train(*parser.parse_args_into_dataclasses(argv))
@@ -361,4 +387,4 @@ if __name__ == "__main__":
         print(f"\n{final_metrics['sample']}\n")
         print(f"Held-out bits per byte: {final_metrics['eval_bits_per_byte']:.3f}")
         print(f"Byte bigram model:      {final_metrics['bigram_bits_per_byte']:.3f}")
-        print(f"Model, card and loss curve: {final_trainer.args.output_dir}")
+        print(f"Model, model card and loss curve: {final_trainer.args.output_dir}")

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of the Reformer: every field of the in-tree model under its name, and the ones that are ours."""
+"""Configuration of the Reformer: the fields of the in-tree model under the same names, and our own fields."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 ATTENTION_LAYER_TYPES = ("local", "lsh", "full")
 LSH_PATTERNS = ("chunk", "window")
 
-# What an in-tree `config.json` means by a field that it leaves out, and the in-tree behaviour of our own fields.
+# Defaults of an in-tree `config.json`, and the values of our own fields that give the in-tree behavior.
 _IN_TREE_DEFAULTS: dict[str, Any] = {
     "axial_pos_shape": (64, 64),
     "axial_pos_embds_dim": (64, 192),
@@ -30,7 +30,7 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
 
 
 def _balanced_factors(length: int) -> tuple[int, int]:
-    """Two factors of about equal size whose product is the least one not below `length`."""
+    """Return two factors of similar size whose product is at least `length`."""
     columns = 1 << math.ceil(math.log2(math.sqrt(length))) if length > 1 else 1
     return math.ceil(length / columns), columns
 
@@ -38,66 +38,83 @@ def _balanced_factors(length: int) -> tuple[int, int]:
 @strict
 class ReformerHfConfig(PreTrainedConfig):
     r"""
-    Configuration of a Reformer (Kitaev, Kaiser, Levskaya 2020, arXiv 2001.04451).
+    Configuration of a Reformer model (Kitaev, Kaiser, Levskaya 2020, arXiv 2001.04451).
 
-    Fields that the in-tree `ReformerConfig` has keep its name and meaning. An in-tree `config.json`
-    (`model_type: "reformer"`) is accepted by `from_pretrained` and `from_dict` and then gets the in-tree behaviour:
-    the pattern `"chunk"` across buckets, duplicates counted, chunks wrapped.
+    Fields that exist in the in-tree `ReformerConfig` keep their name and meaning. `from_pretrained` and `from_dict`
+    also accept an in-tree `config.json` (`model_type: "reformer"`) and then set the in-tree behavior: the pattern
+    `"chunk"` across buckets, duplicate keys counted, chunks wrapped.
 
     Args:
-        vocab_size (`int`, defaults to 260): Number of token ids; the default is that of `ReformerHfByteTokenizer`.
-        hidden_size (`int`, defaults to 256): Width of one residual stream. The encoder's output is twice as wide.
-        attn_layers (`list[str]`): One of `"local"`, `"lsh"`, `"full"` for each layer. `"full"` is exact shared
-            query-key attention, quadratic in the length.
-        num_attention_heads (`int`, defaults to 4): Number of heads.
-        attention_head_size (`int`, *optional*, defaults to 64): Size of a head; `None` divides `hidden_size`.
-        feed_forward_size (`int`, defaults to 512): Inner width of the feed-forward.
-        hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward.
-        hidden_dropout_prob, local_attention_probs_dropout_prob, lsh_attention_probs_dropout_prob (`float`): Dropout of
-            embeddings and branches, and of the attention weights. `"full"` layers take the rate of `"lsh"` ones.
+        vocab_size (`int`, defaults to 260): Vocabulary size. The default is that of `ReformerHfByteTokenizer`.
+        hidden_size (`int`, defaults to 256): Width of one residual stream. The encoder output is twice as wide.
+        attn_layers (`list[str]`): Type of each layer: `"local"`, `"lsh"` or `"full"`. `"full"` is exact attention with
+            shared queries and keys, quadratic in the sequence length.
+        num_attention_heads (`int`, defaults to 4): Number of attention heads.
+        attention_head_size (`int`, *optional*, defaults to 64): Head dimension. `None` means
+            `hidden_size / num_attention_heads`.
+        feed_forward_size (`int`, defaults to 512): Inner width of the feed-forward layers.
+        hidden_act (`str`, defaults to `"relu"`): Activation function of the feed-forward layers.
+        hidden_dropout_prob (`float`, defaults to 0.05): Dropout rate of the embeddings and of the outputs of attention
+            and feed-forward.
+        local_attention_probs_dropout_prob (`float`, defaults to 0.05): Dropout rate of the attention weights of local
+            layers.
+        lsh_attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout rate of the attention weights of LSH and
+            full layers.
         is_decoder (`bool`, defaults to `False`): Whether attention is causal.
-        max_position_embeddings (`int`, defaults to 4096): Longest input, in tokens.
-        axial_pos_embds (`bool`, defaults to `True`): Axial position embeddings, else one learned vector a position.
-        axial_pos_shape (`list[int]`, *optional*): Sizes of the axes, at least `max_position_embeddings` in product;
-            any number of axes. `None` takes two of about equal size.
-        axial_pos_embds_dim (`list[int]`, *optional*): Widths of the axes' embeddings, `hidden_size` in sum. `None`
-            gives the first axis a quarter (two axes) or splits evenly.
-        axial_norm_std (`float`, defaults to 0.02): Standard deviation at which axial embeddings start. In-tree it
-            is 1, which drowns the word embeddings for a long time.
-        local_attn_chunk_length, local_num_chunks_before, local_num_chunks_after (`int`): A position of a local layer
-            sees its own chunk and so many before and after it.
-        lsh_attn_chunk_length, lsh_num_chunks_before, lsh_num_chunks_after (`int`): The same in sorted order, see
-            `lsh_pattern`. `None` chunks before are two for the pattern `"window"`, one for `"chunk"`.
-        num_hashes (`int`, defaults to 1): Hash rounds; `forward(num_hashes=…)` overrides it for one call.
-        num_buckets (`int` or `list[int]`, *optional*): Buckets per round: an even number, 1 (no hashing), or a list
-            of even factors. `None` derives it from the length of each call, padding included, and is never written
-            anywhere: buckets as long as the window, or for the pattern `"chunk"` the in-tree formula, half a chunk.
-        hash_seed (`int`, *optional*): Seed of the hash rotations. `None` means 0 in `eval()` and, in `train()`, one
-            draw of torch's global generator for each layer and call.
-        lsh_pattern (`str`, defaults to `"window"`): Which keys a query sees in one round. `"chunk"`: its chunk of the
-            sorted order and the chunks around it (the paper, in-tree). `"window"`: the
-            `lsh_attn_chunk_length * lsh_num_chunks_before` positions of its own bucket that precede it (and so many
-            chunks after it where bidirectional), so that no later token changes an earlier output.
-        lsh_across_buckets (`bool`, defaults to `False`): Pattern `"chunk"` only: whether a query sees keys of other
-            buckets in its chunks (in-tree) or of its own alone (the paper's equation 2).
+        max_position_embeddings (`int`, defaults to 4096): Maximum sequence length.
+        axial_pos_embds (`bool`, defaults to `True`): Whether to use axial position embeddings. `False` uses one
+            learned vector per position.
+        axial_pos_shape (`list[int]`, *optional*): Sizes of the axes, of any number. Their product must be at least
+            `max_position_embeddings`. `None` selects two axes of similar size.
+        axial_pos_embds_dim (`list[int]`, *optional*): Embedding width of each axis. Their sum must be `hidden_size`.
+            `None` gives a quarter to the first of two axes, and splits `hidden_size` evenly for any other number.
+        axial_norm_std (`float`, defaults to 0.02): Standard deviation of the initial axial position embeddings. The
+            in-tree default is 1, which dominates the word embeddings for many training steps.
+        local_attn_chunk_length (`int`, defaults to 64): Chunk length of local layers.
+        local_num_chunks_before (`int`, defaults to 1): Number of chunks before its own that a query of a local layer
+            sees.
+        local_num_chunks_after (`int`, defaults to 0): Number of chunks after its own that a query of a local layer
+            sees.
+        lsh_attn_chunk_length (`int`, defaults to 64): Chunk length of LSH layers, in sorted order.
+        lsh_num_chunks_before (`int`, *optional*): Number of chunks before that a query of an LSH layer sees, see
+            `lsh_pattern`. `None` means 2 for the pattern `"window"` and 1 for `"chunk"`.
+        lsh_num_chunks_after (`int`, defaults to 0): Number of chunks after that a query of an LSH layer sees.
+        num_hashes (`int`, defaults to 1): Number of hash rounds. `forward(num_hashes=…)` overrides it for one call.
+        num_buckets (`int` or `list[int]`, *optional*): Number of buckets per round: an even number, 1 (no hashing), or
+            a list of even factors. `None` derives it from the sequence length of each call, including padding (in
+            `generate`, from the planned length), and never writes it to the config: buckets as long as the window, or,
+            for the pattern `"chunk"`, buckets of half a chunk by the in-tree formula.
+        hash_seed (`int`, *optional*): Seed of the hash rotations. `None` means 0 in `eval()` mode, and in `train()`
+            mode a seed drawn from torch's global generator for each layer and call.
+        lsh_pattern (`str`, defaults to `"window"`): Which keys a query sees in one round. `"chunk"` means its own
+            chunk of the sorted order and the chunks around it (the paper, in-tree). `"window"` means the
+            `lsh_attn_chunk_length * lsh_num_chunks_before` preceding positions of its own bucket and, if attention is
+            bidirectional, the next `lsh_attn_chunk_length * lsh_num_chunks_after` positions. With `"window"`, later
+            tokens never change earlier outputs of a causal model.
+        lsh_across_buckets (`bool`, defaults to `False`): For the pattern `"chunk"`, whether a query sees keys of all
+            buckets in its chunks (in-tree) or only keys of its own bucket (equation 2 of the paper).
         lsh_deduplicate_keys (`bool`, defaults to `False`): Whether a key that a query sees in several rounds counts
-            once (the paper's equation 4), or once per round (in-tree).
-        wrap_chunks (`bool`, defaults to `False`): Whether the first chunk sees the last one, as in-tree: the chunks of
-            a local layer form a ring, and so do the chunks of all rounds of an LSH layer, over the length padded to a
-            multiple of every chunk length. (A ring shorter than a query's reach is walked again, where in-tree takes
-            the query's own chunk.) Needs the pattern `"chunk"` across buckets with duplicates counted.
-        reversible (`bool`, defaults to `True`): Whether training recomputes activations from the layer's output.
-            `False` computes the same function and stores them.
-        num_parallel_heads (`int`, *optional*): Heads that attention computes at a time, projections included; queries,
-            keys and values of the others do not exist meanwhile. `None` takes as many as suit the device. (trax's
-            `n_parallel_heads`)
-        chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0): Positions that the feed-forward and the
-            head process at a time. 0 means all, or for the feed-forward as many as suit the device.
-        tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the word embeddings. It then reads
-            the mean of both streams instead of the two side by side.
+            once (equation 4 of the paper) instead of once per round (in-tree).
+        wrap_chunks (`bool`, defaults to `False`): Whether the first chunk also sees the last chunk, as in-tree. The
+            chunks of a local layer then form a ring, and so do the chunks of all rounds of an LSH layer, at a length
+            padded to a multiple of every chunk length. (If a query reaches further than the ring is long, it sees keys
+            of the ring again, where the in-tree model uses the query's own chunk.) Requires the pattern `"chunk"`
+            across buckets without deduplication.
+        reversible (`bool`, defaults to `True`): Whether the backward pass recomputes the activations of a layer from
+            its output. `False` stores them and computes the same function.
+        num_parallel_heads (`int`, *optional*): Number of heads that attention computes at a time, including their
+            projections. A small number reduces memory for queries, keys and values. `None` selects a number for the
+            device. (`n_parallel_heads` in trax)
+        chunk_size_feed_forward (`int`, defaults to 0): Number of positions that a feed-forward layer processes at a
+            time. 0 selects a number for the device.
+        chunk_size_lm_head (`int`, defaults to 0): Number of positions that the LM head processes at a time. 0 means
+            all.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether the LM head shares the word embeddings. It then
+            reads the mean of both streams instead of their concatenation.
 
     Raises:
-        `ValueError`: for fields that do not fit together; the message names field, value and remedy.
+        `ValueError`: If fields are out of range or contradict each other. The message names the field, its value and
+            how to fix it.
 
     ```python
     >>> from reformer_hf import ReformerHfConfig
@@ -171,12 +188,12 @@ class ReformerHfConfig(PreTrainedConfig):
         if self.num_buckets is not None and not isinstance(self.num_buckets, int):
             self.num_buckets = list(self.num_buckets)
         super().__post_init__(**kwargs)
-        # Called here as well as by `strict`, which would wrap the `ValueError` in an exception of another type.
+        # `strict` calls it too, but would wrap the `ValueError` in an exception of another type.
         self.validate_reformer()
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of layers: the length of `attn_layers`."""
+        """Number of layers, the length of `attn_layers`."""
         return len(self.attn_layers)
 
     @property
@@ -186,8 +203,11 @@ class ReformerHfConfig(PreTrainedConfig):
         return [f"reformer_hf_{kinds.get(kind, kind)}" for kind in self.attn_layers]
 
     def padded_length(self, length: int) -> int:
-        """Length of the in-tree computation for an input of `length` tokens: as it is up to the shortest chunk, else a
-        multiple of the chunk lengths of all layers."""
+        """
+        Return the length to which the in-tree model pads an input of `length` tokens.
+
+        Inputs up to the shortest chunk length are not padded, longer ones to a multiple of all chunk lengths.
+        """
         chunk_lengths = self.chunk_lengths
         if not chunk_lengths or length <= min(chunk_lengths):
             return length
@@ -196,11 +216,11 @@ class ReformerHfConfig(PreTrainedConfig):
 
     @property
     def chunk_lengths(self) -> list[int]:
-        """Those of the kinds of layers that there are and that have chunks."""
+        """Chunk lengths of the layer types of this config that use chunks."""
         return [self.chunk_length(layer_type) for layer_type in set(self.attn_layers) - {"full"}]
 
     def chunk_length(self, layer_type: str) -> int:
-        """Chunk length of `"local"` or `"lsh"` layers."""
+        """Return the chunk length of `"local"` or `"lsh"` layers."""
         return getattr(self, f"{layer_type}_attn_chunk_length")
 
     @classmethod
@@ -211,28 +231,28 @@ class ReformerHfConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = cls._adopt_in_tree(config_dict)
-        # Overrides join the dictionary before the config is built, so that derived fields and checks see them.
+        # Apply overrides before the config is built, so that derived fields and checks use them.
         fields = cls.__dataclass_fields__.keys() & kwargs.keys() - {"dtype"}
         config_dict.update({name: kwargs.pop(name) for name in fields})
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def _adopt_in_tree(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        """A copy of `config_dict`, an in-tree one completed to what it means in our fields."""
+        """Return a copy of `config_dict`. Complete an in-tree one with its defaults and its values of our fields."""
         if config_dict.get("model_type") != "reformer":
             return dict(config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
         if adopted.get("axial_pos_embds", True):
-            # In-tree fails in forward, not here, where the axes hold fewer positions than the config promises.
-            held = math.prod(adopted["axial_pos_shape"])
-            adopted["max_position_embeddings"] = min(adopted.get("max_position_embeddings", 4096), held)
+            # The in-tree config allows more positions than the axes hold and fails only in `forward`.
+            num_positions = math.prod(adopted["axial_pos_shape"])
+            adopted["max_position_embeddings"] = min(adopted.get("max_position_embeddings", 4096), num_positions)
         return adopted
 
     def _divided_head_size(self) -> int:
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`attention_head_size` is None, but `hidden_size` ({self.hidden_size}) is not a multiple of "
-                f"`num_attention_heads` ({self.num_attention_heads}): change one of them or give the head size."
+                f"`num_attention_heads` ({self.num_attention_heads}): change one of them or set `attention_head_size`."
             )
         return self.hidden_size // self.num_attention_heads
 
@@ -243,10 +263,10 @@ class ReformerHfConfig(PreTrainedConfig):
         return tuple(share + (axis < rest) for axis in range(num_axes))
 
     def validate_layer_type(self):
-        """Replaces the check of Transformers, which knows none of `attn_layers`; see `validate_reformer`."""
+        """Skip the check of Transformers, which does not know our layer types; `validate_reformer` checks them."""
 
     def validate_reformer(self):
-        """Check every rule between fields. Raises `ValueError`."""
+        """Check all fields. Raises `ValueError` if one is out of range or contradicts another."""
         self._check_sizes()
         self._check_layers()
         self._check_positions()
@@ -259,12 +279,12 @@ class ReformerHfConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
         if self.num_parallel_heads is not None and self.num_parallel_heads < 1:
             raise ValueError(
-                f"`num_parallel_heads` is {self.num_parallel_heads}; give at least 1, or None for as many as suit the "
-                "device."
+                f"`num_parallel_heads` is {self.num_parallel_heads}, but must be at least 1, or None to select a "
+                "number for the device."
             )
         for name in ("chunk_size_feed_forward", "chunk_size_lm_head"):
             if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; give a number of positions, or 0 for all.")
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1, or 0 for all positions.")
         if not self.layer_norm_eps > 0.0:
             raise ValueError(f"`layer_norm_eps` is {self.layer_norm_eps}, but must be above 0, such as 1e-12.")
         if self.hidden_act not in ACT2FN:
@@ -272,15 +292,15 @@ class ReformerHfConfig(PreTrainedConfig):
         rates = ("hidden_dropout_prob", "local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
         for name in rates:
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but a dropout rate lies in [0, 1).")
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but a dropout rate must be in [0, 1).")
 
     def _check_layers(self):
         if not self.attn_layers:
-            raise ValueError(f"`attn_layers` is empty; give at least one of {list(ATTENTION_LAYER_TYPES)}.")
+            raise ValueError(f"`attn_layers` is empty, but needs at least one of {list(ATTENTION_LAYER_TYPES)}.")
         for layer_type in self.attn_layers:
             if layer_type not in ATTENTION_LAYER_TYPES:
                 raise ValueError(
-                    f"`attn_layers` holds {layer_type!r}; each entry must be one of {list(ATTENTION_LAYER_TYPES)}."
+                    f"`attn_layers` holds {layer_type!r}, but each entry must be one of {list(ATTENTION_LAYER_TYPES)}."
                 )
 
     def _check_positions(self):
@@ -289,13 +309,13 @@ class ReformerHfConfig(PreTrainedConfig):
         shape, dims = self.axial_pos_shape, self.axial_pos_embds_dim
         if len(shape) != len(dims) or not shape or min(*shape, *dims) < 1:
             raise ValueError(
-                f"`axial_pos_shape` {shape} and `axial_pos_embds_dim` {dims} must name the same number of axes, each "
-                "of size at least 1; leave both None to have them chosen."
+                f"`axial_pos_shape` {shape} and `axial_pos_embds_dim` {dims} must have the same number of axes, each "
+                "of size at least 1: set both to None for a default."
             )
         if sum(dims) != self.hidden_size:
             raise ValueError(
                 f"`axial_pos_embds_dim` {dims} sums to {sum(dims)}, but must sum to `hidden_size` "
-                f"({self.hidden_size}); leave it None to have it chosen."
+                f"({self.hidden_size}): set it to None for a default."
             )
         if math.prod(shape) < self.max_position_embeddings:
             raise ValueError(
@@ -315,24 +335,24 @@ class ReformerHfConfig(PreTrainedConfig):
             if self.is_decoder and getattr(self, f"{kind}_num_chunks_after") > 0:
                 raise ValueError(
                     f"`{kind}_num_chunks_after` is {getattr(self, f'{kind}_num_chunks_after')}, but a causal model "
-                    "(`is_decoder=True`) sees nothing that comes after: set it to 0, or `is_decoder=False`."
+                    "(`is_decoder=True`) sees no later positions: set it to 0, or `is_decoder=False`."
                 )
         if self.lsh_pattern not in LSH_PATTERNS:
             raise ValueError(f"`lsh_pattern` is {self.lsh_pattern!r}, but must be one of {list(LSH_PATTERNS)}.")
         if self.lsh_pattern == "window" and self.lsh_across_buckets:
             raise ValueError(
-                "`lsh_across_buckets` is True, but the pattern 'window' sees a query's own bucket only: set it to "
-                "False, or `lsh_pattern='chunk'`."
+                "`lsh_across_buckets` is True, but a query of the pattern 'window' sees only its own bucket: set it "
+                "to False, or `lsh_pattern='chunk'`."
             )
         if self.lsh_pattern == "window" and "lsh" in self.attn_layers and self.lsh_num_chunks_before < 1:
             raise ValueError(
-                f"`lsh_num_chunks_before` is {self.lsh_num_chunks_before}, but the pattern 'window' sees "
-                "`lsh_attn_chunk_length * lsh_num_chunks_before` positions before a query: give at least 1."
+                f"`lsh_num_chunks_before` is {self.lsh_num_chunks_before}, but a query of the pattern 'window' sees "
+                "`lsh_attn_chunk_length * lsh_num_chunks_before` preceding positions: set it to at least 1."
             )
         in_tree = self.lsh_pattern == "chunk" and self.lsh_across_buckets and not self.lsh_deduplicate_keys
         if self.wrap_chunks and not in_tree:
             raise ValueError(
-                "`wrap_chunks` is True, which needs the in-tree behaviour `lsh_pattern='chunk'`, "
+                "`wrap_chunks` is True, which requires the in-tree behavior `lsh_pattern='chunk'`, "
                 "`lsh_across_buckets=True`, `lsh_deduplicate_keys=False`, not "
                 f"{self.lsh_pattern!r}, {self.lsh_across_buckets}, {self.lsh_deduplicate_keys}: set it to False."
             )
@@ -341,14 +361,14 @@ class ReformerHfConfig(PreTrainedConfig):
 
     @staticmethod
     def check_num_buckets(num_buckets: int | Sequence[int]):
-        """Whether there can be so many buckets. Raises `ValueError`."""
+        """Check a number of buckets or a list of factors. Raises `ValueError`."""
         factors = [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
         if factors == [1]:
             return
         if not factors or any(factor < 2 or factor % 2 for factor in factors):
             raise ValueError(
-                f"`num_buckets` is {num_buckets}, but random rotations give an even number of buckets: use even "
-                "numbers (one, or a list of factors), 1 for a single bucket, or None to derive it from the length."
+                f"`num_buckets` is {num_buckets}, but random rotations give an even number of buckets: use an "
+                "even number, a list of even factors, 1 for a single bucket, or None to derive it from the length."
             )
 
 

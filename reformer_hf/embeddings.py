@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Word and position embeddings; axial positions of any number of axes (Kitaev et al. 2020, section 4)."""
+"""Word embeddings, and position embeddings: axial (Kitaev et al. 2020, section 4) or learned per position."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,27 @@ from .configuration_reformer_hf import ReformerHfConfig
 
 
 class AxialTables(nn.ParameterList):
-    """The tables of all axes: a list, for the names of its parameters, and a module that computes with them, for what
-    looks for the module that owns parameters (initialisation, and weights that wait on a disk until it is called)."""
+    """
+    The embedding tables of all axes.
+
+    It is a `ParameterList` for the in-tree parameter names. It has a `forward` because initialization and disk offload
+    act on the module that owns the parameters.
+    """
 
     __call__ = nn.Module.__call__
 
     def forward(self, coordinates: Sequence[Tensor]) -> Tensor:
-        """Embeddings `[B, L, E]` of the coordinates `[B, L]` on each axis."""
+        """Return the embeddings `[B, L, E]` of the coordinates `[B, L]` on each axis."""
         tables = (table.flatten(0, -2) for table in self)
         return torch.cat([embedding(i, table) for i, table in zip(coordinates, tables, strict=True)], dim=-1)
 
 
 class AxialPositionEmbeddings(nn.Module):
     """
-    One table an axis; a position's embedding is the concatenation of what its coordinates select.
+    Axial position embeddings: one table per axis, whose embeddings are concatenated.
 
-    Coordinates are the digits of the position in mixed radix, the last axis the fastest. Weights have the in-tree
-    shapes: axis `a` of `n` holds `[1, …, axial_pos_shape[a], …, 1, axial_pos_embds_dim[a]]`.
+    The coordinates of a position are its digits in mixed radix, with the last axis changing fastest. The weights have
+    the in-tree shapes: axis `a` has the shape `[1, …, axial_pos_shape[a], …, 1, axial_pos_embds_dim[a]]`.
     """
 
     def __init__(self, config: ReformerHfConfig):
@@ -41,7 +45,7 @@ class AxialPositionEmbeddings(nn.Module):
             self.weights.append(nn.Parameter(torch.ones(*shape, dim)))
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Embeddings `[B, L, E]` of positions `[B, L]`, each below the product of the axes."""
+        """Return the embeddings `[B, L, E]` of positions `[B, L]`, each below the product of the axis sizes."""
         coordinates: list[Tensor] = []
         rest = position_ids
         for size in reversed(self.axes[1:]):
@@ -51,14 +55,14 @@ class AxialPositionEmbeddings(nn.Module):
         embeddings = self.weights(coordinates)
         if not (self.training and self.dropout):
             return embeddings
-        # Positions that share their last coordinate are dropped together, as by dropout2d in-tree.
+        # Positions with the same last coordinate share a dropout decision, as with the in-tree dropout2d.
         kept = embeddings.new_ones((position_ids.shape[0], self.axes[-1]))
         kept = dropout(kept, self.dropout).gather(1, coordinates[-1])
         return embeddings * kept[..., None]
 
 
 class PositionEmbeddings(nn.Module):
-    """One learned vector for each position."""
+    """Position embeddings with one learned vector per position."""
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
@@ -66,12 +70,12 @@ class PositionEmbeddings(nn.Module):
         self.embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Embeddings `[B, L, E]` of positions `[B, L]`."""
+        """Return the embeddings `[B, L, E]` of positions `[B, L]`."""
         return dropout(self.embedding(position_ids), self.dropout, training=self.training)
 
 
 class ReformerHfEmbeddings(nn.Module):
-    """Sum of word and position embeddings."""
+    """The sum of word and position embeddings."""
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
@@ -81,7 +85,7 @@ class ReformerHfEmbeddings(nn.Module):
         self.position_embeddings = positions(config)
 
     def forward(self, input_ids: Tensor | None, position_ids: Tensor, inputs_embeds: Tensor | None) -> Tensor:
-        """`[B, L, E]`, in fp32 at least: the streams of the reversible stack start here."""
+        """Return the embeddings `[B, L, E]`, at least in fp32, with which both residual streams start."""
         embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if self.training:
             embeds = dropout(embeds, self.dropout)

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The position-wise feed-forward, with the parameter names of the in-tree model."""
+"""The position-wise feed-forward layer, with the parameter names of the in-tree model."""
 
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -10,7 +10,7 @@ from .stream_norm import StreamLayerNorm
 
 
 class _Dense(nn.Module):
-    """Holds one linear layer under the name `dense`."""
+    """A linear layer under the name `dense`."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -18,7 +18,7 @@ class _Dense(nn.Module):
 
 
 class ReformerHfFeedForward(nn.Module):
-    """Layer norm, widen, activate, narrow."""
+    """Layer norm, linear layer, activation, linear layer."""
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
@@ -30,7 +30,7 @@ class ReformerHfFeedForward(nn.Module):
         self.output = _Dense(config.feed_forward_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """The branch of the second stream, `[B, L, E]`; what is computed at a time is up to the caller."""
+        """Return the update `[B, L, E]` of the second residual stream. The caller splits positions into chunks."""
         rows = self.dense.dense(self.layer_norm(hidden_states).flatten(0, 1))
         if not self.training:
             return self.output.dense(self.activation(rows)).view(hidden_states.shape)

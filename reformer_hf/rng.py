@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a recomputation must share with the computation: states of generators and of autocast, seeds of dropout."""
+"""Random number generator states, autocast settings and dropout seeds, for exact recomputation."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def draw_seed() -> int:
-    """One draw from torch's global CPU generator, to seed a generator of one's own."""
+    """Draw a seed for another generator from torch's global CPU generator."""
     return int(torch.randint(2**62, ()))
 
 
 class Dropout:
-    """What to keep of tensors that come one after the other, the same for the same seed."""
+    """Dropout factors for a sequence of tensors, reproducible from a seed."""
 
     def __init__(self, rate: float, seed: int, device: torch.device):
         self._keep_rate = 1.0 - rate
@@ -22,20 +22,20 @@ class Dropout:
 
     @classmethod
     def of(cls, rate: float, seed: int, device: torch.device) -> "Dropout | None":
-        """`None` for a rate of zero."""
+        """Create a `Dropout`, or return `None` for a rate of zero."""
         return cls(rate, seed, device) if rate > 0 else None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Factors of a tensor: zero, or the inverse of the rate at which its elements are kept."""
+        """Return the factors of the next tensor: zero, or the inverse of the keep rate."""
         keep = torch.empty_like(tensor).bernoulli_(self._keep_rate, generator=self._generator)
         return keep.div_(self._keep_rate)
 
 
 class SharedDropout:
     """
-    Dropout of several tensors that are summed, chunk of positions by chunk: what one of them loses, all lose.
+    Dropout of a sum of tensors, computed in chunks of positions: all summands share one dropout mask.
 
-    Made once for each pass over the tensors, the same for the same seed; what is kept is drawn once in a pass.
+    Create one object for each pass over the tensors. The same seed gives the same mask.
     """
 
     def __init__(self, rate: float, seed: int):
@@ -43,7 +43,7 @@ class SharedDropout:
         self._kept: dict[int, Tensor] = {}
 
     def __call__(self, tensor: Tensor, positions: slice) -> Tensor:
-        """What is left of these positions `[B, …]` of one of the tensors."""
+        """Apply dropout to the given positions `[B, …]` of one summand."""
         if positions.start not in self._kept:
             generator = torch.Generator(tensor.device).manual_seed(self._seed + positions.start)
             kept = torch.empty_like(tensor, dtype=torch.bool)
@@ -53,11 +53,11 @@ class SharedDropout:
 
 class ReplayState:
     """
-    Generator states of the CPU and of `device`, and the autocast settings, as they are when this object is made.
+    Capture the generator states of the CPU and of `device`, and the autocast settings.
 
     Args:
-        device: The device on which the computation to be replayed runs.
-        generators: Whether the computation draws random numbers. Otherwise the generator states are left out.
+        device: Device of the computation to replay.
+        generators: Whether to capture the generator states. Not needed if the computation draws no random numbers.
     """
 
     def __init__(self, device: torch.device, generators: bool = True):
@@ -74,7 +74,7 @@ class ReplayState:
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Run the body under the captured state, then put the present one back."""
+        """Run the body under the captured state, then restore the current state."""
         with ExitStack() as stack:
             if self._cpu_state is not None:
                 devices = [] if self._device_state is None else [self._device]

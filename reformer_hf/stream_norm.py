@@ -1,12 +1,12 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Layer norm between a residual stream, in fp32 at least, and the layers that read it."""
+"""Layer norm from a residual stream, which is at least fp32, to the dtype of the layer that reads it."""
 
 import torch
 from torch import Tensor, nn
 
 
 class StreamLayerNorm(nn.LayerNorm):
-    """Normalises in the dtype of the stream and returns the dtype of its own weights, which is that of the reader."""
+    """A layer norm that computes in the dtype of its input and returns the dtype of its weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias

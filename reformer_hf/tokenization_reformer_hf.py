@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Byte-level tokenizer: a fixed id for each byte of UTF-8, and four special tokens."""
+"""Byte-level tokenizer with a fixed id for each byte and four special tokens."""
 
 from collections.abc import Sequence
 from itertools import count, groupby
@@ -17,10 +17,10 @@ SPECIAL_TOKEN_IDS = {"<pad>": 0, "</s>": 1, "<s>": 258, "<mask>": 259}
 
 
 def _byte_characters() -> list[str]:
-    """The character by which the `ByteLevel` steps of `tokenizers` write each byte: printable Latin-1 as itself."""
+    """Return the character with which `ByteLevel` of `tokenizers` represents each byte."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = count(256)
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+    replacements = count(256)
+    return [chr(byte if byte in printable else next(replacements)) for byte in range(256)]
 
 
 def _byte_backend() -> Tokenizer:
@@ -33,7 +33,7 @@ def _byte_backend() -> Tokenizer:
 
 class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
     r"""
-    Tokenizer over the bytes of UTF-8, by the scheme of google/reformer-enwik8: byte `b` has the id `b + 2`.
+    Tokenizer over UTF-8 bytes with the ids of google/reformer-enwik8: byte `b` has the id `b + 2`.
 
     | id | token |
     |---|---|
@@ -43,17 +43,17 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
     | 258 | `<s>` |
     | 259 | `<mask>` |
 
-    Encoding is lossless: `decode(encode(text)) == text` for every text. This includes text that looks like a special
-    token, which is read as its bytes; insert special tokens by id, or read them from text that you trust with
-    `split_special_tokens=False`. Ids that form no valid UTF-8 decode to U+FFFD, or with `decode(…, errors="ignore")`
-    to nothing; `decode_bytes` gives them unchanged.
+    Encoding is lossless: `decode(encode(text)) == text` for every text, including text that looks like a special
+    token, which is encoded as bytes. Insert special tokens by id, or encode trusted text with
+    `split_special_tokens=False`. Ids that are not valid UTF-8 decode to U+FFFD. `decode(…, errors="ignore")` omits
+    them, and `decode_bytes` returns the bytes unchanged.
 
     Args:
-        add_bos_token, add_eos_token (`bool`, defaults to `False`): Whether each sequence begins with `<s>` and ends
-            with `</s>`.
-        split_special_tokens (`bool`, defaults to `True`): Whether special tokens in a text are read as their bytes,
-            not as one id. Each call can override it.
-        kwargs: The other arguments of `PreTrainedTokenizerFast`, such as `padding_side` or `model_max_length`.
+        add_bos_token (`bool`, defaults to `False`): Whether to begin each sequence with `<s>`.
+        add_eos_token (`bool`, defaults to `False`): Whether to end each sequence with `</s>`.
+        split_special_tokens (`bool`, defaults to `True`): Whether to encode special tokens in a text as bytes instead
+            of as one id. Each call can override it.
+        kwargs: Other arguments of `PreTrainedTokenizerFast`, such as `padding_side` or `model_max_length`.
 
     ```python
     >>> from reformer_hf import ReformerHfByteTokenizer
@@ -67,7 +67,7 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, **kwargs):
-        # A saved vocabulary can differ by added tokens alone, which the base class reads by itself.
+        # The vocabulary is fixed. Added tokens are read by the base class.
         for name in ("vocab", "merges"):
             kwargs.pop(name, None)
         self._tokenizer = _byte_backend()
@@ -82,7 +82,7 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
         super().__init__(**{**defaults, **kwargs})
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes, valid UTF-8 or not, without special tokens."""
+        """Encode bytes, which need not be valid UTF-8, without special tokens."""
         return [byte + FIRST_BYTE_ID for byte in data]
 
     def _decode(
@@ -93,8 +93,12 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
         errors: str = "replace",
         **kwargs,
     ) -> str:
-        """As in Transformers; `errors` is that of `bytes.decode`: `"ignore"` leaves out what is no valid UTF-8, such
-        as a character that was cut off, instead of giving U+FFFD."""
+        """
+        Decode ids, as in Transformers.
+
+        `errors` has the meaning of `bytes.decode`: `"ignore"` omits invalid UTF-8, such as a truncated character,
+        instead of decoding it to U+FFFD.
+        """
         options = {**kwargs, "clean_up_tokenization_spaces": clean_up_tokenization_spaces}
         if errors == "replace":
             return super()._decode(token_ids, skip_special_tokens, **options)
@@ -112,7 +116,7 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
         return FIRST_BYTE_ID <= token_id <= LAST_BYTE_ID
 
     def decode_bytes(self, token_ids: Sequence[int] | np.ndarray | Tensor) -> bytes:
-        """Bytes of one sequence of ids. Ids that stand for no byte, such as special tokens, are left out."""
+        """Decode one sequence of ids to bytes. Special tokens and other ids that are not bytes are omitted."""
         return bytes(i - FIRST_BYTE_ID for i in to_py_obj(token_ids) if self._is_byte(i))
 
 

@@ -65,7 +65,7 @@ def test_quick_measures_every_implementation_and_writes_tables(tmp_path, capsys)
     assert "reformer_hf" in capsys.readouterr().out
 
     # Results are not overwritten.
-    assert main(["--quick", "--out", str(tmp_path), "--implementations", "floor"]) == 0
+    assert main(["--quick", "--out", str(tmp_path), "--implementations", "lower-bound"]) == 0
     assert json.loads(path.read_text()) == written
 
 
@@ -75,10 +75,10 @@ def test_a_process_of_its_own():
 
 
 def test_what_fails_is_told(monkeypatch):
-    task = _task("measure", "floor", replace(STEP, workload="forward"))
-    assert runner.launch_here(task) == {"error": "ValueError: 'floor' has no workload 'forward'."}
+    task = _task("measure", "lower-bound", replace(STEP, workload="forward"))
+    assert runner.launch_here(task) == {"error": "ValueError: 'lower-bound' has no workload 'forward'."}
     monkeypatch.setattr(runner.sys, "executable", "false")
-    assert runner.launch_process(task) == {"error": "exit status 1: nothing was said"}
+    assert runner.launch_process(task) == {"error": "exit status 1: no output"}
 
 
 @pytest.mark.parametrize("outcome", ["wrong", "not a number", "raises"])
@@ -92,10 +92,19 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys, outcome):
         raise AssertionError("was measured")
 
     monkeypatch.setitem(IMPLEMENTATIONS, "dense", Implementation(never, check, frozenset({"step", "forward"})))
-    arguments = ["--quick", "--out", str(tmp_path), "--implementations", "dense", "floor", "--cases", "quick-step-*"]
+    arguments = [
+        "--quick",
+        "--out",
+        str(tmp_path),
+        "--implementations",
+        "dense",
+        "lower-bound",
+        "--cases",
+        "quick-step-*",
+    ]
     assert main(arguments) == 1
     (path,) = tmp_path.glob("*.json")
-    assert {found["implementation"] for found in json.loads(path.read_text())["measurements"]} == {"floor"}
+    assert {found["implementation"] for found in json.loads(path.read_text())["measurements"]} == {"lower-bound"}
     says = "RuntimeError: no / way at all" if outcome == "raises" else "wrong: not timed"
     assert says in capsys.readouterr().out
 
@@ -103,7 +112,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys, outcome):
     monkeypatch.undo()
     assert main(["--resume", str(path)]) == 0
     measured = json.loads(path.read_text())["measurements"]
-    assert [found["implementation"] for found in measured] == ["floor", "dense", "dense"]
+    assert [found["implementation"] for found in measured] == ["lower-bound", "dense", "dense"]
 
 
 def test_a_result_that_is_not_finite_is_no_measurement():
@@ -119,7 +128,12 @@ def _ok(name):
 def test_checks_notice_attention_that_is_a_little_wrong(monkeypatch):
     attend = LSHSelfAttention.attend
     assert _ok("reformer_hf") and _ok("reformer_hf-in-tree")
-    monkeypatch.setattr(LSHSelfAttention, "attend", lambda *arguments: 1.01 * attend(*arguments))
+
+    def wrong(*args, **kwargs):
+        out, *rest = attend(*args, **kwargs)
+        return 1.01 * out, *rest
+
+    monkeypatch.setattr(LSHSelfAttention, "attend", wrong)
     assert not _ok("reformer_hf") and not _ok("reformer_hf-in-tree")
 
 
@@ -164,8 +178,8 @@ def test_suites_ask_only_for_what_implementations_can_do():
                 assert case.workload in IMPLEMENTATIONS[name].workloads, (case.name, name)
     for suite, ratios in (("required", RATIOS), ("generation", GENERATION_RATIOS)):
         asked = {(case.name, name) for case, names in SUITES[suite] for name in names}
-        assert {(ratio.case, ratio.rival) for ratio in ratios} <= asked
-        assert {(ratio.below or ratio.case, "reformer_hf") for ratio in ratios} <= asked
+        assert {(ratio.case, ratio.baseline) for ratio in ratios} <= asked
+        assert {(ratio.our_case or ratio.case, "reformer_hf") for ratio in ratios} <= asked
 
 
 class _Launch:
@@ -247,7 +261,7 @@ def test_required_figures():
         {
             (long, "reformer_hf"): (10.0, 100),
             (long, "transformers"): (40.0, 500),
-            (long, "floor"): 8.0,
+            (long, "lower-bound"): 8.0,
             (short, "reformer_hf"): 4.0,
             (short, "transformers"): 15.0,
         }
@@ -256,7 +270,7 @@ def test_required_figures():
     assert figures["training step, L 16,384, 4 hashes: in-tree / ours"] == ("4.00", True)
     assert figures["training step, L 4,096, 8 hashes: in-tree / ours"] == ("3.75", False)
     assert figures["peak memory, training step, L 16,384, 4 hashes: in-tree / ours"] == ("5.00", False)
-    assert figures["training step, L 16,384, 4 hashes: floor / ours"] == ("0.80", False)
+    assert figures["training step, L 16,384, 4 hashes: lower bound / ours"] == ("0.80", False)
     assert figures["training step, L 16,384, 1 hash: in-tree / ours"] == ("–", None)
     says = {row[0]: row[3] for row in _table_rows(markdown(results), 4)}
     assert says["training step, L 16,384, 4 hashes: in-tree / ours"] == "yes"

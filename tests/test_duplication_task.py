@@ -42,4 +42,4 @@ def test_runs_are_kept_and_not_done_again(tmp_path, monkeypatch):
     main(["--out", str(out), "--table", str(tab), "--steps", "2"])
     assert out.read_text().splitlines() == [json.dumps(result)]
     assert tab.read_text() == table([result])
-    assert "| window | each time | 32 | 8 | 2 | 0 | 2 |" in tab.read_text()
+    assert "| window | counted | 32 | 8 | 2 | 0 | 2 |" in tab.read_text()

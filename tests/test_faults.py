@@ -56,7 +56,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(unbroken, tmp_path):
         shutil.copytree(unbroken / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     weights = tmp_path / "checkpoint-6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert find_corruption(tmp_path / "checkpoint-6") == "`model.safetensors` is cut off"
+    assert find_corruption(tmp_path / "checkpoint-6") == "`model.safetensors` is truncated"
     assert last_intact_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     _goes_on(tmp_path, unbroken)
 

@@ -36,7 +36,7 @@ def test_a_whole_checkpoint_is_the_last_one(checkpoint):
 def test_a_file_that_is_cut_off(checkpoint, name, kept):
     path = checkpoint / name
     path.write_bytes(path.read_bytes()[:kept])
-    assert find_corruption(checkpoint) == f"`{name}` is cut off"
+    assert find_corruption(checkpoint) == f"`{name}` is truncated"
     assert last_intact_checkpoint(checkpoint.parent) == str(checkpoint.with_name("checkpoint-9"))
 
 
@@ -44,7 +44,7 @@ def test_a_file_that_is_cut_off(checkpoint, name, kept):
 def test_the_state_of_the_trainer_is_written_last(checkpoint, text):
     path = checkpoint / "trainer_state.json"
     path.unlink() if text is None else path.write_text(text)
-    assert find_corruption(checkpoint) == "`trainer_state.json` is missing or cut off"
+    assert find_corruption(checkpoint) == "`trainer_state.json` is missing or truncated"
 
 
 def test_a_shard_that_is_not_there(checkpoint):
@@ -55,7 +55,7 @@ def test_a_shard_that_is_not_there(checkpoint):
 
 def test_a_checkpoint_that_was_begun(checkpoint):
     (checkpoint / "checkpoint-is-incomplete.txt").touch()
-    assert find_corruption(checkpoint) == "`checkpoint-is-incomplete.txt` is there"
+    assert find_corruption(checkpoint) == "`checkpoint-is-incomplete.txt` exists"
 
 
 def test_no_checkpoint(tmp_path):
@@ -72,7 +72,7 @@ def test_gradients_that_are_no_numbers(grad):
     callback = StopOnNonFinite()
     callback.on_pre_optimizer_step(args, state, None, model=model)
     model.weight.grad[0, 1] = grad
-    with pytest.raises(NonFiniteGradientsError, match="step 5.*'out' stay as they were.*`learning_rate`.*0.1"):
+    with pytest.raises(NonFiniteGradientsError, match="step 5.*'out' are unchanged.*`learning_rate`.*0.1"):
         callback.on_pre_optimizer_step(args, state, None, model=model)
     args.fp16 = True
     callback.on_pre_optimizer_step(args, state, None, model=model)

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Helpers for training with `Trainer`: packing, callbacks, checkpoints, a memory estimate. Models do not need them."""
+"""Training utilities: packing, callbacks, checkpoints and a memory estimate. Models do not depend on them."""
 
 from .callbacks import NonFiniteGradientsError, SaveOnSigterm, StopOnNonFinite
 from .checkpoints import find_corruption, last_intact_checkpoint

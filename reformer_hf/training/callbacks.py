@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks for `Trainer`: stop before weights become non-finite, save a checkpoint on SIGTERM."""
+"""Callbacks for `Trainer`: stop on non-finite gradients, and save a checkpoint on SIGTERM."""
 
 import signal
 from typing import Any
@@ -13,16 +13,18 @@ logger = logging.get_logger(__name__)
 
 
 class NonFiniteGradientsError(FloatingPointError):
-    """Gradients are infinite or not a number."""
+    """Raised when gradients are infinite or NaN."""
 
 
 class StopOnNonFinite(TrainerCallback):
     """
-    Stop training with a `NonFiniteGradientsError` before an optimizer step that would make weights infinite or NaN.
+    Stop training before an optimizer step with non-finite gradients.
 
-    The last checkpoint stays valid. A loss that is NaN has such gradients.
+    The weights and the last checkpoint stay intact. A NaN loss has non-finite gradients too. With fp16 the callback
+    does nothing, because `GradScaler` skips such steps.
 
-    With fp16 such steps are ordinary: `GradScaler` skips them. They are left to it.
+    Raises:
+        `NonFiniteGradientsError`: If the norm of the gradients is infinite or NaN.
     """
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -30,34 +32,35 @@ class StopOnNonFinite(TrainerCallback):
             return
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = get_total_norm(grads)
-        # Sharded over processes.
+        # Gradients may be sharded.
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not torch.isfinite(norm):
             raise NonFiniteGradientsError(
-                f"The gradients of step {state.global_step + 1} have the norm {norm.item()}: training stops, and "
-                f"weights and checkpoints in {args.output_dir!r} stay as they were. Lower `learning_rate` (it is "
-                f"{args.learning_rate}) or `max_grad_norm`, or look for what is wrong in the data of this step."
+                f"The gradient norm of step {state.global_step + 1} is {norm.item()}. Training stops; the weights and "
+                f"the checkpoints in {args.output_dir!r} are unchanged. Lower `learning_rate` (now "
+                f"{args.learning_rate}) or `max_grad_norm`, or check the data of this step."
             )
 
 
 class SaveOnSigterm(TrainerCallback):
     """
-    On SIGTERM, finishes the step, saves a checkpoint and ends training; `stopped` is True then.
+    On SIGTERM, finish the current step, save a checkpoint and stop training.
 
-    Going on from it gives what an unbroken run does, bit for bit. (With `enable_jit_checkpoint` of Transformers the
-    checkpoint may fall within a step, when random numbers of that step are drawn already.) Of several processes all
-    stop at the same step, whichever got the signal. Works in the main thread only, as signals do.
+    `stopped` is then `True`. A run that resumes from this checkpoint equals an uninterrupted run, bit for bit. (With
+    `enable_jit_checkpoint` of Transformers, the checkpoint may be saved within a step, after random numbers of that
+    step are drawn.) In distributed training all processes stop at the same step, whichever receives the signal.
+    Training must run in the main thread, because only that can handle signals.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._handler_before: Any = None
+        self._previous_handler: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._handler_before = signal.signal(signal.SIGTERM, self._stop)
+        self._previous_handler = signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, signum, frame):
-        logger.warning("Got SIGTERM: training ends after this step, with a checkpoint.")
+        logger.warning("Received SIGTERM: saving a checkpoint and stopping after this step.")
         self.stopped = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -69,4 +72,4 @@ class SaveOnSigterm(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._handler_before)
+        signal.signal(signal.SIGTERM, self._previous_handler)

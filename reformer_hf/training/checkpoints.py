@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Find the last checkpoint of `Trainer` that is intact."""
+"""Find the last intact checkpoint of `Trainer`."""
 
 import json
 import os
@@ -13,29 +13,34 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 logger = logging.get_logger(__name__)
 
-# Transformers leaves this file in a checkpoint that it started to save on SIGTERM and did not finish.
+# Transformers leaves this file in a checkpoint whose saving on SIGTERM did not finish.
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
 
 
 def find_corruption(checkpoint: str | os.PathLike) -> str | None:
     """
-    What makes a checkpoint of `Trainer` unfit to go on from; `None` where nothing does.
+    Describe what makes a checkpoint of `Trainer` unusable.
 
-    Files that were cut off while they were written are found by their own structure: the lengths in the header of
-    safetensors, the directory at the end of what `torch.save` writes. The state of the trainer, which is written last,
-    must be there.
+    Truncated files are detected by their format: the header of safetensors files contains their length, and files of
+    `torch.save` end with a directory. The trainer state, which is written last, must exist.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Checkpoint folder.
+
+    Returns:
+        `str` or `None`: The first problem found, or `None` for an intact checkpoint.
     """
     folder = Path(checkpoint)
     if (folder / _INCOMPLETE).exists():
-        return f"`{_INCOMPLETE}` is there"
+        return f"`{_INCOMPLETE}` exists"
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
-        return f"`{TRAINER_STATE_NAME}` is missing or cut off"
+        return f"`{TRAINER_STATE_NAME}` is missing or truncated"
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in files:
         if not _is_intact(path):
-            return f"`{path.relative_to(folder)}` is cut off"
+            return f"`{path.relative_to(folder)}` is truncated"
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.exists():
         names = set(json.loads(index.read_text())["weight_map"].values())
@@ -61,10 +66,15 @@ def _is_intact(path: Path) -> bool:
 
 def last_intact_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
-    The last checkpoint below `output_dir` from which training can go on, for `resume_from_checkpoint`; `None` where
-    there is none.
+    Find the last intact checkpoint in `output_dir`, for `resume_from_checkpoint`.
 
-    A later one that was cut off, by a full disk or a killed process, is named in a warning and passed over.
+    Corrupt checkpoints, for example after a full disk or a killed process, are skipped with a warning.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): Output folder of `Trainer`.
+
+    Returns:
+        `str` or `None`: Path of the checkpoint, or `None` if there is no intact one.
     """
     folders = {}
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -72,8 +82,8 @@ def last_intact_checkpoint(output_dir: str | os.PathLike) -> str | None:
         if folder.is_dir() and number.isdecimal():
             folders[int(number)] = folder
     for step in sorted(folders, reverse=True):
-        missing = find_corruption(folders[step])
-        if missing is None:
+        corruption = find_corruption(folders[step])
+        if corruption is None:
             return str(folders[step])
-        logger.warning(f"Passing over the checkpoint {folders[step]}: {missing}.")
+        logger.warning(f"Skipping the corrupt checkpoint {folders[step]}: {corruption}.")
     return None

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a training step will take: the terms of `docs/memory.md`, for a config and a length."""
+"""Estimate the peak memory of a training step from the terms of `docs/memory.md`."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,18 @@ from ..self_attention import parallel_heads
 @dataclass(frozen=True)
 class MemoryEstimate:
     """
-    Bytes of the tensors that a training step keeps, and of those that come and go.
+    Bytes of the tensors of a training step.
 
     Args:
-        parameters, gradients, optimizer: Of the model.
-        sort_orders: Of all LSH layers, from the forward to the backward pass.
-        head, attention, feed_forward: What is alive where the step goes backward through the head, through one
-            attention layer, through one feed-forward: streams, their gradients, and what is computed at a time.
-        last_layer: By how much more in the last layer, whose output is not written over; and the head's gradients.
+        parameters (`int`): Parameters.
+        gradients (`int`): Gradients of the parameters.
+        optimizer (`int`): Optimizer state.
+        sort_orders (`int`): Sort orders of all LSH layers, kept from the forward to the backward pass.
+        head (`int`): Temporary tensors of the backward pass of the LM head.
+        attention (`int`): Temporary tensors of the backward pass of one attention layer, including the streams.
+        feed_forward (`int`): Temporary tensors of the backward pass of one feed-forward layer, including the streams.
+        last_layer (`int`): Additional tensors of the last layer: its output, which is not overwritten, and the
+            gradients of the head.
     """
 
     parameters: int
@@ -37,15 +41,16 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """
-        The peak: of what comes and goes the largest counts, for one is gone when the next comes.
+        Peak memory in bytes.
 
-        The first layer is the last to go backward: all gradients are there then, and the sort orders of the layers
-        after it are gone. Where gradients are there from the beginning, as when they are accumulated over several
-        steps, this is too little by `gradients` at most.
+        Only the largest of the temporary terms counts, because they do not exist at the same time. The backward pass
+        ends with the first layer, where all gradients exist and the sort orders of later layers are freed. With
+        gradient accumulation all gradients exist from the second backward pass on, and the peak is higher by at most
+        `gradients`.
         """
         layer = max(self.attention, self.feed_forward)
-        begin = self.sort_orders + max(self.head, layer + self.last_layer)
-        return self.parameters + self.optimizer + max(begin, layer + self.gradients)
+        start = self.sort_orders + max(self.head, layer + self.last_layer)
+        return self.parameters + self.optimizer + max(start, layer + self.gradients)
 
 
 def estimate_training_memory(
@@ -58,23 +63,29 @@ def estimate_training_memory(
     device: str = "cpu",
 ) -> MemoryEstimate:
     """
-    Estimate the peak of a training step of `ReformerHfForCausalLM`, without dropout or padding.
+    Estimate the peak memory of a training step of `ReformerHfForCausalLM`, without dropout and padding.
 
     Args:
-        config: With `reversible=True` and no layers of full attention, whose memory is quadratic.
-        length, batch_size: Of the input.
-        num_hashes: Rounds, instead of the config's.
-        dtype: That of the weights. The streams are in fp32 at least.
-        optimizer_bytes: Bytes of the optimizer's state for each parameter: 8 for AdamW in fp32.
-        device: Its type decides what is computed at a time.
+        config (`ReformerHfConfig`): A config with `reversible=True` and without layers of full attention, whose
+            memory is quadratic.
+        length (`int`): Sequence length.
+        batch_size (`int`, defaults to 1): Batch size.
+        num_hashes (`int`, *optional*): Number of hash rounds. `None` uses that of the config.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Dtype of the weights. The residual streams are in fp32 or
+            a wider dtype.
+        optimizer_bytes (`int`, defaults to 8): Bytes of optimizer state per parameter. AdamW in fp32 has 8.
+        device (`str`, defaults to `"cpu"`): Device type, which determines chunk and tile sizes.
+
+    Returns:
+        `MemoryEstimate`: The terms and their total, in bytes.
 
     Raises:
-        `ValueError`: for a config that is not covered.
+        `ValueError`: If the config is not reversible or has layers of full attention.
     """
     if not config.reversible or "full" in config.attn_layers:
         raise ValueError(
-            f"`reversible` is {config.reversible} and `attn_layers` is {config.attn_layers}, but the estimate is for "
-            "reversible models of local and LSH layers."
+            f"`reversible` is {config.reversible} and `attn_layers` is {config.attn_layers}, but the estimate covers "
+            "only reversible models of local and LSH layers."
         )
     shape = _Shape(
         config,
@@ -101,7 +112,7 @@ def estimate_training_memory(
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes, and the terms that are made of them; all in bytes but for the first ones."""
+    """Sizes of the model and its input, and the terms in bytes that follow from them."""
 
     config: ReformerHfConfig
     batch_size: int
@@ -121,27 +132,31 @@ class _Shape:
 
     @property
     def sort_order(self) -> int:
-        """Of one layer, int32."""
+        """Sort order of one layer, int32."""
         return self.positions * self.config.num_attention_heads * self.rounds * 4
 
     @property
     def head(self) -> int:
         """
-        The streams side by side, which the tape shares, and normalised; then either logits (their own, in fp32 if
-        they are not, their logarithmic softmax, a gradient), or the gradients of those two.
+        Temporary tensors of the head.
+
+        The concatenated streams, which the tape shares, their normalized copy, and the larger of two terms: the logits
+        with their fp32 copy, log-softmax and gradient, or the gradients of the streams.
         """
-        both, normalised = 2 * self.stream, 2 * self.stream * self.size // self.wide
+        both, normalized = 2 * self.stream, 2 * self.stream * self.size // self.wide
         chunk = min(self.config.chunk_size_lm_head or self.length, self.length)
         logits = self.batch_size * chunk * self.config.vocab_size
         if self.config.chunk_size_lm_head:
-            return 2 * (both + normalised) + 2 * logits * self.wide
+            return 2 * (both + normalized) + 2 * logits * self.wide
         copies = 2 * self.wide + self.size + (self.wide if self.size < self.wide else 0)
-        return both + normalised + max(logits * copies, both + normalised + logits * self.size)
+        return both + normalized + max(logits * copies, both + normalized + logits * self.size)
 
     def attention(self, kind: str) -> int:
         """
-        Two streams, written over as they are inverted, and two gradients of each, those that come and those that go.
-        Besides, for the heads that are computed at a time: projections, output, and gradients of all.
+        Temporary tensors of an attention layer.
+
+        Two streams, which their inversion overwrites, and two gradients of each (input and output). For the heads that
+        are computed at a time: projections, output, and gradients of all.
         """
         config = self.config
         rows = self.positions * parallel_heads(config, self.positions, self.device)
@@ -149,13 +164,13 @@ class _Shape:
         head_size = config.attention_head_size
         kept = (projections + 2) * rows * head_size * self.size
         grads = projections * rows * head_size * self.wide
-        # Positions, bounds of what is seen, and rows of keys, for one head at a time of those that are long.
+        # Positions, bounds of visible slots, and rows of keys; long inputs take one head at a time.
         index = self.positions * (16 * (self.rounds if kind == "lsh" else 1) + 32)
         return 6 * self.stream + kept + grads + index + _tile(self.device)
 
     @property
     def feed_forward(self) -> int:
-        """As for attention, but for one gradient; and the inner activations of a chunk, with their gradients."""
+        """As for attention, with one gradient less, and the inner activations of a chunk with their gradients."""
         suitable = suitable_chunk_size(self.batch_size, self.length, self.device)
         chunk = min(self.config.chunk_size_feed_forward or suitable, self.length)
         inner = self.batch_size * chunk * self.config.feed_forward_size * self.size
@@ -163,5 +178,5 @@ class _Shape:
 
 
 def _tile(device: str) -> int:
-    """Scores and masks that exist at a time, and what is gathered for them."""
+    """Scores and masks of one tile, and the tensors gathered for it."""
     return 12 * 4 * TILE_SCORES.get(device, TILE_SCORES["cuda"])

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Sequences of one length from documents of any length, in memory that does not grow with the text."""
+"""Pack documents of any length into sequences of equal length, in constant memory."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,33 +20,38 @@ def pack(
     keep_last: bool = True,
 ) -> Iterator[np.ndarray]:
     """
-    Cut documents into sequences of `length` tokens, each beginning with the last token of the one before, so that,
-    given the usual shift of labels, every token but the first is predicted once.
+    Split documents into sequences of `length` tokens.
 
-    No more than one sequence and one document exist at a time; a document that is a memory map is read as it is cut.
+    Each sequence begins with the last token of the previous one. With the usual shift of labels, every token except
+    the first is therefore predicted exactly once. Only one sequence and one document are in memory at a time;
+    memory-mapped documents are read piece by piece.
 
     Args:
-        documents: Token ids; empty ones are left out.
-        length: Tokens in a sequence, at least 2.
-        separator_id: Put after a document, where another one follows in the same sequence, or at its end where
-            `across_documents` is False. `None` for nothing.
-        across_documents: Whether a sequence goes on with the next document. Otherwise every document begins a
-            sequence, and its last one is as short as it is.
-        keep_last: Whether to give the last sequence of all, or of each document, where it is shorter than `length`.
+        documents (`Iterable`): Token ids of each document. Empty documents are skipped.
+        length (`int`): Number of tokens per sequence, at least 2.
+        separator_id (`int`, *optional*): Token inserted between documents, or after every document if
+            `across_documents=False`. `None` inserts nothing.
+        across_documents (`bool`, defaults to `True`): Whether a sequence may contain several documents. Otherwise
+            every document starts a new sequence, and the last sequence of a document may be shorter.
+        keep_last (`bool`, defaults to `True`): Whether to keep the last sequence, or the last sequence of each
+            document, if it is shorter than `length`.
+
+    Returns:
+        `Iterator[np.ndarray]`: Sequences of token ids (`int32`).
 
     Raises:
-        `ValueError`: for a `length` below 2.
+        `ValueError`: If `length` is below 2.
     """
     if length < 2:
-        raise ValueError(f"`length` is {length}, but a sequence needs at least 2 tokens, one to predict the other.")
+        raise ValueError(f"`length` is {length}, but a sequence needs at least 2 tokens: give a larger `length`.")
     if across_documents:
-        return _cut(_joined(documents, separator_id), length, keep_last)
+        return _cut(_join(documents, separator_id), length, keep_last)
     separator = [] if separator_id is None else [separator_id]
     pieces = ((document, separator) for document in documents if len(document))
     return (sequence for document in pieces for sequence in _cut(document, length, keep_last))
 
 
-def _joined(documents: Iterable[Ids], separator_id: int | None) -> Iterator[Ids]:
+def _join(documents: Iterable[Ids], separator_id: int | None) -> Iterator[Ids]:
     first = True
     for document in documents:
         if len(document) == 0:
@@ -58,32 +63,37 @@ def _joined(documents: Iterable[Ids], separator_id: int | None) -> Iterator[Ids]
 
 
 def _cut(pieces: Iterable[Ids], length: int, keep_last: bool) -> Iterator[np.ndarray]:
-    """Sequences of the tokens of all pieces, one after the other."""
+    """Yield sequences of the concatenated pieces."""
     sequence = np.empty(length, dtype=np.int32)
-    filled = fresh = 0
+    filled = num_new = 0
     for piece in pieces:
         start = 0
         while start < len(piece):
             taken = min(length - filled, len(piece) - start)
             sequence[filled : filled + taken] = piece[start : start + taken]
-            filled, fresh, start = filled + taken, fresh + taken, start + taken
+            filled, num_new, start = filled + taken, num_new + taken, start + taken
             if filled == length:
                 yield sequence.copy()
                 sequence[0] = sequence[-1]
-                filled, fresh = 1, 0
-    if keep_last and fresh and filled > 1:
+                filled, num_new = 1, 0
+    if keep_last and num_new and filled > 1:
         yield sequence[:filled].copy()
 
 
 def pack_to_file(path: str | os.PathLike, documents: Iterable[Ids], length: int, **options):
     """
-    What `pack` gives as a `datasets.Dataset` with the column `input_ids`, memory-mapped from the Arrow file `path`.
+    Pack documents into a memory-mapped `datasets.Dataset` with the column `input_ids`.
 
-    The file is written under another name and renamed when it is whole.
+    The file is written under a temporary name and renamed when it is complete.
 
     Args:
-        path: File to be written; its folder is made.
-        documents, length, options: See `pack`.
+        path (`str` or `os.PathLike`): Arrow file to write. Its folder is created if necessary.
+        documents (`Iterable`): See `pack`.
+        length (`int`): See `pack`.
+        options: Other arguments of `pack`.
+
+    Returns:
+        `datasets.Dataset`: The sequences.
     """
     from datasets import Dataset, Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
@@ -93,7 +103,7 @@ def pack_to_file(path: str | os.PathLike, documents: Iterable[Ids], length: int,
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with ArrowWriter(path=str(partial), features=Features({"input_ids": Sequence(Value("int32"))})) as writer:
-            # A batch of so many sequences is in memory before it is written.
+            # This many sequences are in memory at a time.
             writer.writer_batch_size = max((1 << 20) // length, 1)
             for sequence in pack(documents, length, **options):
                 writer.write({"input_ids": sequence})
@@ -106,11 +116,13 @@ def pack_to_file(path: str | os.PathLike, documents: Iterable[Ids], length: int,
 
 class CausalCollator:
     """
-    Batches for causal language modelling: `input_ids` and `labels` `[B, L]`, and `attention_mask` where sequences are
-    of several lengths. What pads a shorter one is at its end and has no part in the loss.
+    Collate sequences into batches for causal language modeling.
+
+    Batches have `input_ids` and `labels` `[B, L]`, and an `attention_mask` `[B, L]` if the sequences differ in length.
+    Shorter sequences are padded on the right; the loss ignores padding.
 
     Args:
-        pad_token_id: The id that stands for padding.
+        pad_token_id (`int`): Id of the padding token.
     """
 
     def __init__(self, pad_token_id: int):

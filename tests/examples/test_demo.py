@@ -21,7 +21,7 @@ def test_demo(tmp_path, monkeypatch, capfd):
     assert "Logits of (1, 64, 260): bit-identical" in output
     assert "Generated:" in output
     assert output.split("Lower than the bigram model")[1].split()[0] == "NO"
-    assert output.split("Same bits in a new process")[1].split()[0] == "yes"
+    assert output.split("Same logits in a new process")[1].split()[0] == "yes"
 
     saved = load_file(tmp_path / demo.CHECK_FILE)
     saved["logits"][0, 0, 0] += 1e-6

@@ -158,7 +158,7 @@ def test_config_from_options():
 
 @pytest.mark.parametrize("overrides", ["no_such_field=1", "hidden_act"])
 def test_bad_config_overrides(overrides):
-    with pytest.raises(ValueError, match="`config_overrides` holds"):
+    with pytest.raises(ValueError, match="`config_overrides` contains"):
         parse_overrides(overrides)
 
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The floor of a training step: its bare matrix products and fused chunk attentions, and nothing else.
+Lower bound on the time of a training step: its matrix products and fused chunk attention, and nothing else.
 
-No hashing, sorting, gathering, masks, merging, norms, residuals or loss. Whatever is computed forward is computed
-again in the backward pass, as reversible layers do.
+No hashing, sorting, gathering, masks, merging of rounds, norms, residuals or loss. The backward pass recomputes the
+forward pass, as in reversible layers.
 """
 
 import time
@@ -15,12 +15,12 @@ from torch import Tensor
 from .cases import Case
 
 _CHUNKS_PER_CALL = 32
-# Positions that a product takes at a time: small enough for the results to stay in a cache.
+# Positions per matrix product, few enough for the results to stay in the processor's cache.
 _BLOCK = 1024
 
 
 class Product:
-    """`y = x W`, and its two gradients, in blocks of positions, into memory that is there."""
+    """`y = x W` and its two gradients, in blocks of positions, written to preallocated memory."""
 
     def __init__(self, length: int, in_features: int, out_features: int):
         self._shape = (in_features, out_features)
@@ -43,7 +43,7 @@ class Product:
 
 
 class ChunkAttentions:
-    """Fused attention of all chunks of all rounds and heads of one layer, always on the same chunks."""
+    """Fused attention of all chunks, rounds and heads of one layer, each time on the same chunks."""
 
     def __init__(self, case: Case):
         shape = case.shape
@@ -54,7 +54,7 @@ class ChunkAttentions:
             self._calls.append(total % _CHUNKS_PER_CALL)
         slots = (_CHUNKS_PER_CALL + 1) * chunk
         self._query = torch.randn(1, _CHUNKS_PER_CALL, chunk, size)
-        # Windows overlap, as views of the same slots.
+        # Overlapping views of the same slots.
         self._key, self._value = (
             torch.randn(1, slots, size).unfold(1, window, chunk).transpose(-1, -2) for _ in range(2)
         )
@@ -80,13 +80,15 @@ class ChunkAttentions:
             )
 
 
-def floor_of_step(case: Case, device: torch.device) -> Callable[[], Tensor]:
-    """What computes the floor of one step of a model of LSH layers. CPU only."""
+def lower_bound_of_step(case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """Return a function that computes the lower bound of one step of a model with only LSH layers, on a CPU."""
     shape = case.shape
     if device.type != "cpu" or set(shape.layers) != {"lsh"}:
-        raise ValueError(f"There is no floor for {shape.name!r} on {device}: layers must be 'lsh', the device 'cpu'.")
+        raise ValueError(
+            f"There is no lower bound for shape {shape.name!r} on {device}: it needs LSH layers only, and a CPU."
+        )
     heads = shape.num_heads * shape.head_size
-    products = [Product(case.length, shape.width, heads)] * 2  # queries, which serve as keys, and values
+    products = [Product(case.length, shape.width, heads)] * 2  # shared query-key and value projections
     products += [
         Product(case.length, heads, shape.width),
         Product(case.length, shape.width, shape.feed_forward),
@@ -94,7 +96,7 @@ def floor_of_step(case: Case, device: torch.device) -> Callable[[], Tensor]:
     ]
     head = Product(case.length, 2 * shape.width, shape.vocab_size)
     attentions = ChunkAttentions(case)
-    # A floor must not be undercut by cutting it in another way.
+    # Use the faster block size.
     block = min((case.length, _BLOCK), key=lambda block: _seconds(products, block))
 
     def run() -> Tensor:
@@ -116,7 +118,7 @@ def floor_of_step(case: Case, device: torch.device) -> Callable[[], Tensor]:
 
 
 def _seconds(products: list[Product], block: int) -> float:
-    """Least time of two for one layer's products."""
+    """Return the lower of two times for the matrix products of one layer."""
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
