@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Decoding state: new tokens get the logits of a parallel pass, whatever was done to the state before."""
+"""KV cache: new tokens get the logits of a parallel pass, whatever was done to the cache before."""
 
 import copy
 import pickle
@@ -13,6 +13,9 @@ from transformers.cache_utils import DynamicLayer
 
 from reformer_hf import ReformerHfForCausalLM
 from reformer_hf.cache import SLACK
+from reformer_hf.full_cache import FullCacheLayer
+from reformer_hf.local_cache import LocalCacheLayer
+from reformer_hf.lsh_cache import LSHCacheLayer, LSHChunkCacheLayer
 
 from .helpers import assert_close, random_model, relative_rms, tiny_config
 
@@ -42,7 +45,7 @@ def _new_cache(model, static=False, length=256):
 
 
 class Decoding:
-    """A sequence that grows and shrinks along with the decoding state, and the logits that each token got."""
+    """A sequence that grows and shrinks with its KV cache, and the logits that each token got."""
 
     def __init__(self, model, cache, batch_size=3, seed=0):
         self.model, self.cache = model, cache
@@ -92,7 +95,7 @@ class Decoding:
 @each_kind
 @pytest.mark.parametrize("num_hashes", [1, 2, 4])
 @pytest.mark.parametrize("once", [False, True], ids=["duplicates", "deduplicated"])
-def test_steps_equal_the_parallel_pass(num_hashes, once, fields, static):
+def test_steps_equal_parallel_pass(num_hashes, once, fields, static):
     if "lsh" not in fields.get("attn_layers", ["lsh"]) and (num_hashes > 1 or once):
         pytest.skip("There is no hashing.")
     model = random_model(torch.float64, num_hashes=num_hashes, lsh_deduplicate_keys=once, **fields)
@@ -100,7 +103,7 @@ def test_steps_equal_the_parallel_pass(num_hashes, once, fields, static):
     while decoding.length < 130:
         decoding.take(1)
     decoding.check()
-    # They depend on what was before, so that a state that forgot it would be found out.
+    # They depend on what was before, so that a cache that forgot it would be noticed.
     other = decoding.ids.clone()
     other[:, 50] = 59 - other[:, 50]
     with torch.no_grad():
@@ -112,7 +115,7 @@ def test_steps_equal_the_parallel_pass(num_hashes, once, fields, static):
 @each_kind
 @pytest.mark.parametrize("num_hashes", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
-def test_two_thousand_positions(dtype, limit, num_hashes, fields):
+def test_2000_positions(dtype, limit, num_hashes, fields):
     """At every position, from prompts of all kinds of lengths, in one piece and in several."""
     if "lsh" not in fields.get("attn_layers", ["lsh"]) and num_hashes > 1:
         pytest.skip("There is no hashing.")
@@ -176,7 +179,7 @@ OPERATIONS = st.one_of(
     prompt=st.integers(1, 100),
     operations=st.lists(OPERATIONS, min_size=1, max_size=8),
 )
-def test_whatever_is_done_to_a_state(kind, static, prompt, operations):
+def test_random_operations(kind, static, prompt, operations):
     model = random_model(torch.float64, **KINDS[kind])
     decoding = Decoding(model, _new_cache(model, static)).take(prompt, padding=[0, prompt // 2, prompt - 1])
     longest = 0
@@ -188,7 +191,7 @@ def test_whatever_is_done_to_a_state(kind, static, prompt, operations):
             try:
                 decoding.crop(value)
             except ValueError:
-                # Not within what is promised; and the state is as it was.
+                # Not within what is promised; and the cache is unchanged.
                 assert longest - decoding.length + value > SLACK
         elif name in ("reorder", "select"):
             index = torch.tensor([row for row in value if row < rows] or [0])
@@ -210,7 +213,7 @@ def test_whatever_is_done_to_a_state(kind, static, prompt, operations):
 @pytest.mark.parametrize("pattern", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("prompt", [3, 8, 9, 50])
 @torch.no_grad()
-def test_step_in_chunks_is_the_last_row_of_the_parallel_pass(prompt, pattern, static):
+def test_chunk_step_equals_last_row(prompt, pattern, static):
     """In one layer, where nothing comes before it that a new token could change."""
     for kind in ("lsh", "local"):
         model = random_model(torch.float64, attn_layers=[kind], num_hashes=3, **pattern)
@@ -221,18 +224,18 @@ def test_step_in_chunks_is_the_last_row_of_the_parallel_pass(prompt, pattern, st
 
 
 @pytest.mark.parametrize("pattern", CHUNKS.values(), ids=CHUNKS)
-def test_several_tokens_in_chunks_equal_one_after_the_other(pattern):
+def test_chunk_steps_of_several_tokens(pattern):
     model = random_model(torch.float64, num_hashes=3, **pattern)
     one, several = (Decoding(model, _new_cache(model)).take(20) for _ in range(2))
     several.take(15)
-    for column in range(20, 35):
-        one.take(1, new=several.ids[:, column : column + 1])
+    for position in range(20, 35):
+        one.take(1, new=several.ids[:, position : position + 1])
     assert_close(several.logits, one.logits, 1e-12)
 
 
 @each_kind
-def test_what_no_ring_holds_is_dropped(fields):
-    """Small rings, and more tokens than they hold: the state stops growing and the logits are right all the same."""
+def test_drops_what_no_ring_holds(fields):
+    """Small rings, and more tokens than they hold: the cache stops growing and the logits are right all the same."""
     model = random_model(
         torch.float64, num_buckets=2, lsh_num_chunks_before=1, num_hashes=2, max_position_embeddings=2048, **fields
     )
@@ -247,22 +250,24 @@ def test_what_no_ring_holds_is_dropped(fields):
         assert all(getattr(layer, "_dropped_at", 1) for layer in decoding.cache.layers)
     # What was long ago does not come back, and to ask for it changes nothing.
     if "full" not in model.config.attn_layers:
-        with pytest.raises(ValueError, match=f"1600 tokens is to be cropped to 1500.*give back {SLACK} tokens"):
+        with pytest.raises(ValueError, match=f"1600 tokens is to be cropped to 1500.*return to {SLACK} tokens before"):
             decoding.crop(100)
     decoding.crop(SLACK - 10)
     decoding.take(20)
     decoding.check()
+    # The tokens that are left keep their cache positions.
+    last_token = decoding.ids[:, -1:]
+    last = {"attention_mask": decoding.mask, "output_attentions": True}
     with torch.no_grad():
-        whole = model(decoding.ids, attention_mask=decoding.mask, output_attentions=True)
+        whole = model(decoding.ids, **last)
         decoding.crop(1)
-        step = model(
-            decoding.ids.new_full((2, 1), 7), attention_mask=None, cache=decoding.cache, output_attentions=True
+        step = model(last_token, cache=decoding.cache, **last)
+    for layer in range(len(model.config.attn_layers)):
+        found, expected = (
+            _by_position(output.attentions[layer], output.attention_positions[layer], len(decoding.mask[0]) + 1)
+            for output in (step, whole)
         )
-    for layer, kind in enumerate(model.config.attn_layers):
-        if kind == "lsh":
-            seen = set(step.attention_positions[layer][0].flatten().tolist())
-            assert max(seen) < decoding.length + 1 and len(seen) > 4
-    assert whole.attentions is not None
+        assert_close(found[:, :, -1], expected[:, :, -1], 1e-12)
 
 
 def _elements(cache):
@@ -270,7 +275,7 @@ def _elements(cache):
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
-def test_crop_back_to_the_prompt():
+def test_crop_to_prompt():
     """Further than the slack, as long as nothing was dropped that would be needed."""
     for kind in ("lsh", "full"):
         model = random_model(torch.float64, attn_layers=[kind, kind])
@@ -284,7 +289,7 @@ def test_crop_back_to_the_prompt():
 
 
 @each_kind
-def test_recording_the_past(fields):
+def test_record_past(fields):
     """Then there is room to go back to where the last crop was, however far."""
     model = random_model(torch.float64, num_buckets=2, max_position_embeddings=1024, **fields)
     decoding = Decoding(model, _new_cache(model)).take(700)
@@ -298,7 +303,7 @@ def test_recording_the_past(fields):
 
 
 @each_kind
-def test_crop_to_nothing_begins_anew(fields):
+def test_crop_to_nothing(fields):
     model = random_model(torch.float64, **fields)
     decoding = Decoding(model, _new_cache(model)).take(30).take(1)
     decoding.crop(31)
@@ -312,7 +317,7 @@ def test_crop_to_nothing_begins_anew(fields):
 
 @each_cache
 @each_kind
-def test_attentions_and_hidden_states_of_a_step(fields, static):
+def test_step_attentions(fields, static):
     model = random_model(torch.float64, num_hashes=3, **fields)
     decoding = Decoding(model, _new_cache(model, static)).take(1)
     wanted = {"output_attentions": True, "output_hidden_states": True}
@@ -326,21 +331,21 @@ def test_attentions_and_hidden_states_of_a_step(fields, static):
             assert_close(found, expected[:, -num_new:], 1e-12)
         for layer in range(len(model.config.attn_layers)):
             found, expected = (
-                _by_column(output.attentions[layer], output.attention_positions[layer], decoding.length)
+                _by_position(output.attentions[layer], output.attention_positions[layer], decoding.length)
                 for output in (step, whole)
             )
             assert_close(found, expected[:, :, -num_new:], 1e-12)
 
 
-def _by_column(weights, positions, length):
+def _by_position(weights, positions, length):
     """Attention weights `[B, H, n, L]` of `[B, H, R, n, W]`, of all rounds."""
     weights, positions = (x.transpose(2, 3).flatten(3) for x in (weights, positions.long()))
     assert torch.equal(weights > 0, positions >= 0)
-    by_column = weights.new_zeros(*weights.shape[:3], length + 1)
-    return by_column.scatter_add_(3, positions % (length + 1), weights)[..., :-1]
+    by_position = weights.new_zeros(*weights.shape[:3], length + 1)
+    return by_position.scatter_add_(3, positions % (length + 1), weights)[..., :-1]
 
 
-def test_rows_of_a_step_sum_to_one():
+def test_step_weights_sum_to_one():
     model = random_model(torch.float64, attn_layers=["lsh", "local", "full"])
     cache = model(torch.ones(1, 1, dtype=torch.long), use_cache=True).cache
     for token in range(1, 30):
@@ -369,8 +374,8 @@ def test_autocast():
         assert_close(decoding.logits, decoding.expected(), 0.05)
 
 
-def test_train_mode_draws_its_rotations_once():
-    """Without a seed of its own, training hashes by new rotations in each call, but a state keeps what it has."""
+def test_train_mode_keeps_rotations():
+    """Without a seed of its own, training hashes by new rotations in each call, but a cache keeps its own."""
     model = random_model(torch.float64, attn_layers=["lsh"]).train()
     torch.manual_seed(3)
     decoding = Decoding(model, _new_cache(model)).take(40)
@@ -383,7 +388,7 @@ def test_train_mode_draws_its_rotations_once():
     assert model(decoding.ids, use_cache=True).cache is None
 
 
-def test_no_state_unless_it_is_wanted():
+def test_no_cache_unless_wanted():
     model = random_model()
     ids = torch.ones(1, 9, dtype=torch.long)
     assert model(ids).cache is None
@@ -394,7 +399,7 @@ def test_no_state_unless_it_is_wanted():
     assert model.reformer(ids, use_cache=True).cache.get_seq_length() == 9
 
 
-def test_outputs_of_a_step_are_ordinary_tensors():
+def test_step_outputs_work_with_autograd():
     """Steps leave autograd behind; what they give may be used in it all the same, and the model be trained after."""
     model = random_model()
     ids = torch.ones(2, 9, dtype=torch.long)
@@ -405,11 +410,13 @@ def test_outputs_of_a_step_are_ordinary_tensors():
     probe = torch.nn.Linear(32, 1)
     for hidden in (*output.hidden_states, output.attentions[0][..., :1].expand(*[-1] * 4, 32)):
         probe(hidden).sum().backward()
-    assert all(not getattr(layer, name).is_inference() for layer in cache.layers for name in ("table", "num_tokens"))
+    assert all(
+        not getattr(layer, name).is_inference() for layer in cache.layers for name in ("entries", "num_padding")
+    )
     model.train()(ids, labels=ids).loss.backward()
 
 
-def test_state_made_in_inference_mode():
+def test_cache_made_in_inference_mode():
     model = random_model(torch.float64)
     with torch.inference_mode():
         decoding = Decoding(model, _new_cache(model)).take(30).take(1)
@@ -420,7 +427,7 @@ def test_state_made_in_inference_mode():
     decoding.check()
 
 
-def test_copies_are_independent_and_can_be_pickled():
+def test_copy_and_pickle():
     model = random_model(torch.float64)
     first = Decoding(model, _new_cache(model)).take(30).take(1)
     second = copy.copy(first)
@@ -456,7 +463,7 @@ def test_offloading_on_cuda(fields):
     assert torch.equal(model.generate(ids, **options, cache_implementation="offloaded"), expected)
 
 
-def _state(cache):
+def _tensors(cache):
     tensors = {(i, name): getattr(layer, name) for i, layer in enumerate(cache.layers) for name in layer.tensors}
     return {key: tensor.clone() for key, tensor in tensors.items() if tensor is not None}
 
@@ -466,7 +473,7 @@ IDS = torch.ones(2, 1, dtype=torch.long)
 BAD_CALLS = {
     "of-no-layers": (
         {"cache": DynamicCache()},
-        r"`cache` is a DynamicCache, but.*\['LocalStateLayer', 'LSHStateLayer', 'FullStateLayer'\].*"
+        r"`cache` is a DynamicCache, but.*\['reformer_hf_local', 'reformer_hf_lsh', 'reformer_hf_full'\].*"
         r"`DynamicCache\(config=model.config\)`",
     ),
     "of-dense-layers": (
@@ -474,7 +481,10 @@ BAD_CALLS = {
         "`cache` is a DynamicCache of .*DynamicLayer",
     ),
     "a-tuple": ({"past_key_values": ()}, "`cache` is a tuple, but"),
-    "both": ({"past_key_values": DynamicCache(), "cache": DynamicCache()}, "one of `cache` and `past_key_values`"),
+    "both": (
+        {"past_key_values": DynamicCache(), "cache": DynamicCache()},
+        "Both `past_key_values` and `cache` are set",
+    ),
     "other-rows": ({"input_ids": IDS[:1]}, "The input has 1 rows, but `cache` holds 2: repeat or select"),
     "other-rounds": ({"num_hashes": 3}, "`cache` is that of another model, or of other options.*num_hashes=2"),
     "other-buckets": ({"num_buckets": 4}, r"`num_buckets` is \[4\], but `cache` has hashed.*into \[8\]"),
@@ -490,20 +500,20 @@ BAD_CALLS = {
 
 @each_cache
 @pytest.mark.parametrize(("call", "said"), BAD_CALLS.values(), ids=BAD_CALLS)
-def test_bad_calls_leave_the_state_as_it_was(call, said, static):
+def test_bad_call_leaves_cache(call, said, static):
     model = random_model()
     cache = model(torch.ones(2, 30, dtype=torch.long), cache=_new_cache(model, static, 300)).cache
     if "past_key_values" not in call and "cache" not in call:
         call = {**call, "cache": cache}
-    before = _state(cache)
+    before = _tensors(cache)
     with pytest.raises(ValueError, match=said):
         model(**{"input_ids": IDS, **call})
-    after = _state(cache)
+    after = _tensors(cache)
     assert cache.get_seq_length() == 30
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_state_of_another_model_is_refused():
+def test_refuses_cache_of_other_model():
     cache = random_model()(IDS, use_cache=True).cache
     for other in ({"local_attn_chunk_length": 4}, {"lsh_num_chunks_before": 1}, {"num_attention_heads": 4}):
         with pytest.raises(ValueError, match="`cache` is that of another model.*Begin with a new cache"):
@@ -512,17 +522,17 @@ def test_a_state_of_another_model_is_refused():
         random_model(attn_layers=["lsh"] * 3)(IDS, cache=cache)
 
 
-def test_a_static_state_that_is_full():
+def test_refuses_full_static_cache():
     model = random_model()
     cache = model(IDS.expand(2, 30), cache=_new_cache(model, True, 32)).cache
     model(IDS, cache=cache)
-    before = _state(cache)
+    before = _tensors(cache)
     with pytest.raises(ValueError, match="`cache` holds 31 of at most 32 tokens, too many for 2 more.*at least 33"):
         model(IDS.expand(2, 2), cache=cache)
-    assert all(torch.equal(before[key], value) for key, value in _state(cache).items())
+    assert all(torch.equal(before[key], value) for key, value in _tensors(cache).items())
 
 
-def test_crop_by_a_number_that_is_not_negative_or_too_large():
+def test_refuses_bad_crop():
     model = random_model()
     cache = model(IDS.expand(2, 30), use_cache=True).cache
     with pytest.raises(ValueError, match="`tokens_to_remove` is 5.*such as -1"):
@@ -531,7 +541,7 @@ def test_crop_by_a_number_that_is_not_negative_or_too_large():
         cache.crop(-31)
 
 
-def test_an_encoder_has_no_state():
+def test_encoder_has_no_cache():
     from reformer_hf import ReformerHfModel
 
     encoder = ReformerHfModel(tiny_config(is_decoder=False)).eval()
@@ -540,19 +550,21 @@ def test_an_encoder_has_no_state():
         encoder(IDS, cache=DynamicCache(config=encoder.config))
 
 
-def test_a_model_that_is_tied_or_not_has_the_same_kinds_of_state():
+def test_layer_types():
     """By the names in the config, for `DynamicCache` and `StaticCache` to find."""
     config = tiny_config()
-    names = ["LocalStateLayer", "LSHStateLayer", "FullStateLayer"]
-    assert [type(layer).__name__ for layer in DynamicCache(config=config).layers] == names
+    types = [LocalCacheLayer, LSHCacheLayer, FullCacheLayer]
+    assert [type(layer) for layer in DynamicCache(config=config).layers] == types
     static = StaticCache(config=config, max_cache_len=9)
-    assert [type(layer).__name__ for layer in static.layers] == names
+    assert all(isinstance(layer, cls) for layer, cls in zip(static.layers, types, strict=True))
+    in_chunks = DynamicCache(config=tiny_config(lsh_pattern="chunk"))
+    assert [type(layer) for layer in in_chunks.layers] == [LocalCacheLayer, LSHChunkCacheLayer, FullCacheLayer]
     assert static.is_compileable and not DynamicCache(config=config).is_compileable
     assert not any(isinstance(layer, DynamicLayer) for layer in static.layers)
     assert "layer_types" not in config.to_dict()
 
 
-def test_buckets_of_one_call():
+def test_num_buckets_of_call():
     model, other = (random_model(torch.float64, num_buckets=n) for n in (8, 2))
     ids = torch.arange(1, 59)[None]
     expected = other(ids).logits
@@ -563,7 +575,7 @@ def test_buckets_of_one_call():
     assert_close(model(ids[:, 40:], cache=cache).logits, expected[:, 40:], 1e-12)
 
 
-def test_gradients_do_not_go_through_a_state():
+def test_cache_has_no_gradients():
     model = random_model()
     output = model(IDS.expand(2, 9), use_cache=True)
     for layer in output.cache.layers:

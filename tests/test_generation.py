@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Generation: against loops over the forward pass, with and without a decoding state, with padding, from embeddings,
+"""Generation: against loops over the forward pass, with and without a KV cache, with padding, from embeddings,
 and within the longest input."""
 
 import copy
@@ -49,11 +49,11 @@ def _padded(prompts):
 
 
 @torch.no_grad()
-def _greedy(model, input_ids, num_new=NEW):
+def _greedy(model, input_ids, num_new=NEW, **options):
     """The most probable token, over and over, from the logits of the whole sequence; and those logits."""
     logits = []
     for _ in range(num_new):
-        logits.append(model(input_ids).logits[:, -1])
+        logits.append(model(input_ids, **options).logits[:, -1])
         input_ids = torch.cat([input_ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
     return input_ids, torch.stack(logits, dim=1)
 
@@ -80,13 +80,15 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("use_cache", [True, False], ids=["state", "no-state"])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
 @pytest.mark.parametrize("fields", (KINDS | IN_CHUNKS).values(), ids=KINDS | IN_CHUNKS)
-def test_greedy_is_the_argmax_of_the_forward_pass(fields, use_cache):
+def test_greedy_equals_forward_pass(fields, use_cache):
     if use_cache and fields in IN_CHUNKS.values():
         pytest.skip("A new token moves chunks of the sorted order: see docs/generation.md.")
     model, input_ids = _model(torch.float32, **fields), _ids(21, batch_size=3)
-    expected, _ = _greedy(model, input_ids)
+    # Of prompt and new tokens: 33 in windows of 16.
+    num_buckets = 4 if model.config.num_buckets is None and model.config.lsh_pattern == "window" else None
+    expected, _ = _greedy(model, input_ids, num_buckets=num_buckets)
     found = model.generate(input_ids, max_new_tokens=NEW, do_sample=False, use_cache=use_cache)
     assert torch.equal(found, expected)
     # The prompt matters, and the model does not repeat one token.
@@ -95,7 +97,7 @@ def test_greedy_is_the_argmax_of_the_forward_pass(fields, use_cache):
 
 
 @each_beams
-def test_a_prompt_of_one_token(num_beams):
+def test_prompt_of_one_token(num_beams):
     model = _model()
     found = model.generate(torch.tensor([[7]]), max_new_tokens=NEW, do_sample=False, num_beams=num_beams)
     assert found.shape == (1, 1 + NEW)
@@ -103,7 +105,7 @@ def test_a_prompt_of_one_token(num_beams):
         assert torch.equal(found, _greedy(model, torch.tensor([[7]]))[0])
 
 
-def test_without_a_prompt_it_begins_with_bos():
+def test_no_prompt_begins_with_bos():
     model = _model()
     assert torch.equal(model.generate(max_new_tokens=NEW, do_sample=False), _greedy(model, torch.tensor([[2]]))[0])
 
@@ -116,7 +118,7 @@ MODES = {
     "beam-sampling": {"do_sample": True, "num_beams": 2},
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
 }
-STATES = {
+CACHES = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
     "pieces": {"prefill_chunk_size": 6},
@@ -124,29 +126,29 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
-def test_a_state_changes_nothing(options, state):
+def test_cache_changes_nothing(options, cache):
     model = _model()
     assert model.generation_config.use_cache
     batch = _padded([_ids(length) for length in LENGTHS])
     set_seed(0)
     expected = _generate(model, **batch, num_new=40, use_cache=False, **options)
     set_seed(0)
-    assert torch.equal(_generate(model, **batch, num_new=40, **state, **options), expected)
+    assert torch.equal(_generate(model, **batch, num_new=40, **cache, **options), expected)
     assert len(expected.unique()) > 20
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17])
-def test_a_short_prompt_with_buckets_of_its_length(length):
+def test_short_prompt_without_num_buckets(length):
     """One bucket, where the prompt is no longer than the window."""
     model, prompt = _model(num_buckets=None), _ids(length, batch_size=2)
     expected = _generate(model, prompt, num_new=60, use_cache=False)
-    for state in STATES.values():
-        assert torch.equal(_generate(model, prompt, num_new=60, **state), expected), state
+    for cache in CACHES.values():
+        assert torch.equal(_generate(model, prompt, num_new=60, **cache), expected), cache
 
 
-def test_generate_passes_a_state(monkeypatch):
+def test_generate_passes_cache(monkeypatch):
     model, seen = _model(), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **inputs: (seen.append(inputs), forward(**inputs))[1])
@@ -168,7 +170,7 @@ def test_generate_passes_a_state(monkeypatch):
     ],
     ids=["prompt-lookup", "long-prompt-lookup", "small-assistant", "assistant-that-is-right"],
 )
-def test_assisted_decoding_changes_nothing(options):
+def test_assisted_decoding(options):
     # Drafts may be longer than what is wanted.
     model = _model(max_position_embeddings=512)
     # A prompt that repeats itself, so that looking up finds something.
@@ -181,7 +183,7 @@ def test_assisted_decoding_changes_nothing(options):
 
 @pytest.mark.parametrize("use_cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 @each_beams
-def test_padding_on_the_right(num_beams, use_cache):
+def test_right_padding(num_beams, use_cache):
     """Transformers warns, and takes the last column for the next token and counts positions from it."""
     model = _model()
     prompts = [_ids(length) for length in LENGTHS]
@@ -195,7 +197,7 @@ def test_padding_on_the_right(num_beams, use_cache):
     assert torch.equal(_generate(model, **batch, num_beams=num_beams, **use_cache), expected)
 
 
-def test_padding_on_the_right_does_not_go_with_pieces():
+def test_right_padding_refused_in_pieces():
     model = _model()
     attention_mask = torch.ones(2, 33, dtype=torch.long)
     attention_mask[1, 5:] = 0
@@ -203,7 +205,7 @@ def test_padding_on_the_right_does_not_go_with_pieces():
         model.generate(_ids(33, 2), attention_mask=attention_mask, max_new_tokens=3, prefill_chunk_size=10)
 
 
-def test_continuing_from_a_state_that_was_returned():
+def test_continue_from_returned_cache():
     model, prompt = _model(), _ids(21, batch_size=2)
     options = {"do_sample": False, "return_dict_in_generate": True}
     whole = model.generate(prompt, max_new_tokens=60, do_sample=False, use_cache=False)
@@ -220,7 +222,7 @@ def test_continuing_from_a_state_that_was_returned():
     assert torch.equal(model.generate(other, max_new_tokens=NEW, do_sample=False, cache=kept), expected)
 
 
-def test_one_prefix_for_several_prompts():
+def test_shared_prefix():
     model, prefix = _model(), _ids(30)
     with torch.no_grad():
         cache = model(prefix, use_cache=True).cache
@@ -230,17 +232,13 @@ def test_one_prefix_for_several_prompts():
     assert torch.equal(model.generate(prompts, max_new_tokens=NEW, do_sample=False, cache=cache), expected)
 
 
-def test_buckets_are_those_of_the_prompt():
-    """At every step and in every piece, where the config leaves their number to the length."""
+def test_buckets_of_planned_length():
+    """At every step and in every piece, where the config leaves the number to the length: prompt and new tokens."""
     model, prompt = _model(num_buckets=None, attn_layers=["lsh"] * 2), _ids(40, batch_size=2)
-    expected = prompt
-    for _ in range(60):
-        with torch.no_grad():
-            logits = model(expected, num_buckets=4).logits[:, -1:]
-        expected = torch.cat([expected, logits.argmax(-1)], dim=1)
+    expected, _ = _greedy(model, prompt, num_new=60, num_buckets=8)
     options = {"max_new_tokens": 60, "do_sample": False}
-    for state in ({"use_cache": False}, *STATES.values()):
-        assert torch.equal(model.generate(prompt, **options, **state), expected), state
+    for cache in ({"use_cache": False}, *CACHES.values()):
+        assert torch.equal(model.generate(prompt, **options, **cache), expected), cache
     more = model.generate(prompt, **options, num_buckets=16)
     assert not torch.equal(more, expected)
     assert torch.equal(model.generate(prompt, **options, num_buckets=16, use_cache=False), more)
@@ -263,7 +261,7 @@ def test_sampling():
     assert len({tuple(row) for row in first.tolist()}) == 8
 
 
-def test_sampled_tokens_have_their_probabilities():
+def test_sampling_frequencies():
     model, input_ids = _model(initializer_range=0.2), _ids(21)
     set_seed(0)
     tokens = _generate(model, input_ids, num_new=1, do_sample=True, top_k=0, num_return_sequences=4000)
@@ -284,7 +282,7 @@ def test_only_sampling_draws():
 
 
 @torch.no_grad()
-def test_beams_find_the_best_sequences():
+def test_beams_find_best_sequences():
     """With as many beams as there are prefixes none is lost, so that they are the best of all sequences, in order."""
     vocab_size, num_new = 4, 3
     model = _model(vocab_size=vocab_size, bos_token_id=None, pad_token_id=None)
@@ -312,7 +310,7 @@ def test_beams_find_the_best_sequences():
 
 
 @torch.no_grad()
-def test_scores_of_beams():
+def test_beam_scores():
     model, input_ids = _model(), _ids(21, batch_size=2)
     found = model.generate(
         input_ids,
@@ -339,7 +337,7 @@ def test_scores_of_beams():
 @pytest.mark.parametrize(
     "fields", [{}, {"lsh_pattern": "chunk"}, {"hash_seed": 5}], ids=["window", "chunk", "hash-seed"]
 )
-def test_a_padded_batch_equals_each_prompt_alone(fields, num_beams):
+def test_padded_batch_equals_each_prompt(fields, num_beams):
     model = _model(**fields)
     prompts = [_ids(length) for length in LENGTHS]
     found = _generate(model, **_padded(prompts), num_beams=num_beams)
@@ -348,7 +346,7 @@ def test_a_padded_batch_equals_each_prompt_alone(fields, num_beams):
 
 
 @each_beams
-def test_a_padded_batch_in_which_sequences_end(num_beams):
+def test_padded_batch_with_eos(num_beams):
     model = _model()
     prompts = [_ids(length) for length in LENGTHS]
     # Any token that turns up ends sequences in different places.
@@ -371,7 +369,7 @@ def test_a_padded_batch_in_which_sequences_end(num_beams):
 
 
 @each_beams
-def test_what_is_masked_changes_nothing_at_any_step(num_beams):
+def test_masked_tokens_change_nothing(num_beams):
     """In the midst of the prompt too, where the mask has grown along with the sequence."""
     model, input_ids = _model(), _ids(33)
     kept = torch.ones(33, dtype=torch.bool)
@@ -400,7 +398,7 @@ def test_inputs_embeds(num_beams):
 
 @each_beams
 @pytest.mark.parametrize("mask", [{}, {"attention_mask": torch.ones(2, 21).long()}], ids=["no-mask", "mask-of-ones"])
-def test_inputs_embeds_without_padding(mask, num_beams):
+def test_inputs_embeds_mask_of_ones(mask, num_beams):
     model, input_ids = _model(), _ids(21, batch_size=2)
     embeds = model.get_input_embeddings()(input_ids).detach()
     options = {**mask, "max_new_tokens": NEW, "do_sample": False, "num_beams": num_beams}
@@ -409,7 +407,7 @@ def test_inputs_embeds_without_padding(mask, num_beams):
     assert torch.equal(model.generate(input_ids, inputs_embeds=embeds, **options), expected)
 
 
-def test_it_stops_where_it_is_told():
+def test_stopping():
     model, input_ids = _model(), _ids(21, batch_size=2)
     expected, _ = _greedy(model, input_ids)
     for length in ({"max_new_tokens": 5}, {"max_length": 26}):
@@ -437,7 +435,7 @@ def test_it_stops_where_it_is_told():
     assert longer.shape[1] > 21 + ends + 1
 
 
-def test_scores_and_logits_are_those_of_the_forward_pass():
+def test_scores_and_logits():
     model = _model(torch.float32)
     batch = _padded([_ids(length) for length in LENGTHS])
     found = model.generate(
@@ -456,7 +454,7 @@ def test_scores_and_logits_are_those_of_the_forward_pass():
     assert_close(torch.stack(found.scores, dim=1), expected, 1e-5)
 
 
-def test_scores_of_sampling_are_warped_logits():
+def test_sampling_scores():
     model, input_ids = _model(torch.float32), _ids(21, batch_size=2)
     set_seed(0)
     found = model.generate(
@@ -476,7 +474,7 @@ def test_scores_of_sampling_are_warped_logits():
         assert (best.indices == tokens[:, None]).any(-1).all()
 
 
-def test_hidden_states_and_attentions_of_each_step():
+def test_hidden_states_and_attentions():
     model, input_ids = _model(), _ids(21, batch_size=2)
     found = model.generate(
         input_ids,
@@ -499,7 +497,7 @@ def test_hidden_states_and_attentions_of_each_step():
             assert_close(each.sort(-1).values[..., -8:], other[:, :, :, new].sort(-1).values[..., -8:], 1e-12)
 
 
-def test_num_hashes_of_a_call():
+def test_num_hashes_of_call():
     model, input_ids = _model(attn_layers=["lsh", "lsh"]), _ids(60, batch_size=2)
     more = _model(attn_layers=["lsh", "lsh"], num_hashes=8)
     found = _generate(model, input_ids, num_hashes=8)
@@ -508,7 +506,7 @@ def test_num_hashes_of_a_call():
 
 
 @each_beams
-def test_no_longer_than_the_longest_input(num_beams):
+def test_refuses_too_many_tokens(num_beams):
     """The last token is not put in any more."""
     model = _model(torch.float32, max_position_embeddings=32)
     input_ids = _ids(28)
@@ -525,7 +523,7 @@ def test_no_longer_than_the_longest_input(num_beams):
     assert cache.get_seq_length() == 0
 
 
-def test_a_state_of_another_kind_is_refused():
+def test_refuses_dense_cache():
     for cache in (DynamicCache(), DynamicCache(config=_model(attn_layers=["local"]).config)):
         with pytest.raises(ValueError, match="`cache` is a DynamicCache.*`DynamicCache\\(config=model.config\\)`"):
             _model().generate(_ids(21), cache=cache, max_new_tokens=3)
@@ -534,8 +532,8 @@ def test_a_state_of_another_kind_is_refused():
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_compiled_once():
-    """The static state has one shape, in this call of `generate` and in the next."""
+def test_steps_compile_once():
+    """A static cache has one shape, in this call of `generate` and in the next."""
     model, prompt = _model(torch.float32), _ids(21, batch_size=2)
     expected = _generate(model, prompt, num_new=60, use_cache=False)
     compile_config = CompileConfig(fullgraph=True, mode="default")
@@ -556,7 +554,7 @@ def test_compiled_steps_are_compiled_once():
 
 
 @pytest.mark.slow
-def test_state_stays_the_same_over_a_hundred_thousand_tokens():
+def test_cache_size_is_constant():
     model = _model(
         torch.float32,
         attn_layers=["local", "lsh"],
@@ -581,7 +579,7 @@ def test_state_stays_the_same_over_a_hundred_thousand_tokens():
         )
     assert sequence.shape[1] == 100_100 and cache.get_seq_length() == 100_099
     assert len(set(sizes)) == 1, sizes
-    # And the state is right at the end.
+    # And the cache is right at the end.
     with torch.no_grad():
         cache.crop(-1)
         found = model(sequence[:, -2:-1], cache=cache).logits[:, -1]
@@ -589,7 +587,7 @@ def test_state_stays_the_same_over_a_hundred_thousand_tokens():
     assert_close(found, expected, 1e-4)
 
 
-def test_it_writes_nothing_and_works_after_training():
+def test_generate_changes_no_state():
     model, input_ids = _model(hidden_dropout_prob=0.1), _ids(21, batch_size=2)
     model.train()
     for _ in range(2):
@@ -662,7 +660,7 @@ UNICODE = "Преступление и наказание — 罪と罰 🙂🙃
 
 
 @pytest.mark.parametrize("errors", [{}, {"errors": "ignore"}], ids=str)
-def test_streamed_text_is_whole_characters(tokenizer, errors):
+def test_stream_whole_characters(tokenizer, errors):
     """The bytes of a character come one by one, and none is shown before the last."""
     streamer = TextIteratorStreamer(tokenizer, timeout=60, **errors)
     for token in tokenizer.encode(UNICODE):
@@ -674,7 +672,7 @@ def test_streamed_text_is_whole_characters(tokenizer, errors):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def test_a_character_that_was_cut_off_can_be_left_out(tokenizer):
+def test_decode_ignores_truncated_character(tokenizer):
     token_ids = tokenizer.encode("né 罪🙂")[:-2]
     assert tokenizer.decode(token_ids, errors="ignore") == "né 罪"
     assert tokenizer.decode(token_ids) == "né 罪\N{REPLACEMENT CHARACTER}"
