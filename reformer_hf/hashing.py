@@ -58,18 +58,24 @@ def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int
     With several factors the bucket is the number whose mixed-radix digits are the buckets of the parts, the first
     factor's the lowest. Computed in fp32 at least, outside autocast and without gradient.
     """
-    return hash_by(projections_of(rotations_HDRN, factors, vectors_BLHD), vectors_BLHD, rotations_HDRN.shape[2])
+    return hash_by(
+        projections_of(rotations_HDRN, factors, vectors_BLHD.dtype, vectors_BLHD.device),
+        vectors_BLHD,
+        rotations_HDRN.shape[2],
+    )
 
 
-def projections_of(rotations_HDRN: Tensor, factors: list[int], vectors_BLHD: Tensor) -> list[Tensor]:
-    """The rotations of each factor N as `[H, R * N / 2, D]`, on the device of vectors and in the dtype that hashes
-    them. None for a single bucket."""
+def projections_of(
+    rotations_HDRN: Tensor, factors: list[int], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """The rotations of each factor N as `[H, R * N / 2, D]`, on a device, in the dtype that hashes vectors of
+    `dtype`. None for a single bucket."""
     if factors == [1]:
         return []
-    dtype = torch.promote_types(vectors_BLHD.dtype, torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32)
     return [
         part_HDRN.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-        for part_HDRN in rotations_HDRN.to(vectors_BLHD.device, dtype).split([N // 2 for N in factors], dim=-1)
+        for part_HDRN in rotations_HDRN.to(device, dtype).split([N // 2 for N in factors], dim=-1)
     ]
 
 

@@ -42,16 +42,16 @@ class LSHSelfAttention(SelfAttention):
     def cache_spec_for(self, num_hashes: int | None) -> CacheSpec:
         return self.cache_spec if num_hashes is None else replace(self.cache_spec, num_hashes=num_hashes)
 
-    def begin(self, hidden_states: Tensor, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
+    def begin(self, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
         hash_seed = self._hash_seed()
-        call = super().begin(hidden_states, call, cache_layer)
+        call = super().begin(call, cache_layer)
         num_hashes = call.num_hashes or self.config.num_hashes
         if call.past is not None:
             hashing = {"projections": cache_layer.projections, "factors": cache_layer.factors}
             return replace(call, num_hashes=num_hashes, **hashing)
-        factors = call.num_buckets or factors_of(self.config, hidden_states.shape[1])
+        factors = call.num_buckets or factors_of(self.config, call.length)
         rotations = random_rotations(hash_seed, self.num_heads, self.head_size, num_hashes, list(factors))
-        projections = projections_of(rotations, list(factors), hidden_states)
+        projections = projections_of(rotations, list(factors), call.dtype, call.device)
         return replace(call, num_hashes=num_hashes, projections=projections, factors=factors)
 
     def _hash_seed(self) -> int:

@@ -121,14 +121,14 @@ class ReformerHfAttention(nn.Module):
         self.self_attention = SELF_ATTENTIONS[config.attn_layers[layer_idx]](config)
         self.output = ReformerHfSelfOutput(config)
 
-    def branch(self, x2: Tensor, call: AttentionCall) -> AttentionBranch:
-        """The branch of the first stream, for one call on the second one `[B, L, E]`: a sum over groups of heads."""
+    def branch(self, call: AttentionCall) -> AttentionBranch:
+        """The branch that is added to the first stream, for one call on the second one: a sum over groups of heads."""
         drops = self.training and self.dropout > 0
         return AttentionBranch(
-            parts=[self._part(call, heads) for heads in self.self_attention.head_groups(x2, self.output.dense)],
+            parts=[self._part(call, heads) for heads in self.self_attention.head_groups(call, self.output.dense)],
             parameters=trainable_parameters(self),
             uses_rng=self.training,
-            chunk_size=suitable_chunk_size(x2.shape[0], x2.shape[1], x2.device.type),
+            chunk_size=suitable_chunk_size(call.batch_size, call.length, call.device.type),
             dropout=partial(SharedDropout, self.dropout, draw_seed()) if drops else None,
         )
 
@@ -170,25 +170,25 @@ class ReformerHfLayer(nn.Module):
             The streams after the layer, and attention weights with the positions of their keys or `None`.
         """
         cache_layer: Any = None if cache is None else cache.layers[self.attention.layer_idx]
-        if cache_layer is not None and cache_layer.can_append(x2.shape[1]):
+        if cache_layer is not None and cache_layer.can_append(call.length):
             added, weights = self.attention.append(x2, call, cache)
             y1 = x1 + added
             return y1, x2 + self.feed_forward(y1), weights
-        call = self.attention.self_attention.begin(x2, call, cache_layer)
-        y1, y2, found = residual_layer(x1, x2, self.attention.branch(x2, call), self.feed_forward_branch(x2), tape)
+        call = self.attention.self_attention.begin(call, cache_layer)
+        y1, y2, found = residual_layer(x1, x2, self.attention.branch(call), self.feed_forward_branch(call), tape)
         found = Found.join(found)
         if cache is not None:
             self.attention.self_attention.prefill(found, call, cache, self.attention.layer_idx)
         return y1, y2, found.weights
 
-    def feed_forward_branch(self, x2: Tensor) -> PositionWiseBranch:
-        """The branch of the second stream `[B, L, E]`, in chunks of positions."""
+    def feed_forward_branch(self, call: AttentionCall) -> PositionWiseBranch:
+        """The branch that is added to the second stream, in chunks of positions."""
         chunk_size = self.feed_forward.chunk_size
         return PositionWiseBranch(
             self.feed_forward,
             trainable_parameters(self.feed_forward),
             uses_rng=self.training,
-            chunk_size=chunk_size or suitable_chunk_size(x2.shape[0], x2.shape[1], x2.device.type),
+            chunk_size=chunk_size or suitable_chunk_size(call.batch_size, call.length, call.device.type),
             recompute=chunk_size > 0,
         )
 
@@ -357,16 +357,19 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             position_ids = self._position_ids(inputs, padding, cache)
             if looks and cache is not None:
                 check_position_ids(self.config, position_ids)
-        call = AttentionCall(
-            padding=padding,
-            num_hashes=num_hashes,
-            num_buckets=factors,
-            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
-        )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         with torch.no_grad() if cache is not None and torch.is_grad_enabled() else nullcontext():
             hidden_states = self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds)
+            call = AttentionCall.on(
+                hidden_states,
+                padding=padding,
+                num_hashes=num_hashes,
+                num_buckets=factors,
+                output_attentions=output_attentions,
+            )
             return self.encoder(hidden_states, call, cache, output_hidden_states)
 
     def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:

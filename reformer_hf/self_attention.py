@@ -32,6 +32,7 @@ class AttentionCall:
     The fields that differ from layer to layer are set by `SelfAttention.begin`.
 
     Args:
+        batch_size, length, dtype, device: Of the hidden states `[B, L, E]`.
         padding: `[B, L]`, True where there is padding.
         num_hashes: Hash rounds, instead of the config's.
         num_buckets: Factors of the number of buckets, instead of those that follow from the config and the length.
@@ -43,6 +44,10 @@ class AttentionCall:
         dropout_seed: Seed of the dropout of attention weights.
     """
 
+    batch_size: int
+    length: int
+    dtype: torch.dtype
+    device: torch.device
     padding: Tensor | None = None
     num_hashes: int | None = None
     num_buckets: Sequence[int] | None = None
@@ -52,6 +57,12 @@ class AttentionCall:
     projections: Sequence[Tensor] = ()
     factors: Sequence[int] = ()
     dropout_seed: int = 0
+
+    @classmethod
+    def on(cls, hidden_states: Tensor, **options: Any) -> "AttentionCall":
+        """A call on hidden states `[B, L, E]`."""
+        batch_size, length, _ = hidden_states.shape
+        return cls(batch_size, length, hidden_states.dtype, hidden_states.device, **options)
 
 
 @dataclass(frozen=True)
@@ -124,15 +135,15 @@ class SelfAttention(nn.Module):
         """What the cache layer is built for where the call gives the number of hash rounds."""
         return self.cache_spec
 
-    def begin(self, hidden_states: Tensor, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
-        """The call of this layer, for hidden states `[B, L, E]`; draws the seeds that it needs."""
+    def begin(self, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
+        """The call of this layer; draws the seeds that it needs."""
         past = cache_layer.past() if cache_layer is not None and cache_layer.is_initialized else None
         dropout_seed = draw_seed() if self.dropout else 0
         return replace(call, past=past, fills_cache=cache_layer is not None, dropout_seed=dropout_seed)
 
     def forward(self, hidden_states: Tensor, call: AttentionCall | None = None) -> Tensor:
         """The output of all heads `[B, L, H * D]` for hidden states `[B, L, E]`."""
-        call = self.begin(hidden_states, call or AttentionCall())
+        call = self.begin(call or AttentionCall.on(hidden_states))
         return self.attend(self.project(hidden_states, self.all_heads), call, self.all_heads)[0].flatten(2)
 
     def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
@@ -267,15 +278,15 @@ class SelfAttention(nn.Module):
             positions = positions.masked_fill(masked, -1)
         return out, (weights, positions)
 
-    def head_groups(self, hidden_states: Tensor, output: nn.Module) -> list[slice]:
+    def head_groups(self, call: AttentionCall, output: nn.Module) -> list[slice]:
         """
-        Heads to be computed at a time, for hidden states `[B, L, E]`.
+        Heads to be computed at a time.
 
         All at once where `output`, their projection back, or another projection is more than a plain linear layer: an
         adapter, say, or one whose weights are brought in by a hook.
         """
         num_heads = self.num_heads
-        size = parallel_heads(self.config, hidden_states.shape[:2].numel(), hidden_states.device.type)
+        size = parallel_heads(self.config, call.batch_size * call.length, call.device.type)
         if not all(is_plain(module) for module in (output, *(getattr(self, name) for name in self.projections))):
             size = num_heads
         return [slice(first, min(first + size, num_heads)) for first in range(0, num_heads, size)]

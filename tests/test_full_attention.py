@@ -52,7 +52,10 @@ def test_equals_definition(causal, side, length):
     weight = torch.randn(3, length, 32, dtype=torch.float64) * real
     tensors = {"hidden states": hidden_states, **dict(layer.named_parameters())}
     results = []
-    for out in (layer(hidden_states, AttentionCall(padding)), _definition(layer, hidden_states, padding)):
+    for out in (
+        layer(hidden_states, AttentionCall.on(hidden_states, padding=padding)),
+        _definition(layer, hidden_states, padding),
+    ):
         grads = torch.autograd.grad((out * weight).sum(), list(tensors.values()), allow_unused=True)
         results.append((out * real, dict(zip(tensors, grads, strict=True))))
     (out, grads), (expected, expected_grads) = results
@@ -70,9 +73,9 @@ def test_padding_changes_nothing(causal):
     """Neither what stands at padding nor that it is there."""
     layer = _layer(causal)
     hidden_states, padding = _inputs(40, "left")
-    out = layer(hidden_states, AttentionCall(padding))
+    out = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
     other = torch.where(padding[..., None], 100.0, hidden_states)
-    assert_close(layer(other, AttentionCall(padding))[~padding], out[~padding], 1e-14)
+    assert_close(layer(other, AttentionCall.on(other, padding=padding))[~padding], out[~padding], 1e-14)
     assert_close(layer(hidden_states[1:, 7:]), out[1:, 7:], 1e-14)
 
 
@@ -91,13 +94,13 @@ def test_dropout_leaves_lone_positions_intact(causal):
     padding = torch.zeros(3, 9, dtype=torch.bool)
     # Row 0 holds one position that is not padding; row 1 begins at position 4.
     padding[0], padding[0, 5], padding[1, :4] = True, False, True
-    out = layer(hidden_states, AttentionCall(padding))
+    out = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
     value = layer.value(hidden_states)
     assert torch.equal(out[0, 5], value[0, 5])
     if causal:
         assert torch.equal(out[1, 4], value[1, 4])
         assert torch.equal(layer(hidden_states)[:, 0], value[:, 0])
-    whole = layer.eval()(hidden_states, AttentionCall(padding))
+    whole = layer.eval()(hidden_states, AttentionCall.on(hidden_states, padding=padding))
     assert relative_rms(out[2], whole[2]) > 0.1
 
 
@@ -126,7 +129,7 @@ def test_dropout_keeps_the_mean(causal):
 def test_weights(causal, side):
     layer = _layer(causal)
     hidden_states, padding = _inputs(23, side)
-    call = AttentionCall(padding, output_attentions=True)
+    call = AttentionCall.on(hidden_states, padding=padding, output_attentions=True)
     out, found = layer.attend(layer.project(hidden_states, layer.all_heads), call, layer.all_heads)
     out, (weights, positions) = out.flatten(2), found.weights
     assert weights.shape == positions.shape == (3, 2, 1, 23, 23)
@@ -147,7 +150,7 @@ def test_padding_rows_hold_no_nan():
     layer = _layer(causal=True).bfloat16()
     hidden_states, padding = _inputs(9, "whole-row")
     hidden_states = hidden_states.bfloat16().requires_grad_()
-    out = layer(hidden_states, AttentionCall(padding))
+    out = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
     assert out.isfinite().all()
     for grad in torch.autograd.grad(out.sum(), [hidden_states, *layer.parameters()]):
         assert grad.isfinite().all()

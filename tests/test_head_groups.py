@@ -7,7 +7,7 @@ from torch import nn
 
 from reformer_hf import chunked, self_attention
 from reformer_hf.chunk_attention import chunk_attention_weights
-from reformer_hf.self_attention import SelfAttention
+from reformer_hf.self_attention import AttentionCall, SelfAttention
 
 from .helpers import DROPOUT, assert_close, gradients, random_model, tiny_config
 
@@ -152,10 +152,10 @@ def test_groups_by_device_and_length():
     attention = SelfAttention(tiny_config(num_attention_heads=8))
     output = nn.Linear(4, 4)
     for length, sizes in ((1 << 12, [8]), (1 << 14, [2] * 4), (1 << 20, [1] * 8)):
-        groups = attention.head_groups(torch.empty(1, length, 0), output)
+        groups = attention.head_groups(AttentionCall.on(torch.empty(1, length, 0)), output)
         assert [heads.stop - heads.start for heads in groups] == sizes
         assert [heads.start for heads in groups] == list(range(0, 8, sizes[0]))
     groups = SelfAttention(tiny_config(num_attention_heads=5, num_parallel_heads=2)).head_groups(
-        torch.empty(1, 1), output
+        AttentionCall.on(torch.empty(1, 1, 0)), output
     )
     assert groups == [slice(0, 2), slice(2, 4), slice(4, 5)]
