@@ -91,7 +91,7 @@ def _check_range(name: str, ids: Tensor | None, limit: int, field: str) -> None:
 
 def check_cache(
     cache: Cache,
-    config: ReformerHfConfig,
+    layer_types: Sequence[str],
     specs: Sequence[CacheSpec],
     inputs: Tensor,
     factors: Sequence[int] | None,
@@ -102,20 +102,20 @@ def check_cache(
     Its layers learn of each other, so that they are cropped together.
 
     Args:
+        layer_types: Names of the cache layers that the model needs; none where it is no decoder.
         specs: What the cache layers of the model are built for.
         inputs: Ids `[B, L]` or embeddings `[B, L, E]` of the new tokens.
         factors: Of the number of buckets, where the call gives one.
     """
+    if not layer_types:
+        raise ValueError("`cache` is given, but without `is_decoder=True` each token sees those after it.")
     layers: Sequence[Any] = getattr(cache, "layers", ())
-    held = [getattr(layer, "layer_type", type(layer).__name__) for layer in layers]
-    if held != config.layer_types:
+    if [getattr(layer, "layer_type", None) for layer in layers] != layer_types:
         names = f" of {[type(layer).__name__ for layer in layers]}" if layers else ""
         raise ValueError(
-            f"`cache` is a {type(cache).__name__}{names}, but the layers of this model need {config.layer_types}: "
-            "make it with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`."
+            f"`cache` is a {type(cache).__name__}{names}, but the layers of this model need {layer_types}: make it "
+            "with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`."
         )
-    if not config.is_decoder:
-        raise ValueError("`cache` is given, but without `is_decoder=True` each token sees those after it.")
     if torch.compiler.is_compiling():
         return
     for layer, spec in zip(layers, specs, strict=True):

@@ -299,6 +299,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         super().__init__(config)
         self.embeddings = ReformerHfEmbeddings(config)
         self.encoder = ReformerHfEncoder(config)
+        self._cache_layer_types = config.layer_types if config.is_decoder else []
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -347,7 +348,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             check_input_ids(self.config, input_ids)
             check_position_ids(self.config, position_ids)
         if cache is not None:
-            check_cache(cache, self.config, self._cache_specs(num_hashes), inputs, factors)
+            check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
         padding = None
         if attention_mask is not None:
             attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
