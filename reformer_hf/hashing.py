@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-# Elements of the projections that exist at a time, so that no intermediate grows with length times buckets.
-_HASH_TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+from .device_policy import policy_for
 
 
 def bucket_factors(
@@ -80,7 +79,7 @@ def hash_by(projections: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int
     buckets_BHRL = torch.zeros((batch_size, num_heads, num_hashes, length), dtype=torch.int32, device=device)
     if not projections:
         return buckets_BHRL
-    tile_elements = _HASH_TILE_ELEMENTS.get(device.type, _HASH_TILE_ELEMENTS["cuda"])
+    tile_elements = policy_for(device).hash_tile_elements
     step = max(tile_elements // (2 * num_heads * max(projection.shape[1] for projection in projections)), 1)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, length, step):
@@ -141,7 +140,7 @@ def _argmax_of_both_signs(projected_BHRNL: Tensor) -> Tensor:
 
 def _max(x_BHRNL: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the axis N and where it is."""
-    if x_BHRNL.device.type != "cpu":
+    if not policy_for(x_BHRNL.device).argmax_by_pooling:
         return x_BHRNL.max(dim=3)
     # Pooling over channels that lie last in memory runs on vector units; a reduction with indices does not.
     images = x_BHRNL.flatten(0, 2)[:, :, None].permute(0, 3, 1, 2)
