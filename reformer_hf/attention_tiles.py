@@ -114,6 +114,7 @@ class Tiling:
         self._order = order.expand(self.batch_size, self.num_heads, -1, -1)
         # Between two slots there is none.
         self._padding_BL = None if interval else padding_BL
+        self.has_key_everywhere = pattern.include_self and self._padding_BL is None
         self._layout = SlotLayout(pattern, self.length)
         self._margins = MaskMargins(self._layout, interval, self.mask_dtype, self.device)
         self._buffers = MaskBuffers(self._margins.static_mask())

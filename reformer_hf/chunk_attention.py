@@ -83,9 +83,9 @@ def chunk_attention_weights(
             tile_weights = torch.exp(scores_of(loaded.query, loaded.key, tile.mask) - tile_lse[..., None])
             tile_positions = torch.where(visible, tiling.key_positions(tile), -1)
             if tile.round == 0 and not pattern.include_self:
-                alone = tile_lse == math.inf
-                tile_weights[itself] = torch.where(alone, 1.0, tile_weights[itself])
-                tile_positions[itself] = torch.where(alone, tiling.query_positions(tile), tile_positions[itself])
+                without_key = tile_lse == math.inf
+                tile_weights[itself] = torch.where(without_key, 1.0, tile_weights[itself])
+                tile_positions[itself] = torch.where(without_key, tiling.query_positions(tile), tile_positions[itself])
             target_rows = tile.target_rows.flatten()
             weights[tile.round].index_copy_(0, target_rows, tile_weights.flatten(0, 2))
             positions[tile.round].index_copy_(0, target_rows, tile_positions.flatten(0, 2))
@@ -189,9 +189,10 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
     out, without_key = out[:-1], lse <= NO_KEY
     lse.masked_fill_(without_key, math.inf)
     lse[-1] = math.inf
-    rows = without_key[:-1].nonzero()[:, 0]
-    own_value = inputs.value.index_select(0, rows).to(out.dtype)
-    out.index_copy_(0, rows, torch.zeros_like(own_value) if tiling.pattern.include_self else own_value)
+    if not tiling.has_key_everywhere:
+        # By weights of 0 and 1, which are exact: to list these rows, the host would have to wait for the device.
+        instead = out.new_zeros(()) if tiling.pattern.include_self else inputs.value.to(out.dtype)
+        out.lerp_(instead, without_key[:-1, None].to(out.dtype))
     return out, lse
 
 
@@ -204,8 +205,7 @@ def _backward(
         for x in (inputs.query, inputs.key, inputs.value)
     ]
     if not tiling.pattern.include_self:
-        rows = (lse[:-1] == math.inf).nonzero()[:, 0]
-        grads[2].index_copy_(0, rows, grad_out.index_select(0, rows).to(tiling.mask_dtype))
+        torch.mul(grad_out, (lse[:-1] == math.inf)[:, None], out=grads[2])
     for tile in tiling:
         loaded = inputs.load(tile)
         tile_grads = attend_backward(

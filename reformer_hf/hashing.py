@@ -65,11 +65,19 @@ def projections_of(rotations_HDRN: Tensor, factors: list[int], vectors_BLHD: Ten
     them. None for a single bucket."""
     if factors == [1]:
         return []
-    dtype = torch.promote_types(vectors_BLHD.dtype, torch.float32)
+    rotations_HDRN = _upload(rotations_HDRN, vectors_BLHD.device)
+    rotations_HDRN = rotations_HDRN.to(torch.promote_types(vectors_BLHD.dtype, torch.float32))
     return [
         part_HDRN.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-        for part_HDRN in rotations_HDRN.to(vectors_BLHD.device, dtype).split([N // 2 for N in factors], dim=-1)
+        for part_HDRN in rotations_HDRN.split([N // 2 for N in factors], dim=-1)
     ]
+
+
+def _upload(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on a device; without waiting for it where the policy says so."""
+    if drawn.is_cpu and policy_for(device).pin_uploads:
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)
 
 
 def hash_by(projections: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int) -> Tensor:
