@@ -7,9 +7,11 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .cases import SUITES, WORKLOADS, Entry
+from .device import entries_for
 from .implementations import IMPLEMENTATIONS
 from .machine import describe_machine
 from .report import markdown, write_report
@@ -30,6 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 if an implementation was wrong or failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            f"--device {options.device}: this machine has no CUDA device, or torch {torch.__version__} no CUDA"
+        )
     if options.list:
         print(listing())
         return 0
@@ -41,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         results = _fresh_results(options)
     entries = select(SUITES[results.suite], results.options["cases"], results.options["implementations"])
+    entries = entries_for(torch.device(results.options["device"]), entries)
     if not entries:
         parser.error(f"suite {results.suite!r} has no such case or implementation; see --list")
     quick = results.suite == "quick"

@@ -231,9 +231,15 @@ def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: Dropout | None)
     return _KERNELS[policy.name] if _is_trusted(policy.name, query.device, query.dtype, *sizes) else None
 
 
-@cache
+# Compiled code takes the result and not the trial.
+@torch.compiler.assume_constant_result
 def _is_trusted(name: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
     """Whether a kernel passes its trial, which takes place once in a process for each dtype and sizes of a tile."""
+    return _passes_trial(name, device, dtype, *sizes)
+
+
+@cache
+def _passes_trial(name: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
     return _equals_plain(_KERNELS[name], device, dtype, *sizes)
 
 

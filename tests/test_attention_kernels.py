@@ -37,11 +37,11 @@ def _forgets_mask(query, key, value, mask):
 @pytest.fixture
 def log(monkeypatch):
     """Warnings; all kernels are tried anew, then and afterwards."""
-    attention_kernels._is_trusted.cache_clear()
+    attention_kernels._passes_trial.cache_clear()
     warnings = []
     monkeypatch.setattr(attention_kernels.logger, "warning_once", warnings.append)
     yield warnings
-    attention_kernels._is_trusted.cache_clear()
+    attention_kernels._passes_trial.cache_clear()
 
 
 @pytest.mark.parametrize("sizes", [(32, 96, 64), (32, 160, 64), (64, 128, 64), (64, 192, 64), (5, 5, 16)], ids=str)
@@ -68,7 +68,7 @@ def test_trial_leaves_global_generator(log):
 @pytest.mark.parametrize("broken", [_lacks_operator, _has_other_arguments, _forgets_mask])
 def test_broken_kernel_is_replaced(broken, log, monkeypatch):
     expected = _results()
-    attention_kernels._is_trusted.cache_clear()
+    attention_kernels._passes_trial.cache_clear()
     monkeypatch.setattr(attention_kernels._CpuKernel, "attend", staticmethod(broken))
     for found, tensor in zip(_results(), expected, strict=True):
         assert_close(found, tensor, 1e-5)
