@@ -33,9 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            f"--device {options.device}: this machine has no CUDA device, or torch {torch.__version__} no CUDA"
-        )
+        parser.error(f"--device {options.device}: torch {torch.__version__} finds no CUDA device on this machine")
     if options.list:
         print(listing())
         return 0

@@ -47,7 +47,8 @@ def random_rotations(seed: int, num_heads: int, head_size: int, num_hashes: int,
     Equal to what the in-tree model draws after `torch.manual_seed(seed)`.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn((num_heads, head_size, num_hashes, sum(factors) // 2), generator=generator)
+    shape = (num_heads, head_size, num_hashes, sum(factors) // 2)
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int]) -> Tensor:

@@ -66,7 +66,7 @@ class _Drifting(torch.nn.Module):
 def test_cuda_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--device", "cuda"])
-    assert "no CUDA device" in capsys.readouterr().err
+    assert "finds no CUDA device" in capsys.readouterr().err
 
 
 @without_cuda

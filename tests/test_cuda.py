@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""On a GPU (`make gpu`): the fused kernel is in use, the model gives what it gives on the CPU, the host never waits."""
+"""On a GPU (`make gpu`): the fused kernel is used, the model gives what it gives on the CPU, the host never waits."""
 
 import copy
 

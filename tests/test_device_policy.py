@@ -71,6 +71,11 @@ def test_buckets_of_cuda_policy(length, monkeypatch):
     assert torch.equal(_buckets(length), expected)
 
 
+def test_rotations_ignore_default_device():
+    with torch.device("meta"):
+        assert random_rotations(0, 3, 16, 2, FACTORS).device.type == "cpu"
+
+
 @policies
 @pytest.mark.parametrize("lsh_pattern", ["window", "chunk"])
 def test_model_of_cuda_policy(lsh_pattern, policy, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from reformer_hf import ReformerHfForCausalLM, attention_kernels
 from reformer_hf.device_policy import CUDA, POLICIES
 
-from .helpers import tiny_config
+from .helpers import DROPOUT, tiny_config
 from .operators import OperatorLog
 from .policies import CUDA_ON_CPU, set_policy
 
@@ -34,18 +34,16 @@ patterns = pytest.mark.parametrize("lsh_pattern", ["window", "chunk"])
 def _model(layers, length, **fields) -> ReformerHfForCausalLM:
     """Of 64-long chunks, the default, so that CUDA's kernel takes them."""
     rows = 1 << (length.bit_length() // 2)
-    return ReformerHfForCausalLM(
-        tiny_config(
-            attn_layers=layers,
-            num_hashes=4,
-            num_buckets=None,
-            lsh_attn_chunk_length=64,
-            local_attn_chunk_length=64,
-            max_position_embeddings=length,
-            axial_pos_shape=(rows, length // rows),
-            **fields,
-        )
-    )
+    sizes = {
+        "attn_layers": layers,
+        "num_hashes": 4,
+        "num_buckets": None,
+        "lsh_attn_chunk_length": 64,
+        "local_attn_chunk_length": 64,
+        "max_position_embeddings": length,
+        "axial_pos_shape": (rows, length // rows),
+    }
+    return ReformerHfForCausalLM(tiny_config(**sizes, **fields))
 
 
 def _inputs(model, length, padded) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -106,6 +104,14 @@ def test_host_never_waits(length, padded, lsh_pattern, run, cuda_policy):
     assert not log.waits
     most = sum(MOST_KERNELS[layer][run == "forward"] for layer in LAYERS)
     assert log.num_kernels < most, log.kernels.most_common()
+
+
+@patterns
+def test_host_never_waits_for_dropout(lsh_pattern, cuda_policy):
+    model = _model(LAYERS, SHORT, lsh_pattern=lsh_pattern, **DROPOUT).train()
+    log = _training_step(model, *_inputs(model, SHORT, padded=True))
+    assert not log.waits
+    assert log.kernels["bernoulli_"]
 
 
 @pytest.mark.parametrize("run", RUNS)
