@@ -12,6 +12,7 @@ Shapes: g heads of any batch row, R rounds, L length, n chunks, C chunk length, 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -125,18 +126,12 @@ class MaskMargins:
 
     def _in_interval(self, first: Tensor, last: Tensor) -> MaskMargin:
         """Keys between two slots, `[g, L]` by slot of the query."""
-        pattern, layout = self.pattern, self.layout
-        places = self._scaled(torch.arange(pattern.window_length, device=self.device)).expand(
-            1, layout.num_chunks, 1, -1
-        )
-        slots = torch.arange(layout.length, dtype=torch.int32, device=self.device)
-        window_starts = slots - slots % pattern.chunk_length - pattern.chunk_length * pattern.chunks_before
-        first = first - window_starts
-        if pattern.causal:
+        first = first - self._window_starts
+        if self.pattern.causal:
             # The static mask ends the interval.
-            return MaskMargin(layout.queries(self._scaled(first) - 0.5 * _UNIT), places)
-        middle, radius = self._middle_and_radius(first, last - window_starts)
-        return MaskMargin(middle, places, radius)
+            return MaskMargin(self.layout.queries(self._scaled(first) - 0.5 * _UNIT), self._window_places)
+        middle, radius = self._middle_and_radius(first, last - self._window_starts)
+        return MaskMargin(middle, self._window_places, radius)
 
     def _by_position(self, heads: SortedHeads, round: int) -> list[MaskMargin]:
         """Real keys, no later ones if causal, and in a ring, where a position may come twice, not the query itself."""
@@ -152,6 +147,18 @@ class MaskMargins:
         if pattern.wraps and not pattern.include_self:
             margins.append(MaskMargin(queries, keys, torch.full_like(queries, 0.5 * _UNIT), masks_within=True))
         return margins
+
+    @cached_property
+    def _window_starts(self) -> Tensor:
+        """First slot of the window of each query, `[L]` by slot; before the first slot of all it is negative."""
+        slots = torch.arange(self.layout.length, dtype=torch.int32, device=self.device)
+        return slots - slots % self.pattern.chunk_length - self.pattern.chunk_length * self.pattern.chunks_before
+
+    @cached_property
+    def _window_places(self) -> Tensor:
+        """Place of each key in its window, `[1, n, 1, W]`."""
+        places = self._scaled(torch.arange(self.pattern.window_length, device=self.device))
+        return places.expand(1, self.layout.num_chunks, 1, -1)
 
     def _visible_in(self, positions: Tensor, first: Tensor, last: Tensor) -> _VisibleBefore:
         """What one round shows, given its positions and the first and last visible slots, `[g, L]` by slot."""

@@ -24,7 +24,7 @@ LAYERS = ["lsh", "local", "lsh", "local"]
 
 # Kernels of one layer in a training step and in a forward pass without gradient, whatever the length: about a fifth
 # more than there are.
-MOST_KERNELS = {"lsh": (800, 256), "local": (320, 96)}
+MOST_KERNELS = {"lsh": (720, 228), "local": (320, 95)}
 
 lengths = pytest.mark.parametrize("length", [SHORT, LONG], ids=["L1024", "L16384"])
 paddings = pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
@@ -107,8 +107,9 @@ def test_host_never_waits(length, padded, lsh_pattern, run, cuda_policy):
 
 
 @patterns
-def test_host_never_waits_for_dropout(lsh_pattern, cuda_policy):
-    model = _model(LAYERS, SHORT, lsh_pattern=lsh_pattern, **DROPOUT).train()
+def test_host_never_waits_for_options(lsh_pattern, cuda_policy):
+    """Dropout, and keys of several rounds that count once."""
+    model = _model(LAYERS, SHORT, lsh_pattern=lsh_pattern, lsh_deduplicate_keys=True, **DROPOUT).train()
     log = _training_step(model, *_inputs(model, SHORT, padded=True))
     assert not log.waits
     assert log.kernels["bernoulli_"]
