@@ -104,7 +104,7 @@ class _ChunkAttention(torch.autograd.Function):
             tiling = Tiling(pattern.for_device(query.device), order, padding, query)
             drop = Dropout.of(dropout, dropout_seed, query.device)
             out, lse = _forward(_Rows.of(query, key, value), tiling, drop)
-        out = out.to(value.dtype).view(value.shape)
+        out = out.view(value.shape)
         ctx.save_for_backward(query, key, value, out, lse, order, padding)
         ctx.pattern, ctx.dropout, ctx.dropout_seed = pattern, dropout, dropout_seed
         return out
@@ -172,7 +172,10 @@ class _TileInputs:
 
 
 def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tensor, Tensor]:
-    """Output `[B * L * H, E]`, and logsumexp of all rows and one more, infinite where a row has no key."""
+    """
+    Output `[B * L * H, E]` in the dtype of the values, and logsumexp of all rows and one more, infinite where a row
+    has no key.
+    """
     # One row more than there are takes what is computed for empty slots.
     size = (tiling.num_rows + 1, inputs.value.shape[1])
     out = torch.empty(size, dtype=tiling.mask_dtype, device=inputs.value.device)
@@ -186,12 +189,12 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
             part, part_lse = merge(out.index_select(0, rows), lse.index_select(0, rows), part, part_lse)
         out.index_copy_(0, rows, part)
         lse.index_copy_(0, rows, part_lse)
-    out, without_key = out[:-1], lse <= NO_KEY
+    out, without_key = out[:-1].to(inputs.value.dtype), lse <= NO_KEY
     lse.masked_fill_(without_key, math.inf)
     lse[-1] = math.inf
     if not tiling.has_key_everywhere:
         # By weights of 0 and 1, which are exact: to list these rows, the host would have to wait for the device.
-        instead = out.new_zeros(()) if tiling.pattern.include_self else inputs.value.to(out.dtype)
+        instead = out.new_zeros(()) if tiling.pattern.include_self else inputs.value
         out.lerp_(instead, without_key[:-1, None].to(out.dtype))
     return out, lse
 
