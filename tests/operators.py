@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reformer_hf
+from reformer_hf import ReformerHfForCausalLM
 
 PACKAGE = Path(reformer_hf.__file__).parent
 
@@ -65,6 +66,12 @@ class OperatorLog(TorchDispatchMode):
     @property
     def num_kernels(self) -> int:
         return self.kernels.total()
+
+
+def logits_of(model: ReformerHfForCausalLM, hidden_states: Tensor, padding: Tensor | None) -> Tensor:
+    """What is watched: the layers and the head. The embeddings, and the checks of what a user gives, are outside."""
+    outputs = model.reformer.encoder(hidden_states, padding)
+    return model.lm_head(outputs.last_hidden_state.to(model.dtype))
 
 
 def _makes_host_wait(name: str, args: tuple, kwargs: dict) -> bool:

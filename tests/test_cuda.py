@@ -10,6 +10,7 @@ from reformer_hf import attention_kernels
 from reformer_hf.hashing import hash_vectors, random_rotations, sort_by_bucket
 
 from .helpers import assert_close, gradients, random_model
+from .operators import logits_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -63,7 +64,7 @@ def test_host_never_waits(padded, lsh_pattern, dtype):
     padding = (_inputs(True)["attention_mask"] == 0).cuda() if padded else None
 
     def step():
-        model.lm_head(model.reformer.encoder(hidden_states, padding).last_hidden_state.to(dtype)).sum().backward()
+        logits_of(model, hidden_states, padding).sum().backward()
 
     # The trial of the kernel, and what CUDA sets up.
     step()

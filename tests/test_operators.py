@@ -16,7 +16,7 @@ from reformer_hf import ReformerHfForCausalLM, attention_kernels
 from reformer_hf.device_policy import CUDA, POLICIES
 
 from .helpers import DROPOUT, tiny_config
-from .operators import OperatorLog
+from .operators import OperatorLog, logits_of
 from .policies import CUDA_ON_CPU, set_policy
 
 LONG, SHORT = 16384, 1024
@@ -53,20 +53,15 @@ def _inputs(model, length, padded) -> tuple[torch.Tensor, torch.Tensor | None]:
     return hidden_states, (torch.arange(length) < 100).to(model.device)[None] if padded else None
 
 
-def _logits(model, hidden_states, padding) -> torch.Tensor:
-    """What is watched: the layers and the head. The checks of what the user gave are outside."""
-    return model.lm_head(model.reformer.encoder(hidden_states, padding).last_hidden_state)
-
-
 def _training_step(model, hidden_states, padding) -> OperatorLog:
     with OperatorLog() as log:
-        _logits(model, hidden_states, padding).sum().backward()
+        logits_of(model, hidden_states, padding).sum().backward()
     return log
 
 
 def _forward_pass(model, hidden_states, padding) -> OperatorLog:
     with OperatorLog() as log, torch.no_grad():
-        _logits(model, hidden_states, padding)
+        logits_of(model, hidden_states, padding)
     return log
 
 
