@@ -4,7 +4,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow check format bench gpu clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,16 @@ format: .venv/.installed  ## Sort imports and format the code
 
 bench: .venv/.installed-bench  ## Run the benchmarks (options: ARGS='…')
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Installs nothing: it takes a torch that is there. `constraints.txt` pins the version of torch and not its build; CPU
+# builds, as on a machine without a GPU, are refused. With the packages in another environment than .venv, such as that
+# of a container: `make gpu GPU_PYTHON=python3`. Results: `benchmarks/results/<date>-required.json`, table and plots.
+GPU_PYTHON ?= $(BIN)/python
+gpu:  ## Run the CUDA tests and the required benchmarks (options: ARGS='…')
+	@$(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit(f"make gpu needs a CUDA device and a CUDA build \
+	of torch; here is torch {torch.__version__}, which sees no device. The CPU tests: make test.")'
+	HF_HUB_OFFLINE=1 $(GPU_PYTHON) -m pytest -m cuda tests
+	$(GPU_PYTHON) -m benchmarks --suite required --device cuda $(ARGS)
 
 clean:  ## Remove the virtual environment and all generated files
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -7,9 +7,11 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .cases import SUITES, WORKLOADS, Entry
+from .device import entries_for
 from .implementations import IMPLEMENTATIONS
 from .machine import describe_machine
 from .report import markdown, write_report
@@ -31,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line `arguments` and return the exit status: 1 if a check or a measurement failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch {torch.__version__} finds no CUDA device on this machine")
     if options.list:
         print(listing())
         return 0
@@ -42,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         results = _fresh_results(options)
     entries = select(SUITES[results.suite], results.options["cases"], results.options["implementations"])
+    entries = entries_for(torch.device(results.options["device"]), entries)
     if not entries:
         parser.error(f"suite {results.suite!r} has no matching case or implementation; see --list")
     quick = results.suite == "quick"

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from .cases import Case
+from .device import check_device
 from .implementations import IMPLEMENTATIONS
 from .measure import measure
 
@@ -25,9 +26,12 @@ def perform(task: dict) -> dict:
     implementation, case = IMPLEMENTATIONS[task["implementation"]], Case(**task["case"])
     if case.workload not in implementation.workloads:
         raise ValueError(f"{task['implementation']!r} has no workload {case.workload!r}.")
+    device = torch.device(task["device"])
     if task["task"] == "measure":
-        return measure(implementation, case, torch.device(task["device"]))
+        return measure(implementation, case, device)
     findings = implementation.check(case.shape, case.num_hashes)
+    if device.type != "cpu":
+        findings += check_device(task["implementation"], case.shape, case.num_hashes, device)
     return {
         "ok": all(finding.ok for finding in findings),
         "findings": [{"what": f.name, "value": f.value, "limit": f.limit} for f in findings],

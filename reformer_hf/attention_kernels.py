@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .device_policy import policy_for
 from .rng import Dropout
 
 logger = logging.get_logger(__name__)
@@ -20,7 +21,7 @@ logger = logging.get_logger(__name__)
 # The least that a mask adds to a score. Finite: a row that sees no key must not give a NaN.
 MASKED = -(2.0**90)
 
-# A logsumexp below this one is that of hidden keys alone: above any hidden score, and below any sum of visible ones.
+# A logsumexp below this one is that of masked keys alone: above any masked score, and below any sum of visible ones.
 NO_KEY = -(2.0**80)
 
 
@@ -35,8 +36,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropou
         drop: Dropout of the weights.
 
     Returns:
-        Output `[g, n, C, E]` and logsumexp of the scores `[g, n, C]`, the latter in the dtype of the mask. Where a row
-        is hidden altogether the output means nothing, and the logsumexp is as low as the mask.
+        Output `[g, n, C, E]` and logsumexp of the scores `[g, n, C]`, the latter in the dtype of the mask. Where all
+        keys of a row are masked the output means nothing, and the logsumexp is as low as the mask.
     """
     kernel = _kernel_for(query, key, value, drop)
     if kernel is not None:
@@ -175,10 +176,6 @@ class _CpuKernel:
     """The fused attention of torch on a CPU."""
 
     @staticmethod
-    def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-        return query.dtype == torch.float32 and query.shape[-1] == value.shape[-1]
-
-    @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=1.0
@@ -193,15 +190,6 @@ class _CpuKernel:
 
 class _CudaKernel:
     """The memory-efficient attention of torch on CUDA: of its kernels, the one with a mask and a logsumexp."""
-
-    @staticmethod
-    def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-        # Rows of logsumexps come in multiples of 32; masks and heads must be aligned.
-        aligned = query.shape[-2] % 32 == 0 and not any(
-            size % 8 for size in (key.shape[-2], query.shape[-1], value.shape[-1])
-        )
-        # A mask in fp16 could not be lower than any score.
-        return aligned and query.dtype in (torch.float32, torch.bfloat16)
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,22 +219,29 @@ class _CudaKernel:
 
 
 _Kernel = type[_CpuKernel] | type[_CudaKernel]
-_KERNELS: dict[str, _Kernel] = {"cpu": _CpuKernel, "cuda": _CudaKernel}
+# By the name that a `KernelPolicy` has for it.
+_KERNELS: dict[str, _Kernel] = {"cpu_flash": _CpuKernel, "cuda_efficient": _CudaKernel}
 
 
 def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: Dropout | None) -> "_Kernel | None":
     """The fused kernel for these inputs, or `None`."""
-    kernel = _KERNELS.get(query.device.type)
-    if kernel is None or drop is not None or not kernel.fits(query, key, value):
+    policy = policy_for(query.device).kernel
+    if policy is None or drop is not None or not policy.takes(query, key, value):
         return None
     sizes = (query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
-    return kernel if _is_trusted(query.device, query.dtype, *sizes) else None
+    return _KERNELS[policy.name] if _is_trusted(policy.name, query.device, query.dtype, *sizes) else None
+
+
+# Compiled code takes the result and not the trial.
+@torch.compiler.assume_constant_result
+def _is_trusted(name: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether a kernel passes its trial, which takes place once in a process for each dtype and sizes of a tile."""
+    return _passes_trial(name, device, dtype, *sizes)
 
 
 @cache
-def _is_trusted(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether to use the kernel of a device for tiles of these sizes: tested on a CPU, elsewhere tried once."""
-    return device.type == "cpu" or _equals_plain(_KERNELS[device.type], device, dtype, *sizes)
+def _passes_trial(name: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    return _equals_plain(_KERNELS[name], device, dtype, *sizes)
 
 
 def _equals_plain(
@@ -261,12 +256,12 @@ def _equals_plain(
     """
     Whether a kernel, tried on a small tile, gives what matrix products give, gradients too.
 
-    These kernels are torch's own, below its public interface. Should another version or device use them in another
-    way, attention gets slower, and not wrong.
+    These kernels are torch's own, below its public interface. Should another version or device lack them or use them
+    in another way, attention gets slower, and not wrong.
     """
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad_out = (
-        torch.randn(1, 2, length, width, generator=generator).to(device, dtype)
+        torch.randn(1, 1, length, width, generator=generator).to(device, dtype)
         for length, width in (
             (num_queries, size),
             (num_keys, size),
@@ -274,24 +269,32 @@ def _equals_plain(
             (num_queries, value_size),
         )
     )
-    hidden = torch.rand(1, 2, num_queries, num_keys, generator=generator) < 0.5
-    hidden[:, :, 0] = True
-    mask = (MASKED * hidden).to(device)
+    masked = torch.rand(1, 1, num_queries, num_keys, generator=generator) < 0.5
+    masked[:, :, 0] = True
+    inputs = (query, key, value, (MASKED * masked).to(device))
     try:
-        inputs = (query, key, value, mask)
         out, lse = kernel.attend(*inputs)
         grads = kernel.attend_backward(grad_out, *inputs, out, lse.masked_fill(lse < NO_KEY, math.inf))
-    except RuntimeError as error:
-        logger.warning_once(f"Attention without fused kernels, which do not run on {device}: {error}")
+    except (AttributeError, RuntimeError, TypeError) as error:
+        _warn_of_trial(f"does not run on {device} in {dtype} ({error}).")
         return False
     plain_out, plain_lse = _attend_plainly(*inputs)
     plain_lse = plain_lse.masked_fill(plain_lse < NO_KEY, math.inf)
     plain_grads = _attend_backward_plainly(grad_out, *inputs, plain_out, plain_lse)
+    # The first query has no key: its output means nothing.
     pairs = [(out[:, :, 1:], plain_out[:, :, 1:]), (lse[:, :, 1:], plain_lse[:, :, 1:])]
     pairs += list(zip(grads, plain_grads, strict=True))
     limit = 1e-3 if dtype == torch.float32 else 3e-2
     equal = all((a.float() - b.float()).norm() <= limit * b.float().norm() for a, b in pairs)
     equal = equal and bool((lse[:, :, 0] < NO_KEY).all())
     if not equal:
-        logger.warning_once(f"Attention without fused kernels, whose results on {device} in {dtype} are not right.")
+        _warn_of_trial(f"gives results on {device} in {dtype} that are not right.")
     return equal
+
+
+def _warn_of_trial(found: str) -> None:
+    logger.warning_once(
+        f"The fused attention of torch {torch.__version__} {found} Attention takes plain matrix products instead: the "
+        "results are the same, but it is slower. To have it fused, install a version of torch that this package was "
+        "tested with (its `constraints.txt`), and please report this warning."
+    )

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Queries in a chunk that a CPU still computes at full speed.
-_CPU_CHUNK_LENGTH = 32
+from .device_policy import policy_for
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,11 @@ class AttentionPattern:
         What a query of a window sees does not depend on chunks, but it is computed for the keys of all queries of its
         chunk: fewer for shorter chunks, as long as these are worth a matrix product.
         """
+        shortest = policy_for(device).window_chunk_length
+        if not self.window or shortest is None:
+            return self
         chunk_length, parts = self.chunk_length, 1
-        while self.window and device.type == "cpu" and chunk_length > _CPU_CHUNK_LENGTH and chunk_length % 2 == 0:
+        while chunk_length > shortest and chunk_length % 2 == 0:
             chunk_length, parts = chunk_length // 2, parts * 2
         return replace(
             self,

@@ -83,9 +83,9 @@ def chunk_attention_weights(
             tile_weights = torch.exp(scores_of(loaded.query, loaded.key, tile.mask) - tile_lse[..., None])
             tile_positions = torch.where(visible, tiling.key_positions(tile), -1)
             if tile.round == 0 and not pattern.include_self:
-                alone = tile_lse == math.inf
-                tile_weights[itself] = torch.where(alone, 1.0, tile_weights[itself])
-                tile_positions[itself] = torch.where(alone, tiling.query_positions(tile), tile_positions[itself])
+                without_key = tile_lse == math.inf
+                tile_weights[itself] = torch.where(without_key, 1.0, tile_weights[itself])
+                tile_positions[itself] = torch.where(without_key, tiling.query_positions(tile), tile_positions[itself])
             target_rows = tile.target_rows.flatten()
             weights[tile.round].index_copy_(0, target_rows, tile_weights.flatten(0, 2))
             positions[tile.round].index_copy_(0, target_rows, tile_positions.flatten(0, 2))
@@ -104,7 +104,7 @@ class _ChunkAttention(torch.autograd.Function):
             tiling = Tiling(pattern.for_device(query.device), order, padding, query)
             drop = Dropout.of(dropout, dropout_seed, query.device)
             out, lse = _forward(_Rows.of(query, key, value), tiling, drop)
-        out = out.to(value.dtype).view(value.shape)
+        out = out.view(value.shape)
         ctx.save_for_backward(query, key, value, out, lse, order, padding)
         ctx.pattern, ctx.dropout, ctx.dropout_seed = pattern, dropout, dropout_seed
         return out
@@ -172,7 +172,10 @@ class _TileInputs:
 
 
 def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tensor, Tensor]:
-    """Output `[B * L * H, E]`, and logsumexp of all rows and one more, infinite where a row has no key."""
+    """
+    Output `[B * L * H, E]` in the dtype of the values, and logsumexp of all rows and one more, infinite where a row
+    has no key.
+    """
     # One row more than there are takes what is computed for empty slots.
     size = (tiling.num_rows + 1, inputs.value.shape[1])
     out = torch.empty(size, dtype=tiling.mask_dtype, device=inputs.value.device)
@@ -186,12 +189,13 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
             part, part_lse = merge(out.index_select(0, rows), lse.index_select(0, rows), part, part_lse)
         out.index_copy_(0, rows, part)
         lse.index_copy_(0, rows, part_lse)
-    out, without_key = out[:-1], lse <= NO_KEY
+    out, without_key = out[:-1].to(inputs.value.dtype), lse <= NO_KEY
     lse.masked_fill_(without_key, math.inf)
     lse[-1] = math.inf
-    rows = without_key[:-1].nonzero()[:, 0]
-    own_value = inputs.value.index_select(0, rows).to(out.dtype)
-    out.index_copy_(0, rows, torch.zeros_like(own_value) if tiling.pattern.include_self else own_value)
+    if not tiling.has_key_everywhere:
+        # By weights of 0 and 1, which are exact: to list these rows, the host would have to wait for the device.
+        instead = out.new_zeros(()) if tiling.pattern.include_self else inputs.value
+        out.lerp_(instead, without_key[:-1, None].to(out.dtype))
     return out, lse
 
 
@@ -204,8 +208,7 @@ def _backward(
         for x in (inputs.query, inputs.key, inputs.value)
     ]
     if not tiling.pattern.include_self:
-        rows = (lse[:-1] == math.inf).nonzero()[:, 0]
-        grads[2].index_copy_(0, rows, grad_out.index_select(0, rows).to(tiling.mask_dtype))
+        torch.mul(grad_out, (lse[:-1] == math.inf)[:, None], out=grads[2])
     for tile in tiling:
         loaded = inputs.load(tile)
         tile_grads = attend_backward(

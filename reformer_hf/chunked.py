@@ -6,18 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .device_policy import policy_for
 from .rng import ReplayState
 
 PositionWise = Callable[[Tensor], Tensor]
 
-# Positions of all rows of a batch whose inner activations a cache of a CPU holds, or that fill a GPU.
-_SUITABLE_POSITIONS = {"cpu": 1 << 10, "cuda": 1 << 16}
-
 
 def suitable_chunk_size(batch_size: int, length: int, device_type: str) -> int:
     """Positions of an input `[B, L, …]` that a device computes fastest at a time."""
-    positions = _SUITABLE_POSITIONS.get(device_type, _SUITABLE_POSITIONS["cuda"])
-    return max(min(positions // max(batch_size, 1), length), 1)
+    return max(min(policy_for(device_type).chunk_positions // max(batch_size, 1), length), 1)
 
 
 def chunks_of(hidden_states: Tensor, chunk_size: int) -> Iterator[slice]:

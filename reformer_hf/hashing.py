@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-# Elements of the projections that exist at a time, so that no intermediate grows with length times buckets.
-_HASH_TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+from .device_policy import policy_for
 
 
 def bucket_factors(
@@ -48,7 +47,8 @@ def random_rotations(seed: int, num_heads: int, head_size: int, num_hashes: int,
     Equal to what the in-tree model draws after `torch.manual_seed(seed)`.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn((num_heads, head_size, num_hashes, sum(factors) // 2), generator=generator)
+    shape = (num_heads, head_size, num_hashes, sum(factors) // 2)
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int]) -> Tensor:
@@ -72,11 +72,19 @@ def projections_of(
     `dtype`. None for a single bucket."""
     if factors == [1]:
         return []
-    dtype = torch.promote_types(dtype, torch.float32)
+    rotations_HDRN = _upload(rotations_HDRN, device)
+    rotations_HDRN = rotations_HDRN.to(torch.promote_types(dtype, torch.float32))
     return [
         part_HDRN.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-        for part_HDRN in rotations_HDRN.to(device, dtype).split([N // 2 for N in factors], dim=-1)
+        for part_HDRN in rotations_HDRN.split([N // 2 for N in factors], dim=-1)
     ]
+
+
+def _upload(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on a device; without waiting for it where the policy says so."""
+    if drawn.is_cpu and policy_for(device).pin_uploads:
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)
 
 
 def hash_by(projections: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int) -> Tensor:
@@ -86,7 +94,7 @@ def hash_by(projections: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int
     buckets_BHRL = torch.zeros((batch_size, num_heads, num_hashes, length), dtype=torch.int32, device=device)
     if not projections:
         return buckets_BHRL
-    tile_elements = _HASH_TILE_ELEMENTS.get(device.type, _HASH_TILE_ELEMENTS["cuda"])
+    tile_elements = policy_for(device).hash_tile_elements
     step = max(tile_elements // (2 * num_heads * max(projection.shape[1] for projection in projections)), 1)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, length, step):
@@ -147,7 +155,7 @@ def _argmax_of_both_signs(projected_BHRNL: Tensor) -> Tensor:
 
 def _max(x_BHRNL: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the axis N and where it is."""
-    if x_BHRNL.device.type != "cpu":
+    if not policy_for(x_BHRNL.device).argmax_by_pooling:
         return x_BHRNL.max(dim=3)
     # Pooling over channels that lie last in memory runs on vector units; a reduction with indices does not.
     images = x_BHRNL.flatten(0, 2)[:, :, None].permute(0, 3, 1, 2)

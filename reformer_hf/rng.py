@@ -10,7 +10,7 @@ from torch import Tensor
 
 def draw_seed() -> int:
     """Draw a seed for another generator from torch's global CPU generator."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 class Dropout:

@@ -14,11 +14,8 @@ from .attention_pattern import AttentionPattern
 from .cache import CacheSpec, Past, Seen
 from .chunk_attention import chunk_attention, chunk_attention_weights
 from .configuration_reformer_hf import ReformerHfConfig
+from .device_policy import policy_for
 from .rng import draw_seed
-
-# Rows (positions of all rows of a batch, times heads) that attention takes at a time: queries, keys and values of so
-# many lie in a cache of a CPU, and are enough to fill a GPU.
-_GROUP_ROWS = {"cpu": 1 << 15, "cuda": 1 << 20}
 
 # Attention weights and the positions of their keys.
 Weights = tuple[Tensor, Tensor]
@@ -306,7 +303,7 @@ def _join_steps(steps: Sequence[Weights]) -> Weights:
 def parallel_heads(config: ReformerHfConfig, positions: int, device_type: str) -> int:
     """Heads to be computed at a time, given the positions of all rows of a batch: as many as the config says, or as a
     device computes fastest."""
-    suitable = max(_GROUP_ROWS.get(device_type, _GROUP_ROWS["cuda"]) // max(positions, 1), 1)
+    suitable = max(policy_for(device_type).head_group_rows // max(positions, 1), 1)
     return min(config.num_parallel_heads or suitable, config.num_attention_heads)
 
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reformer_hf import attention_kernels
-from reformer_hf import attention_tiles as op
 from reformer_hf.attention_kernels import merge
 from reformer_hf.attention_pattern import AttentionPattern
 from reformer_hf.chunk_attention import chunk_attention, chunk_attention_weights
 from reformer_hf.hashing import hash_vectors, random_rotations, sort_by_bucket
 
 from .helpers import assert_close, relative_rms
+from .policies import set_policy
 from .reference import dense_attention, full_attention_counts, key_counts, normalized_keys
 
 C = 8
@@ -346,7 +346,7 @@ def test_shared_query_key_equals_oracle(kind, once, causal, side, sizes, dropout
 def test_small_tiles_equal_one_tile(monkeypatch, kind, once, causal, side, chunks):
     case = _case(kind, causal, once, (3, 101, 2, 8, 5, 2), side)
     expected = case.op()
-    monkeypatch.setitem(op.TILE_SCORES, "cpu", chunks * C * case.pattern.window_length)
+    set_policy(monkeypatch, tile_scores=chunks * C * case.pattern.window_length)
     for name, found in case.op().items():
         assert_close(found, expected[name], 1e-12, name)
 
@@ -355,7 +355,7 @@ def test_small_tiles_equal_one_tile(monkeypatch, kind, once, causal, side, chunk
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_tiles_replay_dropout(monkeypatch, kind, chunks):
     case = _case(kind, True, False, (3, 101, 2, 8, 5, 2), "left", 0.3)
-    monkeypatch.setitem(op.TILE_SCORES, "cpu", chunks * C * case.pattern.window_length)
+    set_policy(monkeypatch, tile_scores=chunks * C * case.pattern.window_length)
     _assert_equals_oracle(case)
 
 
@@ -367,7 +367,7 @@ def test_small_tiles_replay_dropout(monkeypatch, kind, chunks):
 @pytest.mark.parametrize("length", [1, 2, 29, 32])
 def test_one_bucket_and_a_wide_window_is_full_attention(monkeypatch, length, causal, side, once, num_hashes, tile):
     if tile:
-        monkeypatch.setitem(op.TILE_SCORES, "cpu", tile)
+        set_policy(monkeypatch, tile_scores=tile)
     case = _case("across", causal, False, (2, length, 2, 8, 5, 1), side)
     chunks = math.ceil(length / C)
     pattern = AttentionPattern(C, chunks, 0 if causal else chunks, causal, window=True, deduplicate_keys=once)
@@ -491,7 +491,7 @@ def test_a_query_sees_exactly_the_keys_of_the_definition(drawn):
     order = sort_by_bucket(torch.tensor(buckets, dtype=torch.int32)[None, None], torch.tensor([padding]))
     query = torch.zeros(1, length, 1, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(op.TILE_SCORES, "cpu", tile)
+        set_policy(patch, tile_scores=tile)
         _, positions = chunk_attention_weights(query, query, pattern, order, torch.tensor([padding]))
     seen = _by_key((positions >= 0).double(), positions)[0, 0]
     expected = key_counts(pattern, buckets, padding)

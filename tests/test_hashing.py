@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention as InTreeLSHSelfAttention
 
-from reformer_hf import hashing
 from reformer_hf.hashing import (
     bucket_factors,
     hash_vectors,
@@ -19,6 +18,8 @@ from reformer_hf.hashing import (
     sort_by_bucket,
     unpack_order,
 )
+
+from .policies import set_policy
 
 FACTORS = [[2], [16], [4, 8], [2, 6, 4]]
 
@@ -66,7 +67,7 @@ def test_rotations_differ_by_seed_head_and_round():
 @pytest.mark.parametrize("tile", [None, 1, 500], ids=["one-tile", "tile-of-1", "tiles-of-some"])
 def test_buckets_are_the_plain_argmax(monkeypatch, dtype, factors, tile):
     if tile:
-        monkeypatch.setitem(hashing._HASH_TILE_ELEMENTS, "cpu", tile)
+        set_policy(monkeypatch, hash_tile_elements=tile)
     torch.manual_seed(0)
     vectors = torch.randn(2, 101, 3, 8).to(dtype)
     rotations = random_rotations(5, 3, 8, 4, factors)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from reformer_hf import chunked, self_attention
+from reformer_hf import self_attention
 from reformer_hf.chunk_attention import chunk_attention_weights
 from reformer_hf.self_attention import AttentionCall, SelfAttention
 
 from .helpers import DROPOUT, assert_close, gradients, random_model, tiny_config
+from .policies import set_policy
 
 LAYERS = ["local", "lsh", "full"]
 
@@ -17,7 +18,7 @@ LAYERS = ["local", "lsh", "full"]
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Positions are read and written a few at a time, as those of a long input are."""
-    monkeypatch.setitem(chunked._SUITABLE_POSITIONS, "cpu", 32)
+    set_policy(monkeypatch, chunk_positions=32)
 
 
 def _model(num_parallel_heads, dtype=torch.float64, **fields):
@@ -60,7 +61,7 @@ def test_groups_equal_all_at_once(padded, reversible, num_parallel_heads, small_
 def test_chunks_equal_all_at_once(reversible, monkeypatch):
     results = []
     for positions in (1 << 10, 32):
-        monkeypatch.setitem(chunked._SUITABLE_POSITIONS, "cpu", positions)
+        set_policy(monkeypatch, chunk_positions=positions)
         results.append(_step(_model(2, reversible=reversible), padded=True))
     (output, grads), (expected, expected_grads) = results
     assert_close(output.logits, expected.logits, 1e-12)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention_tiles import TILE_SCORES
 from ..chunked import suitable_chunk_size
 from ..configuration_reformer_hf import ReformerHfConfig
+from ..device_policy import policy_for
 from ..modeling_reformer_hf import ReformerHfForCausalLM
 from ..self_attention import parallel_heads
 
@@ -179,4 +179,4 @@ class _Shape:
 
 def _tile(device: str) -> int:
     """Scores and masks of one tile, and the tensors gathered for it."""
-    return 12 * 4 * TILE_SCORES.get(device, TILE_SCORES["cuda"])
+    return 12 * 4 * policy_for(device).tile_scores

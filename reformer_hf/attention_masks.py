@@ -1,0 +1,206 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Which keys are visible to a query, as a mask that is added to scores.
+
+A mask is the least of several *mask margins*, numbers that are positive where a key is visible and negative where it
+is masked. They count slots or positions, are scaled by a power of two, which keeps them exact, and are cut off at
+zero. Two vector operations and no boolean temporaries make a mask in this way.
+
+Shapes: g heads of any batch row, R rounds, L length, n chunks, C chunk length, W window length, S slots; see
+`attention_slots`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .attention_kernels import MASKED
+from .attention_pattern import AttentionPattern
+from .attention_slots import SlotLayout
+from .hashing import invert_order
+
+# One slot, as a mask margin.
+_UNIT = -MASKED
+
+# Halves and quarters of a slot must be exact in fp32.
+MAX_LENGTH = 1 << 22
+
+
+def is_interval(pattern: AttentionPattern, has_order: bool, has_padding: bool) -> bool:
+    """Whether all that a query sees lies between two slots, so that its mask needs no positions."""
+    if pattern.wraps:
+        return False
+    in_bucket = pattern.same_bucket and (has_order or not has_padding)
+    of_chunks = not has_padding and not (has_order and pattern.causal)
+    return pattern.window or in_bucket or of_chunks
+
+
+@dataclass
+class MaskMargin:
+    """
+    `keys - queries`, or with a radius `radius - |keys - queries|`, or the negative of that, which masks what is within
+    the radius.
+    """
+
+    queries: Tensor  # [g, n, C, 1]
+    keys: Tensor  # [g, n, 1, W]
+    radius: Tensor | None = None  # [g, n, C, 1]
+    masks_within: bool = False
+
+    def write(self, chunks: slice, out: Tensor) -> None:
+        """Fill `out` `[g, n, C, W]` for some of the chunks."""
+        torch.sub(self.keys[:, chunks], self.queries[:, chunks], out=out)
+        if self.radius is not None and self.masks_within:
+            out.abs_().sub_(self.radius[:, chunks])
+        elif self.radius is not None:
+            torch.sub(self.radius[:, chunks], out.abs_(), out=out)
+
+
+@dataclass
+class SortedHeads:
+    """What masks of some heads are made of, by slot `[g, R, L]`."""
+
+    positions: Tensor  # int32
+    # Where a bucket begins.
+    starts: Tensor
+    # Where there is padding; `None` for no padding.
+    padding: Tensor | None
+
+
+@dataclass
+class _VisibleBefore:
+    """Of an earlier round, by position `[g, L]`: its slot, and the first and last slots that were visible from it."""
+
+    slots: Tensor
+    first: Tensor
+    last: Tensor
+
+
+class MaskMargins:
+    """
+    The mask margins of an input.
+
+    Args:
+        layout: Its slots.
+        interval: What `is_interval` says of it.
+        dtype: That of masks, fp32 at least.
+    """
+
+    def __init__(self, layout: SlotLayout, interval: bool, dtype: torch.dtype, device: torch.device):
+        self.layout = layout
+        self.pattern = layout.pattern
+        self.interval = interval
+        self.dtype = dtype
+        self.device = device
+
+    def of_rounds(self, heads: SortedHeads) -> Iterator[list[MaskMargin]]:
+        """Those of some heads, round by round: by what the pattern says, and by what earlier rounds showed."""
+        num_rounds = heads.positions.shape[1]
+        deduplicates = self.pattern.deduplicate_keys and num_rounds > 1
+        seen = self.pattern.seen_slots(heads.starts) if self.interval or deduplicates else ()
+        before: list[_VisibleBefore] = []
+        for round in range(num_rounds):
+            seen_in_round = [slots[:, round] for slots in seen]
+            margins = [self._in_interval(*seen_in_round)] if self.interval else self._by_position(heads, round)
+            yield margins + [self._not_visible_before(x, heads.positions[:, round]) for x in before]
+            if deduplicates and round + 1 < num_rounds:
+                before.append(self._visible_in(heads.positions[:, round], *seen_in_round))
+
+    def static_mask(self) -> Tensor:
+        """What is masked by its place in the window, whatever stands there: `[C, W]`, or `[1, 1]` if nothing is."""
+        pattern = self.pattern
+        own = (
+            torch.arange(pattern.chunk_length, device=self.device)[:, None]
+            + pattern.chunk_length * pattern.chunks_before
+        )
+        places = torch.arange(pattern.window_length, device=self.device)
+        masked = torch.zeros((1, 1), dtype=torch.bool, device=self.device)
+        if self.interval and pattern.causal:
+            masked = places > own if pattern.include_self else places >= own
+        elif not pattern.wraps and not pattern.include_self:
+            masked = places == own
+        return -_UNIT * masked.to(self.dtype)
+
+    def _in_interval(self, first: Tensor, last: Tensor) -> MaskMargin:
+        """Keys between two slots, `[g, L]` by slot of the query."""
+        first = first - self._window_starts
+        if self.pattern.causal:
+            # The static mask ends the interval.
+            return MaskMargin(self.layout.queries(self._scaled(first) - 0.5 * _UNIT), self._window_places)
+        middle, radius = self._middle_and_radius(first, last - self._window_starts)
+        return MaskMargin(middle, self._window_places, radius)
+
+    def _by_position(self, heads: SortedHeads, round: int) -> list[MaskMargin]:
+        """Real keys, no later ones if causal, and in a ring, where a position may come twice, not the query itself."""
+        pattern, layout = self.pattern, self.layout
+        nowhere = float(2 * MAX_LENGTH) * _UNIT
+        positions = self._scaled(heads.positions)
+        keys = positions if heads.padding is None else positions.masked_fill(heads.padding, nowhere)
+        queries = layout.queries(positions[:, round])
+        keys = layout.windows(layout.slots(keys, round, nowhere))
+        if pattern.causal:
+            return [MaskMargin(-queries + (-0.5 if pattern.include_self else 0.5) * _UNIT, -keys)]
+        margins = [MaskMargin(torch.full_like(queries, -MAX_LENGTH * _UNIT), -keys)]
+        if pattern.wraps and not pattern.include_self:
+            margins.append(MaskMargin(queries, keys, torch.full_like(queries, 0.5 * _UNIT), masks_within=True))
+        return margins
+
+    @cached_property
+    def _window_starts(self) -> Tensor:
+        """First slot of the window of each query, `[L]` by slot; before the first slot of all it is negative."""
+        slots = torch.arange(self.layout.length, dtype=torch.int32, device=self.device)
+        return slots - slots % self.pattern.chunk_length - self.pattern.chunk_length * self.pattern.chunks_before
+
+    @cached_property
+    def _window_places(self) -> Tensor:
+        """Place of each key in its window, `[1, n, 1, W]`."""
+        places = self._scaled(torch.arange(self.pattern.window_length, device=self.device))
+        return places.expand(1, self.layout.num_chunks, 1, -1)
+
+    def _visible_in(self, positions: Tensor, first: Tensor, last: Tensor) -> _VisibleBefore:
+        """What one round shows, given its positions and the first and last visible slots, `[g, L]` by slot."""
+        slots = invert_order(positions)
+        index = slots.long()
+        return _VisibleBefore(slots, first.gather(-1, index), last.gather(-1, index))
+
+    def _not_visible_before(self, before: _VisibleBefore, positions: Tensor) -> MaskMargin:
+        """Keys that were not between the slots that the query saw in an earlier round."""
+        slots, first, last = (x.gather(-1, positions.long()) for x in (before.slots, before.first, before.last))
+        middle, radius = self._middle_and_radius(first, last)
+        keys = self.layout.windows(self.layout.slots(self._scaled(slots)[:, None], 0, 0.0))
+        return MaskMargin(middle, keys, radius, masks_within=True)
+
+    def _middle_and_radius(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the interval between two slots, both included."""
+        middle = self._scaled(first + last) / 2
+        radius = self._scaled(last - first) / 2 + 0.25 * _UNIT
+        return self.layout.queries(middle), self.layout.queries(radius)
+
+    def _scaled(self, numbers: Tensor) -> Tensor:
+        return numbers.to(self.dtype) * _UNIT
+
+
+class MaskBuffers:
+    """Makes masks of margins, all in the same memory: use one before the next is made."""
+
+    def __init__(self, static_mask: Tensor):
+        self._static_mask = static_mask
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def mask(self, margins: list[MaskMargin], chunks: slice, shape: tuple[int, int, int, int]) -> Tensor:
+        """The mask of some of the chunks, of shape `[g, n, C, W]`: 0 where visible, hugely negative elsewhere."""
+        mask = self._buffer("mask", shape)
+        margins[0].write(chunks, mask)
+        for margin in margins[1:]:
+            other = self._buffer("other", shape)
+            margin.write(chunks, other)
+            torch.minimum(mask, other, out=mask)
+        return torch.minimum(mask, self._static_mask, out=mask)
+
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if (name, shape) not in self._buffers:
+            self._buffers[name, shape] = self._static_mask.new_empty(shape)
+        return self._buffers[name, shape]

@@ -1,0 +1,156 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+What a GPU would be asked to do, by the policy of CUDA on a machine that has none: the host never waits for the device,
+and a layer is a bounded number of kernels.
+
+On the CPU the model computes, with its fused kernel in the place of CUDA's. On the device `meta` there are no numbers
+at all, so that nothing can be read, whichever way; there CUDA's own kernel says which shapes it takes and gives.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from reformer_hf import ReformerHfForCausalLM, attention_kernels
+from reformer_hf.device_policy import CUDA, POLICIES
+
+from .helpers import DROPOUT, tiny_config
+from .operators import OperatorLog, logits_of
+from .policies import CUDA_ON_CPU, set_policy
+
+LONG, SHORT = 16384, 1024
+LAYERS = ["lsh", "local", "lsh", "local"]
+
+# Kernels of one layer in a training step and in a forward pass without gradient, whatever the length: about a fifth
+# more than there are.
+MOST_KERNELS = {"lsh": (720, 228), "local": (320, 95)}
+
+lengths = pytest.mark.parametrize("length", [SHORT, LONG], ids=["L1024", "L16384"])
+paddings = pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+patterns = pytest.mark.parametrize("lsh_pattern", ["window", "chunk"])
+
+
+def _model(layers, length, **fields) -> ReformerHfForCausalLM:
+    """Of 64-long chunks, the default, so that CUDA's kernel takes them."""
+    rows = 1 << (length.bit_length() // 2)
+    sizes = {
+        "attn_layers": layers,
+        "num_hashes": 4,
+        "num_buckets": None,
+        "lsh_attn_chunk_length": 64,
+        "local_attn_chunk_length": 64,
+        "max_position_embeddings": length,
+        "axial_pos_shape": (rows, length // rows),
+    }
+    return ReformerHfForCausalLM(tiny_config(**sizes, **fields))
+
+
+def _inputs(model, length, padded) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings and padding, on the device of the model."""
+    torch.manual_seed(0)
+    hidden_states = torch.randn(1, length, model.config.hidden_size).to(model.device).requires_grad_()
+    return hidden_states, (torch.arange(length) < 100).to(model.device)[None] if padded else None
+
+
+def _training_step(model, hidden_states, padding) -> OperatorLog:
+    with OperatorLog() as log:
+        logits_of(model, hidden_states, padding).sum().backward()
+    return log
+
+
+def _forward_pass(model, hidden_states, padding) -> OperatorLog:
+    with OperatorLog() as log, torch.no_grad():
+        logits_of(model, hidden_states, padding)
+    return log
+
+
+RUNS = {"step": _training_step, "forward": _forward_pass}
+
+
+@pytest.fixture
+def cuda_policy(monkeypatch):
+    set_policy(monkeypatch, CUDA_ON_CPU)
+
+
+@pytest.fixture
+def meta_as_cuda(monkeypatch):
+    """The device `meta` follows the policy of CUDA, its kernel trusted; it has no autocast to be left."""
+    autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
+    monkeypatch.setitem(POLICIES, "meta", CUDA)
+    monkeypatch.setattr(attention_kernels, "_is_trusted", lambda *trial: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *args, **kw: nullcontext() if kind == "meta" else autocast(kind, *args, **kw)
+    )
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and is_enabled(kind))
+
+
+@pytest.mark.parametrize("run", RUNS)
+@patterns
+@paddings
+@lengths
+def test_host_never_waits(length, padded, lsh_pattern, run, cuda_policy):
+    model = _model(LAYERS, length, lsh_pattern=lsh_pattern).train(run == "step")
+    inputs = _inputs(model, length, padded)
+    # The trial of the kernel, which reads its results.
+    _forward_pass(model, *inputs)
+    log = RUNS[run](model, *inputs)
+    assert not log.waits
+    most = sum(MOST_KERNELS[layer][run == "forward"] for layer in LAYERS)
+    assert log.num_kernels < most, log.kernels.most_common()
+
+
+@patterns
+def test_host_never_waits_for_options(lsh_pattern, cuda_policy):
+    """Dropout, and keys of several rounds that count once."""
+    model = _model(LAYERS, SHORT, lsh_pattern=lsh_pattern, lsh_deduplicate_keys=True, **DROPOUT).train()
+    log = _training_step(model, *_inputs(model, SHORT, padded=True))
+    assert not log.waits
+    assert log.kernels["bernoulli_"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@patterns
+@paddings
+@pytest.mark.parametrize("length", [1000, LONG, 1 << 20], ids=["L1000", "L16384", "L1048576"])
+def test_device_without_numbers(length, padded, lsh_pattern, run, meta_as_cuda):
+    """In evaluation, for `meta` has no generator."""
+    model = _model(LAYERS, 1 << 20, lsh_pattern=lsh_pattern).to("meta").eval()
+    log = RUNS[run](model, *_inputs(model, length, padded))
+    assert not log.waits
+    assert log.kernels["_scaled_dot_product_efficient_attention"]
+    assert not log.kernels["_scaled_dot_product_flash_attention_for_cpu"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@paddings
+@pytest.mark.parametrize("kind", MOST_KERNELS)
+@lengths
+def test_kernels_of_a_layer(length, kind, padded, run, meta_as_cuda):
+    """What one more layer adds."""
+    counts = []
+    for depth in (1, 2):
+        model = _model([kind] * depth, length).to("meta").eval()
+        counts.append(RUNS[run](model, *_inputs(model, length, padded)).num_kernels)
+    assert counts[1] - counts[0] < MOST_KERNELS[kind][run == "forward"]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: int(x.argmax()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: x.index_put_((x > 0,), torch.zeros(())),
+    ],
+)
+def test_log_names_waits(read):
+    """The test of the tests."""
+    with OperatorLog() as log:
+        read(torch.randn(5))
+    assert log.waits
