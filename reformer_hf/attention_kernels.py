@@ -104,52 +104,22 @@ def key_scale(query: Tensor) -> Tensor:
     return torch.rsqrt(mean_square + 1e-6) / math.sqrt(query.shape[-1])
 
 
-def normalized_keys(query: Tensor) -> Tensor:
-    """Keys of shared query-key attention: `q / |q|` with the scale `1 / sqrt(D)`, and the in-tree epsilon."""
+def normalized_keys(query: Tensor, epsilon: Tensor | None = None) -> Tensor:
+    """
+    Keys of shared query-key attention: `q / |q|` with the scale `1 / sqrt(D)`, and the in-tree epsilon.
+
+    `epsilon` is what `key_epsilon` gives, where it is at hand.
+    """
     if query.dtype not in (torch.float32, torch.float64):
         return (query * key_scale(query)[..., None]).to(query.dtype)
-    # The mean square plus the epsilon, times the size, is the square of a hypotenuse.
-    epsilon = query.new_tensor(math.sqrt(query.shape[-1] * 1e-6))
+    epsilon = key_epsilon(query) if epsilon is None or epsilon.dtype != query.dtype else epsilon
+    # The mean square plus the in-tree epsilon, times the size, is the square of a hypotenuse.
     return query / torch.hypot(torch.linalg.vector_norm(query, dim=-1, keepdim=True), epsilon)
 
 
-def attend_to(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """
-    Plain attention, for few queries.
-
-    Args:
-        query: `[b, n, D]`.
-        key, value: `[b, T, D or E]`.
-        hidden: `[b or 1, n, T]`, which keys a query does not see; `None` for none.
-        dropout: Rate at which weights are dropped, by torch's global generator.
-
-    Returns:
-        Output `[b, n, E]`, and weights `[b, n, T]` before dropout; they mean nothing for a query that sees nothing.
-    """
-    scores = torch.bmm(query, key.transpose(1, 2))
-    if hidden is not None:
-        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    kept = torch.dropout(weights, dropout, train=True) if dropout else weights
-    return torch.bmm(kept if kept.dtype == value.dtype else kept.to(value.dtype), value), weights
-
-
-def attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
-    """
-    `attend_to` for heads that see the same: queries `[B, n, H, D]`, keys and values `[B, T, H, D]`, `hidden` `[B or 1,
-    n, T]`. Output `[B, n, H, D]`, weights `[B, H, n, T]`.
-    """
-    batch_size, num_new, num_heads, _ = query.shape
-    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if hidden is not None and hidden.shape[0] > 1:
-        hidden = hidden.repeat_interleave(num_heads, dim=0)
-    out, weights = attend_to(query, key, value, hidden, dropout)
-    out = out.view(batch_size, num_heads, num_new, -1).transpose(1, 2)
-    return out, weights.view(batch_size, num_heads, num_new, -1)
+def key_epsilon(query: Tensor) -> Tensor:
+    """What `normalized_keys` adds, in quadrature, to the norm of queries `[…, D]`."""
+    return query.new_tensor(math.sqrt(query.shape[-1] * 1e-6))
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

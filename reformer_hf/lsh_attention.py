@@ -105,7 +105,7 @@ class LSHSelfAttention(SelfAttention):
         if call.padding is not None:
             buckets = buckets.masked_fill(call.padding[:, None, :, None], layer.num_buckets)
         options = {"padding": call.padding, "with_positions": call.output_attentions, "buckets": buckets}
-        seen: Any = cache.update(normalized_keys(query), value, layer_idx, **options)[0]
+        seen: Any = cache.update(normalized_keys(query, layer.key_epsilon), value, layer_idx, **options)[0]
         # Each token of each head has keys of its own.
         batch_size, num_new, num_heads, head_size = query.shape
         query = query.transpose(1, 2).reshape(-1, 1, 1, head_size)

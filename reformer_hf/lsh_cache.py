@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .attention_kernels import key_epsilon
 from .cache import SLACK, AttentionCacheLayer, CacheSpec, FixedShape, Past, Seen, grown, ordinary_tensors, self_bias
 from .hashing import both_signs, invert_order, sort_by_bucket, unpack_order
 
@@ -86,6 +87,7 @@ class LSHCacheLayer(AttentionCacheLayer):
         self._ages = torch.arange(self._window_length(), -1, -1, device=self.device)
         self._bias = self.entries.new_zeros(len(self._ages))
         self._bias[-1] = self_bias(self.entries.dtype)
+        self.key_epsilon = key_epsilon(key)
         self._masked = self._bias.new_tensor(float("-inf"))
         self._one = torch.ones((), dtype=torch.long, device=self.device)
 
