@@ -10,7 +10,7 @@ from . import checks, reformers
 from .cases import WORKLOADS, Case, Shape
 from .checks import Finding
 from .dense import dense_model
-from .lower_bound import lower_bound_of_step
+from .lower_bound import lower_bound
 from .workloads import Build, Run, prepare, prepare_compiled
 
 
@@ -67,5 +67,5 @@ IMPLEMENTATIONS = {
         _WITHOUT_CACHE,
     ),
     "dense": _implementation(checks.check_dense, dense_model, workloads=_WITHOUT_ATTENTION),
-    "lower-bound": Implementation(lower_bound_of_step, lambda shape, num_hashes: [], frozenset({"step"})),
+    "lower-bound": Implementation(lower_bound, lambda shape, num_hashes: [], frozenset({"step", "tokens"})),
 }

@@ -1,18 +1,22 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Lower bound on the time of a training step: its matrix products and fused chunk attention, and nothing else.
+Lower bounds on the time of a training step and of decoding.
 
-No hashing, sorting, gathering, masks, merging of rounds, norms, residuals or loss. The backward pass recomputes the
-forward pass, as in reversible layers.
+Of a training step: its matrix products and fused chunk attention. No hashing, sorting, gathering, masks, merging of
+rounds, norms, residuals or loss. The backward pass recomputes the forward pass, as in reversible layers. Of decoding:
+the matrix-vector products of all linear layers.
 """
 
 import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .cases import Case
+from .decoding import TOKENS_PER_RUN
+from .reformers import our_model
 
 _CHUNKS_PER_CALL = 32
 # Positions per matrix product, few enough for the results to stay in the processor's cache.
@@ -78,6 +82,27 @@ class ChunkAttentions:
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(x[:, :chunks] for x in tensors), 0.0, False, attn_mask=self._mask[:, :chunks], scale=1.0
             )
+
+
+def lower_bound(case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """Return a function that computes the lower bound of a training step or of decoding tokens."""
+    return lower_bound_of_tokens(case, device) if case.workload == "tokens" else lower_bound_of_step(case, device)
+
+
+def lower_bound_of_tokens(case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """Return a function that computes the matrix-vector products of `TOKENS_PER_RUN` decoding steps."""
+    model = our_model(case.shape, case.length, case.num_hashes).to(device)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    vectors = [torch.randn(1, 1, layer.in_features, device=device) for layer in layers]
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            for _ in range(TOKENS_PER_RUN):
+                for layer, vector in zip(layers, vectors, strict=True):
+                    out = linear(vector, layer.weight, layer.bias)
+        return out
+
+    return run
 
 
 def lower_bound_of_step(case: Case, device: torch.device) -> Callable[[], Tensor]:

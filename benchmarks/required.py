@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cases import DENSE, IN_TREE, LOWER_BOUND, OURS
+from .cases import COMPILED, DENSE, IN_TREE, LOWER_BOUND, OURS
 from .results import Results
 
 GROWTH_LENGTHS = (4096, 65536)
@@ -23,6 +23,7 @@ class Ratio:
     quantity: str = "seconds"
     maximum: float | None = None
     our_case: str | None = None
+    ours: str = OURS
 
     @property
     def target(self) -> str:
@@ -30,7 +31,7 @@ class Ratio:
 
     def measured(self, results: Results) -> float | None:
         baseline = results.median(self.case, self.baseline, self.quantity)
-        ours = results.median(self.our_case or self.case, OURS, self.quantity)
+        ours = results.median(self.our_case or self.case, self.ours, self.quantity)
         return baseline / ours if baseline is not None and ours else None
 
     def met(self, value: float | None) -> bool | None:
@@ -57,6 +58,7 @@ RATIOS = [
 ]
 
 _TOKENS = "decoder-tokens-L{}-R4"
+_WIDE_TOKENS = "decoder-ff1024-tokens-L4096-R4"
 GENERATION_RATIOS = [
     Ratio("time per token, context of 4,096: in-tree / ours", _TOKENS.format(4096), IN_TREE, 10.0),
     Ratio("time per token, context of 16,384: in-tree / ours", _TOKENS.format(16384), IN_TREE, 20.0),
@@ -66,6 +68,11 @@ GENERATION_RATIOS = [
         OURS,
         maximum=1.2,
         our_case=_TOKENS.format(1024),
+    ),
+    *(
+        Ratio(f"time per token, {shape}, context of 4,096: lower bound / {ours}", case, LOWER_BOUND, 0.4, ours=ours)
+        for shape, case in (("feed-forward 512", _TOKENS.format(4096)), ("feed-forward 1,024", _WIDE_TOKENS))
+        for ours in (OURS, COMPILED)
     ),
     Ratio(
         "prefill of 65,536 tokens / plain forward pass",
