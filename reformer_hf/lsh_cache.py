@@ -213,7 +213,8 @@ class LSHCacheLayer(AttentionCacheLayer):
     def past(self) -> Past:
         num_rows = int(self._num_rows)
         buckets = self.buckets[:, :, :num_rows].transpose(2, 3)
-        masked = buckets[:, 0, 0] == self.num_buckets
+        # Once rows were dropped, heads hold different tokens in a row. Padding has a bucket of its own in any case.
+        masked = (buckets[:, :, 0] == self.num_buckets).all(1)
         key, value = self.entries[:, :num_rows].chunk(2, dim=-1)
         if self.row_positions is None:
             positions = torch.arange(num_rows, dtype=torch.int32, device=self.device).expand(len(masked), 1, -1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -273,6 +274,43 @@ def test_drops_what_no_ring_holds(fields):
 def _elements(cache):
     tensors = [getattr(layer, name) for layer in cache.layers for name in layer.tensors]
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+
+def test_piece_after_drop():
+    """A parallel pass over new tokens and rows that hold other tokens in each head, some of them padding."""
+    sizes = {"num_buckets": 2, "lsh_num_chunks_before": 1, "num_hashes": 2, "max_position_embeddings": 2048}
+    model = random_model(torch.float64, attn_layers=["lsh", "lsh"], num_attention_heads=4, **sizes)
+    decoding = Decoding(model, _new_cache(model), batch_size=2).take(400, padding=[0, 5])
+    for step in range(12):
+        decoding.take(60, padding=[7 * step % 20, 11 * step % 30])
+    assert all(layer._num_dropped for layer in decoding.cache.layers)
+    decoding.take(150, padding=[3, 0]).take(70).take(1)
+    decoding.check()
+
+
+class _LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operator returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.size = max(self.size, out.numel())
+        return out
+
+
+def test_full_layer_piece_memory():
+    """A second piece of a prompt makes no scores of all new and cached tokens."""
+    model = random_model(attn_layers=["full"], max_position_embeddings=4096)
+    decoding, length = Decoding(model, _new_cache(model), batch_size=1), 2048
+    sizes = []
+    for _ in range(2):
+        with _LargestTensor() as largest:
+            decoding.take(length)
+        sizes.append(largest.size)
+    assert sizes[1] <= 256 * 2 * length < length * length / 2
+    decoding.check(1e-5)
 
 
 def test_crop_to_prompt():
