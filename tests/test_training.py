@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which checkpoint is whole, and when training stops."""
+"""Which checkpoint is intact, and when training stops."""
 
 import json
 from types import SimpleNamespace
@@ -26,34 +26,37 @@ def checkpoint(tmp_path):
     return tmp_path / "checkpoint-10"
 
 
-def test_a_whole_checkpoint_is_the_last_one(checkpoint):
+def test_intact_checkpoint(checkpoint):
     assert find_corruption(checkpoint) is None
     assert last_intact_checkpoint(checkpoint.parent) == str(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
-@pytest.mark.parametrize("kept", [0, 40, -1])
-def test_a_file_that_is_cut_off(checkpoint, name, kept):
+def test_truncated_file(checkpoint, name):
     path = checkpoint / name
-    path.write_bytes(path.read_bytes()[:kept])
-    assert find_corruption(checkpoint) == f"`{name}` is cut off"
-    assert last_intact_checkpoint(checkpoint.parent) == str(checkpoint.with_name("checkpoint-9"))
+    content = path.read_bytes()
+    for kept in (0, 40, -1):
+        path.write_bytes(content[:kept])
+        assert find_corruption(checkpoint) == f"`{name}` is cut off", kept
+        assert last_intact_checkpoint(checkpoint.parent) == str(checkpoint.with_name("checkpoint-9"))
+    path.write_bytes(content)
+    assert find_corruption(checkpoint) is None
 
 
 @pytest.mark.parametrize("text", [None, "", '{"global_step":'])
-def test_the_state_of_the_trainer_is_written_last(checkpoint, text):
+def test_trainer_state_is_written_last(checkpoint, text):
     path = checkpoint / "trainer_state.json"
     path.unlink() if text is None else path.write_text(text)
     assert find_corruption(checkpoint) == "`trainer_state.json` is missing or cut off"
 
 
-def test_a_shard_that_is_not_there(checkpoint):
+def test_missing_shard(checkpoint):
     index = {"weight_map": {"weight": "model.safetensors", "other": "model-2.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert find_corruption(checkpoint) == "`model-2.safetensors` is missing"
 
 
-def test_a_checkpoint_that_was_begun(checkpoint):
+def test_incomplete_checkpoint(checkpoint):
     (checkpoint / "checkpoint-is-incomplete.txt").touch()
     assert find_corruption(checkpoint) == "`checkpoint-is-incomplete.txt` is there"
 
@@ -64,7 +67,7 @@ def test_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("grad", [float("nan"), float("inf"), -float("inf")])
-def test_gradients_that_are_no_numbers(grad):
+def test_non_finite_gradients(grad):
     model = torch.nn.Linear(2, 1)
     model(torch.ones(1, 2)).sum().backward()
     args = SimpleNamespace(fp16=False, output_dir="out", learning_rate=0.1)
