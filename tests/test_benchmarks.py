@@ -44,7 +44,9 @@ def _table_rows(text, width):
     return [row for row in rows if len(row) == width]
 
 
-def test_quick_suite(tmp_path, capsys):
+def test_quick_suite(tmp_path, monkeypatch, capsys):
+    # One run is enough of each.
+    monkeypatch.setattr(measure, "LONG_SECONDS", 0)
     assert main(["--quick", "--out", str(tmp_path), "--implementations", *NAMES]) == 0
     (path,) = tmp_path.glob("*-quick.json")
     written = json.loads(path.read_text())

@@ -70,19 +70,15 @@ def test_equals_in_tree_at_positions():
     assert torch.equal(embeddings(position_ids), _in_tree(embeddings).eval()(position_ids))
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3])
-def test_equals_definition(axes):
-    embeddings = _embeddings(axes)
-    expected = torch.stack([_definition(embeddings, position) for position in range(60)])
-    assert torch.equal(embeddings(torch.arange(60)[None])[0], expected)
-    shuffled = torch.randperm(60).view(2, 30)
-    assert torch.equal(embeddings(shuffled), expected[shuffled])
-
-
-@pytest.mark.parametrize("axes", [1, 2, 3])
-def test_positions_differ(axes):
-    rows = _embeddings(axes)(torch.arange(60)[None])[0]
-    assert torch.unique(rows, dim=0).shape[0] == 60
+def test_equals_definition():
+    for axes in SHAPES:
+        embeddings = _embeddings(axes)
+        expected = torch.stack([_definition(embeddings, position) for position in range(60)])
+        assert torch.equal(embeddings(torch.arange(60)[None])[0], expected), axes
+        shuffled = torch.randperm(60).view(2, 30)
+        assert torch.equal(embeddings(shuffled), expected[shuffled]), axes
+        # Positions differ.
+        assert torch.unique(expected, dim=0).shape[0] == 60
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])

@@ -61,11 +61,11 @@ def test_rotations_differ():
     assert not torch.equal(rotations[:, :, 0], rotations[:, :, 1])
 
 
-@pytest.mark.parametrize("factors", FACTORS, ids=_factors_id)
-def test_buckets_are_argmax(factors):
+def test_buckets_are_argmax():
     """In tiles of one vector, of some, and in one tile."""
-    rotations = random_rotations(5, 3, 8, 4, factors)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for factors, dtype in itertools.product(FACTORS, dtypes):
+        rotations = random_rotations(5, 3, 8, 4, factors)
         torch.manual_seed(0)
         vectors = torch.randn(2, 101, 3, 8).to(dtype)
         expected = _plain_buckets(vectors, rotations, factors)
@@ -75,7 +75,7 @@ def test_buckets_are_argmax(factors):
                     patch.setitem(hashing._HASH_TILE_ELEMENTS, "cpu", tile)
                 buckets = hash_vectors(vectors, rotations, factors)
             assert buckets.dtype == torch.int32
-            assert torch.equal(buckets.long(), expected), (dtype, tile)
+            assert torch.equal(buckets.long(), expected), (factors, dtype, tile)
 
 
 @pytest.mark.parametrize("factors", FACTORS, ids=_factors_id)

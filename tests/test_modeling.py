@@ -32,16 +32,16 @@ def input_ids():
     return _ids()
 
 
-@pytest.mark.parametrize("layers", [["local"], ["lsh"], ["full"], DEEP], ids="-".join)
-def test_evaluation_repeats(layers, input_ids):
-    model = random_model(attn_layers=layers, **DROPOUT)
-    state = torch.get_rng_state()
-    logits = model(input_ids).logits
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(5)
-    assert torch.equal(model(input_ids).logits, logits)
-    assert torch.equal(_twin(model, hash_seed=0)(input_ids).logits, logits)
-    assert torch.equal(_twin(model, hash_seed=1)(input_ids).logits, logits) == ("lsh" not in layers)
+def test_evaluation_repeats(input_ids):
+    for layers in (["local"], ["lsh"], ["full"], DEEP):
+        model = random_model(attn_layers=layers, **DROPOUT)
+        state = torch.get_rng_state()
+        logits = model(input_ids).logits
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(5)
+        assert torch.equal(model(input_ids).logits, logits)
+        assert torch.equal(_twin(model, hash_seed=0)(input_ids).logits, logits)
+        assert torch.equal(_twin(model, hash_seed=1)(input_ids).logits, logits) == ("lsh" not in layers)
 
 
 def test_training_draws_one_seed_per_lsh_layer(input_ids):
@@ -115,30 +115,26 @@ def test_seed_fixes_training(tmp_path):
     assert not torch.equal(others[0], losses[0])
 
 
-@pytest.fixture(scope="module")
-def long_model():
+def test_any_length_trains():
     """As `num_buckets` is not given, all lengths in turn go through one model without leaving a trace."""
     sizes = {"hidden_size": 8, "attention_head_size": 4, "feed_forward_size": 8, "max_position_embeddings": 4096}
     chunks = {"local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64}
-    return random_model(attn_layers=["local", "lsh"], num_buckets=None, **sizes, **chunks).train()
-
-
-@pytest.mark.parametrize("length", [1, 63, 1000, 4096, 65], ids=lambda length: f"L{length}")
-def test_any_length_trains(long_model, length):
-    fields = long_model.config.to_dict()
-    long_model.zero_grad()
-    torch.manual_seed(0)
-    input_ids = _ids(length, 1)
-    # A single token has no successor to be scored on.
-    labels = {} if length == 1 else {"labels": input_ids}
-    outputs = long_model(input_ids, **labels)
-    (outputs.logits.square().mean() if length == 1 else outputs.loss).backward()
-    for name, grad in gradients(long_model).items():
-        assert grad.isfinite().all(), name
-        # The attention of a single token is its own value, whatever queries and keys are.
-        no_effect = length == 1 and name.endswith((".query.weight", ".key.weight", ".query_key.weight"))
-        assert bool(grad.any()) != no_effect, name
-    assert long_model.config.to_dict() == fields
+    model = random_model(attn_layers=["local", "lsh"], num_buckets=None, **sizes, **chunks).train()
+    fields = model.config.to_dict()
+    for length in (1, 63, 1000, 4096, 65):
+        model.zero_grad()
+        torch.manual_seed(0)
+        input_ids = _ids(length, 1)
+        # A single token has no successor to be scored on.
+        labels = {} if length == 1 else {"labels": input_ids}
+        outputs = model(input_ids, **labels)
+        (outputs.logits.square().mean() if length == 1 else outputs.loss).backward()
+        for name, grad in gradients(model).items():
+            assert grad.isfinite().all(), (length, name)
+            # The attention of a single token is its own value, whatever queries and keys are.
+            no_effect = length == 1 and name.endswith((".query.weight", ".key.weight", ".query_key.weight"))
+            assert bool(grad.any()) != no_effect, (length, name)
+        assert model.config.to_dict() == fields
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluation", "no-grad"])
