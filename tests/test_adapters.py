@@ -32,7 +32,7 @@ def _loss(model, length=45):
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
-def test_gradients_of_adapters_equal_the_plain_ones(lora_dropout):
+def test_adapter_gradients(lora_dropout):
     """With every base weight frozen, embeddings too, and dropout everywhere."""
     models = [_adapted(reversible, lora_dropout=lora_dropout, **DROPOUT) for reversible in (True, False)]
     for model in models:
@@ -48,7 +48,7 @@ def test_gradients_of_adapters_equal_the_plain_ones(lora_dropout):
             assert not parameter.requires_grad and parameter.grad is None, name
 
 
-def test_adapters_have_a_part_in_decoding():
+def test_adapters_in_decoding():
     model = _adapted(eos_token_id=None).eval()
     prompt = torch.randint(1, 60, (2, 33), generator=torch.Generator().manual_seed(1))
     options = {"max_new_tokens": 20, "do_sample": False}
@@ -58,7 +58,7 @@ def test_adapters_have_a_part_in_decoding():
         assert not torch.equal(model.generate(input_ids=prompt, **options), expected)
 
 
-def test_adapters_save_load_and_merge(tmp_path):
+def test_save_load_and_merge(tmp_path):
     model = _adapted().eval()
     ids = torch.randint(0, 60, (2, 33))
     with torch.no_grad():

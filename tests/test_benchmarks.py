@@ -44,7 +44,9 @@ def _table_rows(text, width):
     return [row for row in rows if len(row) == width]
 
 
-def test_quick_measures_every_implementation_and_writes_tables(tmp_path, capsys):
+def test_quick_suite(tmp_path, monkeypatch, capsys):
+    # One run is enough of each.
+    monkeypatch.setattr(measure, "LONG_SECONDS", 0)
     assert main(["--quick", "--out", str(tmp_path), "--implementations", *NAMES]) == 0
     (path,) = tmp_path.glob("*-quick.json")
     written = json.loads(path.read_text())
@@ -69,12 +71,12 @@ def test_quick_measures_every_implementation_and_writes_tables(tmp_path, capsys)
     assert json.loads(path.read_text()) == written
 
 
-def test_a_process_of_its_own():
+def test_launch_process():
     found = runner.launch_process(_task("measure", "reformer_hf"))
     assert found["seconds"] > 0 and found["peak_bytes"] > 0 and found["built_bytes"] > 2**20
 
 
-def test_what_fails_is_told(monkeypatch):
+def test_failed_launch(monkeypatch):
     task = _task("measure", "lower-bound", replace(STEP, workload="forward"))
     assert runner.launch_here(task) == {"error": "ValueError: 'lower-bound' has no workload 'forward'."}
     monkeypatch.setattr(runner.sys, "executable", "false")
@@ -82,7 +84,7 @@ def test_what_fails_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("outcome", ["wrong", "not a number", "raises"])
-def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys, outcome):
+def test_wrong_results_are_not_timed(tmp_path, monkeypatch, capsys, outcome):
     def check(shape, num_hashes):
         if outcome == "raises":
             raise RuntimeError("no | way\nat all")
@@ -115,7 +117,7 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys, outcome):
     assert [found["implementation"] for found in measured] == ["lower-bound", "dense", "dense"]
 
 
-def test_a_result_that_is_not_finite_is_no_measurement():
+def test_non_finite_result():
     broken = Implementation(lambda case, device: lambda: torch.tensor([1.0, math.nan]), lambda shape, num_hashes: [])
     with pytest.raises(RuntimeError, match="not finite"):
         measure.measure(broken, STEP, torch.device("cpu"))
@@ -125,7 +127,7 @@ def _ok(name):
     return all(finding.ok for finding in IMPLEMENTATIONS[name].check(QUICK, 2))
 
 
-def test_checks_notice_attention_that_is_a_little_wrong(monkeypatch):
+def test_checks_notice_wrong_attention(monkeypatch):
     attend = LSHSelfAttention.attend
     assert _ok("reformer_hf") and _ok("reformer_hf-in-tree")
 
@@ -137,7 +139,7 @@ def test_checks_notice_attention_that_is_a_little_wrong(monkeypatch):
     assert not _ok("reformer_hf") and not _ok("reformer_hf-in-tree")
 
 
-def test_checks_notice_a_dense_model_that_looks_ahead(monkeypatch):
+def test_checks_notice_dense_lookahead(monkeypatch):
     build = checks.dense_model
 
     def looking_ahead(*sizes):
@@ -150,7 +152,7 @@ def test_checks_notice_a_dense_model_that_looks_ahead(monkeypatch):
     assert not _ok("dense")
 
 
-def test_checks_notice_a_rival_that_looks_ahead(monkeypatch):
+def test_checks_notice_rival_lookahead(monkeypatch):
     reformer_pytorch = pytest.importorskip("reformer_pytorch")
     assert _ok("reformer-pytorch")
     build = reformer_pytorch.ReformerLM
@@ -165,13 +167,13 @@ def test_list(capsys):
     assert "step-L16384-R4" in out and "enwik8-step-L4096-R2" in out
 
 
-def test_unknown_cases_are_refused(capsys):
+def test_unknown_cases(capsys):
     with pytest.raises(SystemExit):
         main(["--cases", "stop-*"])
     assert "--list" in capsys.readouterr().err
 
 
-def test_suites_ask_only_for_what_implementations_can_do():
+def test_suites_match_implementations():
     for entries in SUITES.values():
         for case, names in entries:
             for name in names:
@@ -200,13 +202,13 @@ def _run(launch, results, repeats=3):
     runner.run_entries([(STEP, tuple(launch.seconds))], results, repeats, 300.0, launch, lambda name: None)
 
 
-def test_implementations_take_turns_and_slow_ones_are_not_repeated():
+def test_order_of_measurements():
     launch = _Launch({"a": 1.0, "b": 301.0, "c": 2.0})
     _run(launch, _results())
     assert launch.measured == ["a", "b", "c", "a", "c", "a", "c"]
 
 
-def test_resume_measures_find_corruption(tmp_path):
+def test_resume_measures_the_rest(tmp_path):
     launch = _Launch({"a": 1.0, "b": 2.0})
     results = _results()
     results.path = tmp_path / "r.json"
@@ -219,7 +221,7 @@ def test_resume_measures_find_corruption(tmp_path):
     assert len(Results.load(results.path).measurements) == 6
 
 
-def test_peak_memory_is_that_of_the_run():
+def test_peak_memory():
     size = 2**26
 
     def prepare(case, device):
@@ -235,7 +237,7 @@ def test_peak_memory_is_that_of_the_run():
     assert found["built_bytes"] > 4 * size
 
 
-def test_a_long_run_is_taken_as_it_is_and_a_short_one_repeated(monkeypatch):
+def test_repeats_of_short_runs(monkeypatch):
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
     runs = []
@@ -282,7 +284,7 @@ def test_required_figures():
     ("dense", "measured", "met"),
     [((2, 4, 9), "1,024", True), ((0.5, 4, 9), "2,048", False), ((2, 4, 3), "none", False)],
 )
-def test_shortest_length_at_which_ours_is_faster(dense, measured, met):
+def test_shortest_faster_length(dense, measured, met):
     times = {}
     for length, ours, other in zip((1024, 2048, 4096), (1, 2, 4), dense, strict=True):
         case = Case("step", "base", length, 2)
@@ -291,7 +293,7 @@ def test_shortest_length_at_which_ours_is_faster(dense, measured, met):
     assert (figure.measured, figure.met) == (measured, met)
 
 
-def test_growth_is_fitted_and_compared_with_that_of_l_log_l():
+def test_growth():
     lengths = [1024, 4096, 16384, 65536]
     exponent, allowed = fit_growth({length: length**1.5 for length in lengths})
     assert exponent == pytest.approx(1.5)

@@ -31,7 +31,7 @@ def test_first_below():
     assert first_below([1.0] * 30, 0.5) is None
 
 
-def test_runs_are_kept_and_not_done_again(tmp_path, monkeypatch):
+def test_runs_are_resumed(tmp_path, monkeypatch):
     out, tab = tmp_path / "runs.jsonl", tmp_path / "runs.md"
     run = Run("window", window=32, num_buckets=8, num_hashes=2, steps=2)
     result = train(run)

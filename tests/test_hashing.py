@@ -1,6 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Hashing: rotations, buckets and their number as in-tree and as the plain definition, and the sorted order."""
 
+import itertools
 import math
 
 import pytest
@@ -44,36 +45,38 @@ def _in_tree_layer(**fields):
     return InTreeLSHSelfAttention(ReformerConfig(**{**defaults, **fields}))
 
 
-@pytest.mark.parametrize("factors", FACTORS, ids=_factors_id)
-@pytest.mark.parametrize("seed", [0, 1234])
-def test_rotations_equal_in_tree_draw(seed, factors):
-    torch.manual_seed(seed)
-    expected = torch.randn(3, 8, 4, sum(factors) // 2)
-    torch.manual_seed(99)
-    before = torch.get_rng_state()
-    assert torch.equal(random_rotations(seed, 3, 8, 4, factors), expected)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_rotations_equal_in_tree():
+    for seed, factors in itertools.product((0, 1234), FACTORS):
+        torch.manual_seed(seed)
+        expected = torch.randn(3, 8, 4, sum(factors) // 2)
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+        assert torch.equal(random_rotations(seed, 3, 8, 4, factors), expected), (seed, factors)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_rotations_differ_by_seed_head_and_round():
+def test_rotations_differ():
     rotations = random_rotations(0, 2, 8, 2, [4])
     assert not torch.equal(rotations, random_rotations(1, 2, 8, 2, [4]))
     assert not torch.equal(rotations[0], rotations[1])
     assert not torch.equal(rotations[:, :, 0], rotations[:, :, 1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("factors", FACTORS, ids=_factors_id)
-@pytest.mark.parametrize("tile", [None, 1, 500], ids=["one-tile", "tile-of-1", "tiles-of-some"])
-def test_buckets_are_the_plain_argmax(monkeypatch, dtype, factors, tile):
-    if tile:
-        set_policy(monkeypatch, hash_tile_elements=tile)
-    torch.manual_seed(0)
-    vectors = torch.randn(2, 101, 3, 8).to(dtype)
-    rotations = random_rotations(5, 3, 8, 4, factors)
-    buckets = hash_vectors(vectors, rotations, factors)
-    assert buckets.dtype == torch.int32
-    assert torch.equal(buckets.long(), _plain_buckets(vectors, rotations, factors))
+def test_buckets_are_argmax():
+    """In tiles of one vector, of some, and in one tile."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for factors, dtype in itertools.product(FACTORS, dtypes):
+        rotations = random_rotations(5, 3, 8, 4, factors)
+        torch.manual_seed(0)
+        vectors = torch.randn(2, 101, 3, 8).to(dtype)
+        expected = _plain_buckets(vectors, rotations, factors)
+        for tile in (None, 1, 500):
+            with pytest.MonkeyPatch.context() as patch:
+                if tile:
+                    set_policy(patch, hash_tile_elements=tile)
+                buckets = hash_vectors(vectors, rotations, factors)
+            assert buckets.dtype == torch.int32
+            assert torch.equal(buckets.long(), expected), (factors, dtype, tile)
 
 
 @pytest.mark.parametrize("factors", FACTORS, ids=_factors_id)
@@ -97,25 +100,25 @@ def test_every_bucket_is_used():
         assert buckets.unique().tolist() == list(range(torch.tensor(factors).prod()))
 
 
-def test_one_bucket_needs_no_rotation():
+def test_one_bucket():
     vectors = torch.randn(2, 5, 3, 8)
     assert not hash_vectors(vectors, random_rotations(0, 3, 8, 2, [1]), [1]).any()
 
 
-@pytest.mark.parametrize("factors", FACTORS, ids=_factors_id)
-def test_zero_vectors_fall_into_the_first_bucket(factors):
+def test_zero_vectors_take_first_bucket():
     vectors = torch.zeros(1, 3, 2, 8)
     vectors[0, 1] = -0.0
-    assert not hash_vectors(vectors, random_rotations(0, 2, 8, 4, factors), factors).any()
+    for factors in FACTORS:
+        assert not hash_vectors(vectors, random_rotations(0, 2, 8, 4, factors), factors).any(), factors
 
 
-def test_fp64_is_hashed_in_fp64():
+def test_hashing_in_fp64():
     vectors = torch.tensor([[[[1.0, 1.0 + 1e-12]]]], dtype=torch.float64)
     rotations = torch.eye(2).view(1, 2, 1, 2)
     assert hash_vectors(vectors, rotations, [4]).item() == 1
 
 
-def test_bucket_does_not_depend_on_length_of_a_vector_nor_on_its_neighbours():
+def test_bucket_depends_on_direction_alone():
     torch.manual_seed(0)
     vectors = torch.randn(2, 50, 3, 8, dtype=torch.float64)
     rotations = random_rotations(0, 3, 8, 2, [16])
@@ -124,7 +127,7 @@ def test_bucket_does_not_depend_on_length_of_a_vector_nor_on_its_neighbours():
     assert torch.equal(hash_vectors(vectors[1:, 20:30], rotations, [16]), buckets[1:, ..., 20:30])
 
 
-def test_buckets_are_computed_outside_autocast_and_without_gradient():
+def test_buckets_without_autocast_and_gradient():
     torch.manual_seed(0)
     vectors = torch.randn(1, 500, 2, 8, requires_grad=True)
     rotations = random_rotations(0, 2, 8, 2, [64])
@@ -133,16 +136,16 @@ def test_buckets_are_computed_outside_autocast_and_without_gradient():
     assert torch.equal(buckets, hash_vectors(vectors.detach(), rotations, [64]))
 
 
-@pytest.mark.parametrize("window_length", [1, 16, 100, 128])
-def test_buckets_of_windows_are_no_longer_than_they_are(window_length):
-    for length in (1, 2, 16, 17, 100, 101, 255, 256, 257, 4096, 65536):
+def test_buckets_no_longer_than_window():
+    lengths = (1, 2, 16, 17, 100, 101, 255, 256, 257, 4096, 65536)
+    for window_length, length in itertools.product((1, 16, 100, 128), lengths):
         num_buckets = math.prod(bucket_factors(None, length, 64, 65536, window_length))
         assert length <= num_buckets * window_length
         assert num_buckets == 1 or num_buckets * window_length < 2 * length
 
 
 @pytest.mark.parametrize(("chunk_length", "max_position_embeddings"), [(4, 4096), (16, 1024), (64, 4096), (64, 65536)])
-def test_bucket_factors_follow_the_in_tree_formula(chunk_length, max_position_embeddings):
+def test_bucket_factors_equal_in_tree(chunk_length, max_position_embeddings):
     layer = _in_tree_layer(
         num_buckets=None, lsh_attn_chunk_length=chunk_length, max_position_embeddings=max_position_embeddings
     )
@@ -154,12 +157,12 @@ def test_bucket_factors_follow_the_in_tree_formula(chunk_length, max_position_em
         assert bucket_factors(None, length, chunk_length, max_position_embeddings) == expected, length
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 127])
-def test_short_inputs_have_two_buckets(length):
-    assert bucket_factors(None, length, 64, 4096) == [2]
+def test_short_inputs_have_two_buckets():
+    for length in (1, 2, 63, 64, 127):
+        assert bucket_factors(None, length, 64, 4096) == [2], length
 
 
-def test_given_buckets_are_taken_as_they_are():
+def test_given_buckets():
     assert bucket_factors(6, 1000, 64, 4096) == [6]
     given_factors = [4, 8]
     factors = bucket_factors(given_factors, 1000, 64, 4096)
@@ -180,9 +183,9 @@ def _buckets_and_padding(draw):
     return torch.tensor(buckets, dtype=torch.int32).view(batch_size, num_heads, num_hashes, length), padding
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=2 * settings().max_examples)
 @given(_buckets_and_padding())
-def test_order_is_the_stable_sort_by_padding_bucket_position(case):
+def test_order_is_stable_sort(case):
     buckets_BHRL, padding_BL = case
     length = buckets_BHRL.shape[-1]
     positions_BHRL, starts_BHRL = unpack_order(sort_by_bucket(buckets_BHRL, padding_BL))
@@ -204,7 +207,6 @@ def test_order_is_the_stable_sort_by_padding_bucket_position(case):
             assert starts == begins
 
 
-@settings(deadline=None, max_examples=100)
 @given(_buckets_and_padding())
 def test_order_unpacks_and_inverts(case):
     order = sort_by_bucket(*case)
@@ -217,7 +219,7 @@ def test_order_unpacks_and_inverts(case):
     assert torch.equal(invert_order(places), positions)
 
 
-def test_sort_leaves_the_buckets_given():
+def test_sort_copies_buckets():
     buckets = torch.tensor([[[[1, 0, 1]]]], dtype=torch.int32)
     kept = buckets.clone()
     sort_by_bucket(buckets, torch.tensor([[True, False, False]]))

@@ -12,7 +12,6 @@ from .hub_server import HubServer
 from .processes import ROOT, run_python
 
 TOKEN = "dummy"
-PACKAGE = pytest.mark.parametrize("package", [True, False], ids=["with-package", "without-package"])
 
 # What each process runs first, with the package and without. Those after it save results as `sys.argv[1]`.
 WITH_PACKAGE = """
@@ -39,26 +38,19 @@ options = {"trust_remote_code": True}
 SAVE_OUTPUTS = """
 import torch
 
-def save_outputs(causal_lm, model):
+def save_outputs(causal_lm, model, tokenizer):
     input_ids = torch.arange(150).view(2, 75)
     with torch.no_grad():
         logits = causal_lm.eval()(input_ids).logits
         last_hidden_state = model.eval()(input_ids).last_hidden_state
-    modules = [type(x).__module__ for x in (causal_lm.config, causal_lm, model)]
-    torch.save({"logits": logits, "last_hidden_state": last_hidden_state, "modules": modules}, sys.argv[1])
+    modules = [type(x).__module__ for x in (causal_lm.config, causal_lm, model, tokenizer)]
+    tokens = tokenizer("Пульхерия Александровна, née R.\\n")["input_ids"]
+    found = {"logits": logits, "last_hidden_state": last_hidden_state, "modules": modules}
+    found |= {"tokens": torch.tensor(tokens), "text": tokenizer.decode(tokens)}
+    torch.save(found, sys.argv[1])
 """
 
-SAVE_TOKENS = """
-import json
-
-def save_tokens(tokenizer):
-    input_ids = tokenizer("Пульхерия Александровна, née R.\\n")["input_ids"]
-    tokens = {"input_ids": input_ids, "text": tokenizer.decode(input_ids), "module": type(tokenizer).__module__}
-    with open(sys.argv[1], "w") as file:
-        json.dump(tokens, file)
-"""
-
-PUSH_MODEL = f"""
+PUSH = f"""
 {SAVE_OUTPUTS}
 from tests.helpers import tiny_config
 
@@ -67,30 +59,18 @@ model = reformer_hf.ReformerHfForCausalLM(tiny_config(vocab_size=260))
 for parameter in model.parameters():
     # As after training: no bias is zero, so that one that gets lost is missed.
     torch.nn.init.normal_(parameter, std=0.2)
-model.push_to_hub("user/tiny-reformer")
-save_outputs(model, model.reformer)
-"""
-
-PUSH_TOKENIZER = f"""
-{SAVE_TOKENS}
 tokenizer = reformer_hf.ReformerHfByteTokenizer()
-tokenizer.push_to_hub("user/tiny-reformer")
-save_tokens(tokenizer)
+for each in (model, tokenizer):
+    each.push_to_hub("user/tiny-reformer")
+save_outputs(model, model.reformer, tokenizer)
 """
 
-LOAD_MODEL = f"""
+LOAD = f"""
 {SAVE_OUTPUTS}
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-causal_lm = AutoModelForCausalLM.from_pretrained("user/tiny-reformer", **options)
-save_outputs(causal_lm, AutoModel.from_pretrained("user/tiny-reformer", **options))
-"""
-
-LOAD_TOKENIZER = f"""
-{SAVE_TOKENS}
-from transformers import AutoTokenizer
-
-save_tokens(AutoTokenizer.from_pretrained("user/tiny-reformer", **options))
+classes = (AutoModelForCausalLM, AutoModel, AutoTokenizer)
+save_outputs(*(each.from_pretrained("user/tiny-reformer", **options) for each in classes))
 """
 
 FAIL = """
@@ -125,14 +105,8 @@ def hub():
 
 @pytest.fixture(scope="module")
 def pushed(hub, tmp_path_factory):
-    """Outputs of the model that was pushed as `user/tiny-reformer`."""
-    return torch.load(_run(PUSH_MODEL, hub, tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def pushed_tokens(hub, pushed, tmp_path_factory):
-    """What the tokenizer makes of a text that was pushed beside the model."""
-    return json.loads(_run(PUSH_TOKENIZER, hub, tmp_path_factory.mktemp("tokenizer")).read_text())
+    """Outputs of the model and the tokenizer that were pushed as `user/tiny-reformer`."""
+    return torch.load(_run(PUSH, hub, tmp_path_factory.mktemp("pushed")))
 
 
 def _run(script: str, hub: HubServer, folder: Path, package: bool = True) -> Path:
@@ -175,23 +149,16 @@ def test_push(hub, pushed):
     }
 
 
-@PACKAGE
-def test_loaded_model_equals_pushed(hub, pushed, tmp_path, package):
-    loaded = torch.load(_run(LOAD_MODEL, hub, tmp_path, package))
+@pytest.mark.parametrize("package", [True, False], ids=["with-package", "without-package"])
+def test_loaded_equals_pushed(hub, pushed, tmp_path, package):
+    loaded = torch.load(_run(LOAD, hub, tmp_path, package))
     assert all(_is_home(module, package) for module in loaded["modules"]), loaded["modules"]
-    for name in ("logits", "last_hidden_state"):
+    for name in ("logits", "last_hidden_state", "tokens"):
         assert torch.equal(loaded[name], pushed[name]), name
+    assert loaded["text"] == pushed["text"] == "Пульхерия Александровна, née R.\n"
 
 
-@PACKAGE
-def test_loaded_tokenizer_equals_pushed(hub, pushed_tokens, tmp_path, package):
-    loaded = json.loads(_run(LOAD_TOKENIZER, hub, tmp_path, package).read_text())
-    assert _is_home(loaded["module"], package), loaded["module"]
-    for name in ("input_ids", "text"):
-        assert loaded[name] == pushed_tokens[name], name
-
-
-def test_errors_are_those_of_the_client(hub, pushed, tmp_path):
+def test_client_errors(hub, pushed, tmp_path):
     errors = json.loads(_run(FAIL, hub, tmp_path).read_text())
     expected = {
         "repository": ("OSError", "RepositoryNotFoundError", "user/missing is not a local folder and is not a valid"),

@@ -19,8 +19,12 @@ TRAINING_LENGTH = 256
 
 LAYERS = {"local": ["local"], "lsh": ["lsh"], "mixed": ["local", "lsh", "local", "lsh"]}
 each_direction = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-each_padding = pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-each_length = pytest.mark.parametrize("length", [5, 13, 100, 128, TRAINING_LENGTH], ids=lambda length: f"L{length}")
+each_round = pytest.mark.parametrize("num_hashes", [1, 2, 4], ids=lambda rounds: f"R{rounds}")
+
+LENGTHS = [5, 13, 100, 128, TRAINING_LENGTH]
+# Lengths, and whether the second row is padded.
+INPUTS = [(5, False), (13, True), (100, True), (128, False), (TRAINING_LENGTH, True)]
+ALL_INPUTS = [(length, padded) for length in LENGTHS for padded in (False, True)]
 
 
 @pytest.fixture(autouse=True)
@@ -132,74 +136,89 @@ def _assert_equal_gradients(in_tree, ours, inputs, limit):
         assert_close(found[name], expected[name], limit, name)
 
 
-def _assert_equal(in_tree, folder, length, padded, output_limit, gradient_limit):
+def _assert_equal(in_tree, folder, inputs, output_limit=1e-9, gradient_limit=1e-9):
+    """Equal outputs for inputs of these lengths, padded or not, and equal gradients where in-tree trains."""
     ours = _ours(in_tree, folder)
-    inputs = _inputs(length, padded)
-    _assert_equal_outputs(in_tree, ours, inputs, output_limit)
-    if length == TRAINING_LENGTH:
-        _assert_equal_gradients(in_tree, ours, inputs, gradient_limit)
+    for length, padded in inputs:
+        batch = _inputs(length, padded)
+        # The first length that it meets would fix its number of buckets.
+        fresh = copy.deepcopy(in_tree)
+        _assert_equal_outputs(fresh, ours, batch, output_limit)
+        if length == TRAINING_LENGTH:
+            _assert_equal_gradients(fresh, ours, batch, gradient_limit)
 
 
-@each_length
-@each_padding
 @each_direction
-def test_local_fp64(tmp_path, causal, padded, length):
-    _assert_equal(_in_tree(causal, "local").double(), tmp_path, length, padded, 1e-9, 1e-9)
+def test_local_fp64(tmp_path, causal):
+    _assert_equal(_in_tree(causal, "local").double(), tmp_path, ALL_INPUTS)
 
 
-@each_length
-@each_padding
 @each_direction
-@pytest.mark.parametrize("num_hashes", [1, 2, 4], ids=lambda rounds: f"R{rounds}")
+@each_round
 @pytest.mark.parametrize("layers", ["lsh", "mixed"])
-def test_lsh_fp64(tmp_path, rotations_of_fp32, layers, num_hashes, causal, padded, length):
-    in_tree = _in_tree(causal, layers, num_hashes=num_hashes).double()
-    _assert_equal(in_tree, tmp_path, length, padded, 1e-9, 1e-9)
+def test_lsh_fp64(tmp_path, rotations_of_fp32, layers, num_hashes, causal):
+    _assert_equal(_in_tree(causal, layers, num_hashes=num_hashes).double(), tmp_path, INPUTS)
 
 
-# The number of buckets for 120 is another than that for 128, to which in-tree pads.
-@pytest.mark.parametrize("length", [120, TRAINING_LENGTH], ids=lambda length: f"L{length}")
-@each_padding
+@pytest.mark.slow
 @each_direction
+@each_round
+@pytest.mark.parametrize("layers", ["lsh", "mixed"])
+@pytest.mark.parametrize("num_buckets", [8, None, [4, 8]], ids=str)
+def test_fp64_grid(tmp_path, rotations_of_fp32, num_buckets, layers, num_hashes, causal):
+    in_tree = _in_tree(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets).double()
+    _assert_equal(in_tree, tmp_path, [*ALL_INPUTS, (120, False), (120, True)])
+
+
 @pytest.mark.parametrize("num_hashes", [1, 4], ids=lambda rounds: f"R{rounds}")
 @pytest.mark.parametrize("num_buckets", [None, [4, 8]], ids=["buckets-of-the-length", "factorised"])
-def test_bucket_counts_fp64(tmp_path, rotations_of_fp32, num_buckets, num_hashes, causal, padded, length):
-    in_tree = _in_tree(causal, num_hashes=num_hashes, num_buckets=num_buckets).double()
-    _assert_equal(in_tree, tmp_path, length, padded, 1e-9, 1e-9)
+def test_bucket_counts_fp64(tmp_path, rotations_of_fp32, num_buckets, num_hashes):
+    """The number of buckets for 120 is another than that for 128, to which in-tree pads."""
+    for causal, padded in ((False, False), (True, True)):
+        in_tree = _in_tree(causal, num_hashes=num_hashes, num_buckets=num_buckets).double()
+        _assert_equal(in_tree, tmp_path, [(120, padded), (120, not padded), (TRAINING_LENGTH, padded)])
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"lsh_num_chunks_before": 3, "local_num_chunks_before": 2},
-        {"lsh_num_chunks_before": 0, "local_num_chunks_before": 0},
-        {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 32},
-        {"lsh_attn_chunk_length": 16, "local_attn_chunk_length": 64, "num_hashes": 3},
-        {"axial_pos_embds": False},
-        {"chunk_size_feed_forward": 32, "chunk_size_lm_head": 32},
-        {"hidden_act": "gelu"},
-        {"tie_word_embeddings": False, "layer_norm_eps": 1e-3},
-    ],
-    ids=lambda fields: ",".join(f"{name}={value}" for name, value in fields.items()),
-)
-@each_padding
+OTHER_FIELDS = [
+    {"lsh_num_chunks_before": 3, "local_num_chunks_before": 2},
+    {"lsh_num_chunks_before": 0, "local_num_chunks_before": 0},
+    {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 32},
+    {"lsh_attn_chunk_length": 16, "local_attn_chunk_length": 64, "num_hashes": 3},
+    {"axial_pos_embds": False},
+    {"chunk_size_feed_forward": 32, "chunk_size_lm_head": 32},
+    {"hidden_act": "gelu"},
+    {"tie_word_embeddings": False, "layer_norm_eps": 1e-3},
+]
+
+
+def _fields_id(fields):
+    return ",".join(f"{name}={value}" for name, value in fields.items())
+
+
+@pytest.mark.parametrize("fields", OTHER_FIELDS, ids=_fields_id)
+def test_other_fields_fp64(tmp_path, rotations_of_fp32, fields):
+    for causal, padded in ((False, True), (True, False)):
+        _assert_equal(_in_tree(causal, **fields).double(), tmp_path, [(TRAINING_LENGTH, padded)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", OTHER_FIELDS, ids=_fields_id)
 @each_direction
-def test_other_fields_fp64(tmp_path, rotations_of_fp32, fields, causal, padded):
-    in_tree = _in_tree(causal, **fields).double()
-    _assert_equal(in_tree, tmp_path, TRAINING_LENGTH, padded, 1e-9, 1e-9)
+def test_other_fields_fp64_grid(tmp_path, rotations_of_fp32, fields, causal):
+    _assert_equal(_in_tree(causal, **fields).double(), tmp_path, ALL_INPUTS)
 
 
 @pytest.mark.parametrize(("layers", "length"), [("local", 13), ("lsh", 13), ("lsh", 29)])
-@each_direction
-def test_as_many_chunks_before_as_there_are_fp64(tmp_path, rotations_of_fp32, causal, layers, length):
-    """Rings of two chunks: of 8 (local) and 16 (LSH)."""
-    in_tree = _in_tree(causal, layers, num_hashes=1, lsh_num_chunks_before=2, local_num_chunks_before=2).double()
-    _assert_equal(in_tree, tmp_path, length, False, 1e-9, 1e-9)
+def test_ring_of_chunks_before_fp64(tmp_path, rotations_of_fp32, layers, length):
+    """As many chunks before as there are: rings of two chunks, of 8 (local) and 16 (LSH)."""
+    for causal in (False, True):
+        in_tree = _in_tree(causal, layers, num_hashes=1, lsh_num_chunks_before=2, local_num_chunks_before=2).double()
+        _assert_equal(in_tree, tmp_path, [(length, False)])
 
 
 @pytest.mark.parametrize(("layers", "length"), [("local", 13), ("lsh", 29)])
 @each_direction
-def test_more_chunks_before_than_there_are_differ(tmp_path, rotations_of_fp32, causal, layers, length):
+def test_ring_walked_twice_differs(tmp_path, rotations_of_fp32, causal, layers, length):
     """In-tree, a chunk farther away than the ring is long is the query's own; ours, the ring is walked once more."""
     in_tree = _in_tree(causal, layers, num_hashes=1, lsh_num_chunks_before=3, local_num_chunks_before=3).double()
     ours, inputs = _ours(in_tree, tmp_path), _inputs(length, False)
@@ -220,41 +239,48 @@ def _soften_self_mask(in_tree):
     return in_tree
 
 
-@pytest.mark.parametrize("length", [13, 100, TRAINING_LENGTH], ids=lambda length: f"L{length}")
-@each_padding
+FP32 = [
+    ("local", 1, 8),
+    ("lsh", 1, 8),
+    ("lsh", 2, [4, 8]),
+    ("lsh", 4, None),
+    ("mixed", 1, None),
+    ("mixed", 2, [4, 8]),
+    ("mixed", 4, 8),
+]
+
+
+@pytest.mark.parametrize(("layers", "num_hashes", "num_buckets"), FP32)
+def test_fp32(tmp_path, layers, num_hashes, num_buckets):
+    for causal, inputs in ((False, [(13, True), (TRAINING_LENGTH, False)]), (True, [(100, False), (256, True)])):
+        in_tree = _soften_self_mask(_in_tree(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets))
+        _assert_equal(in_tree, tmp_path, inputs, 1e-5, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "num_hashes", "num_buckets"), FP32)
 @each_direction
-@pytest.mark.parametrize(
-    ("layers", "num_hashes", "num_buckets"),
-    [
-        ("local", 1, 8),
-        ("lsh", 1, 8),
-        ("lsh", 2, [4, 8]),
-        ("lsh", 4, None),
-        ("mixed", 1, None),
-        ("mixed", 2, [4, 8]),
-        ("mixed", 4, 8),
-    ],
-)
-def test_fp32(tmp_path, layers, num_hashes, num_buckets, causal, padded, length):
+def test_fp32_grid(tmp_path, layers, num_hashes, num_buckets, causal):
     in_tree = _soften_self_mask(_in_tree(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets))
-    _assert_equal(in_tree, tmp_path, length, padded, 1e-5, 1e-4)
+    _assert_equal(in_tree, tmp_path, ALL_INPUTS, 1e-5, 1e-4)
 
 
 @pytest.mark.parametrize("num_hashes", [2, 4], ids=lambda rounds: f"R{rounds}")
-@each_padding
-def test_fp32_is_nearer_to_in_tree_fp64_than_in_tree_fp32_is(tmp_path, rotations_of_fp32, num_hashes, padded):
+def test_fp32_beats_in_tree_fp32(tmp_path, rotations_of_fp32, num_hashes):
+    """Our fp32 is nearer to the in-tree fp64 than the in-tree fp32 is."""
     in_tree = _in_tree(True, "lsh", num_hashes=num_hashes)
     ours = _ours(in_tree, tmp_path)
-    inputs = _inputs(TRAINING_LENGTH, padded)
-    real = inputs["attention_mask"].bool()
-    with torch.no_grad():
-        found, single = ours(**inputs)[0][real], in_tree(**inputs)[0][real]
-        exact = copy.deepcopy(in_tree).double()(**inputs)[0][real]
-    assert relative_rms(found, exact) < relative_rms(single, exact) / 5
-    assert_close(found, exact, 1e-6)
+    for padded in (False, True):
+        inputs = _inputs(TRAINING_LENGTH, padded)
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            found, single = ours(**inputs)[0][real], in_tree(**inputs)[0][real]
+            exact = copy.deepcopy(in_tree).double()(**inputs)[0][real]
+        assert relative_rms(found, exact) < relative_rms(single, exact) / 5
+        assert_close(found, exact, 1e-6)
 
 
-def test_another_hash_seed_differs(tmp_path):
+def test_other_hash_seed_differs(tmp_path):
     """The measure tells models apart: another hash seed moves the output by much more than any limit above."""
     in_tree = _in_tree(True, "lsh")
     ours = _ours(in_tree, tmp_path)
@@ -264,7 +290,7 @@ def test_another_hash_seed_differs(tmp_path):
         assert relative_rms(ours(**inputs)[0], in_tree(**inputs)[0]) > 0.01
 
 
-def test_the_bias_of_the_head_is_applied(tmp_path, rotations_of_fp32):
+def test_head_bias(tmp_path, rotations_of_fp32):
     in_tree = _in_tree(True, bias=True).double()
     ours = _ours(in_tree, tmp_path)
     inputs = _inputs(100, False)
@@ -292,7 +318,7 @@ def test_forward_writes_nothing(tmp_path, training):
     assert torch.equal(ours(**inputs)[0], fresh(**inputs)[0])
 
 
-def test_num_hashes_of_a_call_in_training(tmp_path):
+def test_num_hashes_in_training(tmp_path):
     """In-tree, backward fails."""
     ours = _ours(_in_tree(True, num_hashes=1), tmp_path).train()
     other = copy.deepcopy(ours)
@@ -305,7 +331,7 @@ def test_num_hashes_of_a_call_in_training(tmp_path):
     assert relative_rms(_gradients(ours, inputs)[name], expected[name]) > 0.01
 
 
-def test_backward_in_eval_and_at_any_length(tmp_path):
+def test_backward_in_eval(tmp_path):
     """In-tree asserts in the one and refuses the other."""
     ours = _ours(_in_tree(True), tmp_path)
     inputs = _inputs(77, True)
@@ -319,7 +345,7 @@ def test_backward_in_eval_and_at_any_length(tmp_path):
         assert torch.equal(grads[1][name], grad), name
 
 
-def test_the_global_generator_is_not_reseeded(tmp_path):
+def test_global_generator(tmp_path):
     """In-tree, a layer with a hash seed reseeds it, and one in training always does."""
     ours = _ours(_in_tree(True), tmp_path)
     inputs = _inputs(100, False)
@@ -330,7 +356,7 @@ def test_the_global_generator_is_not_reseeded(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_without_hash_seed_equal_forwards_are_equal_and_a_seed_fixes_training(tmp_path):
+def test_without_hash_seed(tmp_path):
     ours = _ours(_in_tree(True, hash_seed=None), tmp_path)
     inputs = _inputs(100, False)
     assert torch.equal(ours(**inputs)[0], ours(**inputs)[0])
@@ -343,7 +369,7 @@ def test_without_hash_seed_equal_forwards_are_equal_and_a_seed_fixes_training(tm
     assert relative_rms(outs[2], outs[0]) > 0.01
 
 
-def test_frozen_embeddings_leave_the_encoder_its_gradients(tmp_path):
+def test_frozen_embeddings(tmp_path):
     """In-tree, all weights of the encoder then go without."""
     ours = _ours(_in_tree(True), tmp_path)
     inputs = _inputs(TRAINING_LENGTH, False)

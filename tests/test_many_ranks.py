@@ -16,13 +16,13 @@ from reformer_hf.training import last_intact_checkpoint
 
 from .helpers import assert_close, random_model
 from .processes import ROOT, run_worker
-from .worker import LAYERS, data
+from .worker import LAYERS, data, gradients
 
 CONFIGS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
 
 
-def _gradients(folder: Path, ranks: int, **arguments):
-    run_worker("gradients", folder, ranks, **arguments)
+def _gradients(folder: Path, **arguments):
+    run_worker("gradients", folder, ranks=2, **arguments)
     return load_file(folder / "gradients.safetensors")
 
 
@@ -34,7 +34,9 @@ def expected(tmp_path_factory):
     def of(**fields):
         key = tuple(fields.items())
         if key not in found:
-            found[key] = _gradients(tmp_path_factory.mktemp("one"), 1, wrap="none", **fields)
+            folder = tmp_path_factory.mktemp("one")
+            gradients(str(folder), "none", **fields)
+            found[key] = load_file(folder / "gradients.safetensors")
         return found[key]
 
     return of
@@ -48,14 +50,14 @@ def _equal(found, expected):
 
 
 def test_ddp_gradients(expected, tmp_path):
-    _equal(_gradients(tmp_path, 2, wrap="ddp"), expected())
+    _equal(_gradients(tmp_path, wrap="ddp"), expected())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp-unused", "fully_shard", "plan"])
 @pytest.mark.parametrize("fields", [{}, {"tied": True}, {"head_chunk": 16}], ids=["plain", "tied", "chunked-head"])
 def test_gradients(wrap, fields, expected, tmp_path):
-    _equal(_gradients(tmp_path, 2, wrap=wrap, **fields), expected(**fields))
+    _equal(_gradients(tmp_path, wrap=wrap, **fields), expected(**fields))
     if wrap == "plan":
         # Saved by two ranks, each with its shard, loaded by one process.
         model = random_model(
@@ -102,7 +104,7 @@ def test_trainer_equals_one_process(wrap, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_to_the_bit(tmp_path):
+def test_two_ranks_resume(tmp_path):
     log, weights = _train(tmp_path / "whole", 2, max_steps=6)
     _train(tmp_path / "parts", 2, max_steps=6, stop_at=4)
     found_log, found = _train(tmp_path / "parts", 2, max_steps=6, resume=True)
@@ -112,7 +114,7 @@ def test_two_ranks_resume_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path):
+def test_sigterm_stops_both_ranks(tmp_path):
     _train(tmp_path, 2, max_steps=9, kill_at=2, kill_rank=1, signum=signal.SIGTERM)
     assert json.loads((tmp_path / "losses.json").read_text())["steps"] == 3
     assert last_intact_checkpoint(tmp_path).endswith("checkpoint-3")
@@ -123,7 +125,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run(tmp_path):
+def test_killed_rank(tmp_path):
     done = run_worker("train", tmp_path, 2, check=False, timeout=120, max_steps=50, kill_at=5, kill_rank=1)
     assert done.returncode != 0
     checkpoint = last_intact_checkpoint(tmp_path)
@@ -132,7 +134,7 @@ def test_a_killed_rank_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_launch_configs_are_accelerate_s(path):
+def test_launch_config(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == 2
     options = yaml.safe_load(path.read_text())
@@ -142,12 +144,12 @@ def test_launch_configs_are_accelerate_s(path):
         assert wrapped in {type(module).__name__ for module in model.modules()}
 
 
-def test_configs_are_there():
+def test_launch_configs():
     assert [path.stem for path in CONFIGS] == ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_every_rule_of_the_sharding_plan_names_a_module(tied):
+def test_sharding_plan_names_modules(tied):
     model = random_model(attn_layers=LAYERS, tie_word_embeddings=tied)
     for name in model._fsdp_plan:
         model.get_submodule(name.replace("*", "0"))

@@ -32,19 +32,19 @@ def input_ids():
     return _ids()
 
 
-@pytest.mark.parametrize("layers", [["local"], ["lsh"], ["full"], DEEP], ids="-".join)
-def test_evaluation_draws_nothing_and_repeats(layers, input_ids):
-    model = random_model(attn_layers=layers, **DROPOUT)
-    state = torch.get_rng_state()
-    logits = model(input_ids).logits
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(5)
-    assert torch.equal(model(input_ids).logits, logits)
-    assert torch.equal(_twin(model, hash_seed=0)(input_ids).logits, logits)
-    assert torch.equal(_twin(model, hash_seed=1)(input_ids).logits, logits) == ("lsh" not in layers)
+def test_evaluation_repeats(input_ids):
+    for layers in (["local"], ["lsh"], ["full"], DEEP):
+        model = random_model(attn_layers=layers, **DROPOUT)
+        state = torch.get_rng_state()
+        logits = model(input_ids).logits
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(5)
+        assert torch.equal(model(input_ids).logits, logits)
+        assert torch.equal(_twin(model, hash_seed=0)(input_ids).logits, logits)
+        assert torch.equal(_twin(model, hash_seed=1)(input_ids).logits, logits) == ("lsh" not in layers)
 
 
-def test_training_draws_one_seed_for_each_lsh_layer(input_ids):
+def test_training_draws_one_seed_per_lsh_layer(input_ids):
     model = random_model(attn_layers=DEEP).train()
     torch.manual_seed(5)
     loss = model(input_ids, labels=input_ids).loss
@@ -57,7 +57,7 @@ def test_training_draws_one_seed_for_each_lsh_layer(input_ids):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_training_hashes_anew_without_a_hash_seed_only(input_ids):
+def test_training_hashes_anew(input_ids):
     model = random_model(attn_layers=DEEP)
     seeded = _twin(model, hash_seed=3)
     expected = seeded(input_ids).logits
@@ -83,14 +83,14 @@ class _RecordingTrainer(Trainer):
         return loss
 
 
-def _trained(seed, folder):
-    """Losses and weights of twenty steps."""
+def _trained(seed, folder, max_steps=20):
+    """Losses and weights of a run."""
     set_seed(seed)
     model = ReformerHfForCausalLM(tiny_config(attn_layers=DEEP, **DROPOUT))
     args = TrainingArguments(
         output_dir=folder,
         seed=seed,
-        max_steps=20,
+        max_steps=max_steps,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         use_cpu=True,
@@ -105,43 +105,40 @@ def _trained(seed, folder):
     return torch.stack(trainer.losses), model.state_dict()
 
 
-def test_a_seed_fixes_a_training_run(tmp_path):
-    (losses, weights), (again, weights_again), (others, _) = (_trained(seed, tmp_path) for seed in (0, 0, 1))
+def test_seed_fixes_training(tmp_path):
+    (losses, weights), (again, weights_again) = (_trained(0, tmp_path) for _ in range(2))
+    others, _ = _trained(1, tmp_path, max_steps=1)
     assert len(losses) == 20 and losses[-5:].mean() < 0.95 * losses[:5].mean()
     assert torch.equal(again, losses)
     for name, weight in weights.items():
         assert torch.equal(weights_again[name], weight), name
-    assert not torch.equal(others, losses)
+    assert not torch.equal(others[0], losses[0])
 
 
-@pytest.fixture(scope="module")
-def long_model():
+def test_any_length_trains():
     """As `num_buckets` is not given, all lengths in turn go through one model without leaving a trace."""
     sizes = {"hidden_size": 8, "attention_head_size": 4, "feed_forward_size": 8, "max_position_embeddings": 4096}
     chunks = {"local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64}
-    return random_model(attn_layers=["local", "lsh"], num_buckets=None, **sizes, **chunks).train()
-
-
-@pytest.mark.parametrize("length", [1, 63, 1000, 4096, 65], ids=lambda length: f"L{length}")
-def test_any_length_trains(long_model, length):
-    fields = long_model.config.to_dict()
-    long_model.zero_grad()
-    torch.manual_seed(0)
-    input_ids = _ids(length, 1)
-    # A single token has no successor to be scored on.
-    labels = {} if length == 1 else {"labels": input_ids}
-    outputs = long_model(input_ids, **labels)
-    (outputs.logits.square().mean() if length == 1 else outputs.loss).backward()
-    for name, grad in gradients(long_model).items():
-        assert grad.isfinite().all(), name
-        # The attention of a single token is its own value, whatever queries and keys are.
-        no_effect = length == 1 and name.endswith((".query.weight", ".key.weight", ".query_key.weight"))
-        assert bool(grad.any()) != no_effect, name
-    assert long_model.config.to_dict() == fields
+    model = random_model(attn_layers=["local", "lsh"], num_buckets=None, **sizes, **chunks).train()
+    fields = model.config.to_dict()
+    for length in (1, 63, 1000, 4096, 65):
+        model.zero_grad()
+        torch.manual_seed(0)
+        input_ids = _ids(length, 1)
+        # A single token has no successor to be scored on.
+        labels = {} if length == 1 else {"labels": input_ids}
+        outputs = model(input_ids, **labels)
+        (outputs.logits.square().mean() if length == 1 else outputs.loss).backward()
+        for name, grad in gradients(model).items():
+            assert grad.isfinite().all(), (length, name)
+            # The attention of a single token is its own value, whatever queries and keys are.
+            no_effect = length == 1 and name.endswith((".query.weight", ".key.weight", ".query_key.weight"))
+            assert bool(grad.any()) != no_effect, (length, name)
+        assert model.config.to_dict() == fields
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluation", "no-grad"])
-def test_reversible_and_plain_models_agree(mode, input_ids):
+def test_reversible_equals_plain(mode, input_ids):
     reversible = random_model(attn_layers=DEEP, **DROPOUT).train(mode == "training")
     plain = _twin(reversible, reversible=False)
     logits = []
@@ -154,7 +151,7 @@ def test_reversible_and_plain_models_agree(mode, input_ids):
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("num_hashes", [1, 3], ids=lambda rounds: f"R{rounds}")
-def test_num_hashes_of_a_call(num_hashes, training, input_ids):
+def test_num_hashes_argument(num_hashes, training, input_ids):
     model = random_model(attn_layers=DEEP, **DROPOUT).train(training)
     configured = _twin(model, num_hashes=num_hashes)
     results = []
@@ -171,7 +168,7 @@ def test_num_hashes_of_a_call(num_hashes, training, input_ids):
     assert relative_rms(model(input_ids).logits, logits) > 1e-3
 
 
-def test_nothing_writes_to_the_config(input_ids):
+def test_config_is_not_written(input_ids):
     model = random_model(num_buckets=None, **DROPOUT)
     fields = model.config.to_dict()
     for training in (False, True):
@@ -184,17 +181,20 @@ def test_nothing_writes_to_the_config(input_ids):
 
 @each_tie
 @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
-@pytest.mark.parametrize("sizes", [(7, 0), (0, 7), (1, 64), (50, 13)], ids=str)
-def test_chunks_of_positions_change_nothing(sizes, reversible, tied, input_ids):
+def test_chunks_of_positions(reversible, tied, input_ids):
     whole = random_model(torch.float64, attn_layers=DEEP, reversible=reversible, tie_word_embeddings=tied)
-    chunked = _twin(whole, chunk_size_feed_forward=sizes[0], chunk_size_lm_head=sizes[1])
-    outputs = [model(input_ids, labels=input_ids) for model in (whole, chunked)]
-    assert_close(outputs[1].logits, outputs[0].logits, 1e-12)
-    for output in outputs:
-        output.loss.backward()
+    output = whole(input_ids, labels=input_ids)
+    output.loss.backward()
     expected = gradients(whole)
-    for name, grad in gradients(chunked).items():
-        assert_close(grad, expected[name], 1e-12, name)
+    for sizes in ((7, 0), (0, 7), (1, 64), (50, 13)):
+        chunked = _twin(whole, chunk_size_feed_forward=sizes[0], chunk_size_lm_head=sizes[1])
+        found = chunked(input_ids, labels=input_ids)
+        assert_close(found.logits, output.logits, 1e-12, f"logits, chunks of {sizes}")
+        # Transformers computes the loss in fp32.
+        assert_close(found.loss, output.loss, 1e-6, f"loss, chunks of {sizes}")
+        found.loss.backward()
+        for name, grad in gradients(chunked).items():
+            assert_close(grad, expected[name], 1e-12, f"{name}, chunks of {sizes}")
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
@@ -237,7 +237,7 @@ def test_hidden_states_and_attentions(causal, input_ids):
 
 @pytest.mark.parametrize("where", ["config", "call"])
 @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
-def test_what_is_requested_in_training_leaves_the_gradient(reversible, where, input_ids):
+def test_outputs_in_training(reversible, where, input_ids):
     model = random_model(attn_layers=DEEP, reversible=reversible, **DROPOUT).train()
     wanted = {"output_hidden_states": True, "output_attentions": True}
     asked, inputs = (_twin(model, **wanted), {}) if where == "config" else (_twin(model), wanted)
@@ -252,14 +252,14 @@ def test_what_is_requested_in_training_leaves_the_gradient(reversible, where, in
         assert torch.equal(grad, expected[name]), name
 
 
-def test_a_call_overrules_the_config(input_ids):
+def test_arguments_overrule_config(input_ids):
     model = random_model(output_hidden_states=True, output_attentions=True)
     outputs = model(input_ids, output_hidden_states=False, output_attentions=False)
     assert list(outputs) == ["logits"]
 
 
 @torch.no_grad()
-def test_tuples_instead_of_named_outputs(input_ids):
+def test_return_tuples(input_ids):
     model = random_model()
     expected = model(input_ids, labels=input_ids, output_hidden_states=True)
     for found in (
@@ -268,8 +268,10 @@ def test_tuples_instead_of_named_outputs(input_ids):
     ):
         assert isinstance(found, tuple) and len(found) == 3
         assert torch.equal(found[0], expected.loss) and torch.equal(found[1], expected.logits)
-        assert len(found[2]) == len(expected.hidden_states)
-    assert isinstance(model.reformer(input_ids, return_dict=False), tuple)
+        for state, expected_state in zip(found[2], expected.hidden_states, strict=True):
+            assert torch.equal(state, expected_state)
+    (last,) = model.reformer(input_ids, return_dict=False)
+    assert torch.equal(last, model.reformer(input_ids).last_hidden_state)
 
 
 @each_tie
@@ -313,28 +315,28 @@ LABELS = {
 }
 
 
-@each_tie
 @pytest.mark.parametrize("kwargs", LABELS.values(), ids=LABELS)
-def test_loss_without_logits(kwargs, tied, input_ids):
+def test_loss_without_logits(kwargs, input_ids):
     """In training with a chunked head: the same loss and gradients, and no logits. The whole ones are
     summed in fp32."""
-    whole = random_model(torch.float64, tie_word_embeddings=tied, hash_seed=0).train()
-    chunked = _twin(whole, chunk_size_lm_head=7).train()
     labels = input_ids.masked_fill(input_ids < 20, kwargs.get("ignore_index", -100))
     inputs = {"labels": labels, **kwargs}
     if "shift_labels" in kwargs:
         inputs = {"shift_labels": labels}
-    outputs = [model(input_ids, **inputs) for model in (whole, chunked)]
-    assert outputs[0].logits is not None and outputs[1].logits is None
-    assert_close(outputs[1].loss, outputs[0].loss, 1e-6)
-    for output in outputs:
-        (3 * output.loss).backward()
-    expected = gradients(whole)
-    for name, grad in gradients(chunked).items():
-        assert_close(grad, expected[name], 1e-6, name)
+    for tied in (False, True):
+        whole = random_model(torch.float64, tie_word_embeddings=tied, hash_seed=0).train()
+        chunked = _twin(whole, chunk_size_lm_head=7).train()
+        outputs = [model(input_ids, **inputs) for model in (whole, chunked)]
+        assert outputs[0].logits is not None and outputs[1].logits is None
+        assert_close(outputs[1].loss, outputs[0].loss, 1e-6)
+        for output in outputs:
+            (3 * output.loss).backward()
+        expected = gradients(whole)
+        for name, grad in gradients(chunked).items():
+            assert_close(grad, expected[name], 1e-6, f"{name}, tied {tied}")
 
 
-def test_logits_where_a_loss_of_the_user_or_evaluation_wants_them(input_ids):
+def test_logits_where_wanted(input_ids):
     model = random_model(chunk_size_lm_head=7)
     assert model(input_ids, labels=input_ids).logits is not None
     assert model.train()(input_ids).logits is not None
@@ -343,19 +345,19 @@ def test_logits_where_a_loss_of_the_user_or_evaluation_wants_them(input_ids):
     assert torch.equal(output.loss, output.logits.sum())
 
 
-def test_loss_without_logits_in_half_precision(input_ids):
+def test_loss_without_logits_in_bf16(input_ids):
     """Summed in fp32: in bf16 a sum of a hundred losses has a step of 2."""
     model = random_model(chunk_size_lm_head=7, hash_seed=0).train()
     expected = model(input_ids, labels=input_ids).loss
     found = model.to(torch.bfloat16)(input_ids, labels=input_ids).loss
     assert found.dtype == torch.float32
-    assert_close(found, expected, 0.01)
+    assert_close(found, expected, 0.003)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3], ids=lambda beams: f"beams{beams}")
 @torch.no_grad()
-def test_generation_with_padding_and_with_or_without_a_state(num_beams, input_ids):
-    """Neither means anything for what comes out."""
+def test_generation_with_padding(num_beams, input_ids):
+    """With the KV cache and without: neither changes what comes out."""
     model = random_model()
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, :9] = 0

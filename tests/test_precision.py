@@ -9,6 +9,8 @@ from reformer_hf import ReformerHfForCausalLM
 from .helpers import assert_close, gradients, random_model, relative_rms, tiny_config
 
 LAYERS = ["local", "lsh", "full", "lsh"]
+# Nothing that jumps where rounding differs, but buckets.
+SMOOTH = {"attn_layers": LAYERS, "hidden_act": "gelu", "hash_seed": 0}
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
@@ -21,7 +23,7 @@ def _batch(length=61):
 
 
 @LOW
-def test_recomputation_has_the_dtypes_of_the_forward_pass(dtype):
+def test_recomputation_under_autocast(dtype):
     """The backward pass runs outside autocast; what it recomputes does not."""
     model = random_model(attn_layers=LAYERS, num_parallel_heads=1).train()
     seen = []
@@ -40,56 +42,67 @@ def test_recomputation_has_the_dtypes_of_the_forward_pass(dtype):
 
 
 @LOW
-def test_reversible_gradients_are_the_plain_ones_within_the_noise(dtype):
-    """The plain gradient itself is off by the noise of the dtype; inverting adds no more than that again."""
+def test_reversible_gradients(dtype):
+    """The plain gradient itself is off by the noise of the dtype; inverting adds next to nothing to that."""
     grads = {}
     for name, reversible, autocast in (("exact", False, False), ("plain", False, True), ("reversible", True, True)):
-        model = random_model(attn_layers=LAYERS, reversible=reversible).train()
+        model = random_model(reversible=reversible, **SMOOTH).train()
         with torch.autocast("cpu", dtype, enabled=autocast):
             loss = model(**_batch()).loss
         loss.backward()
         grads[name] = torch.cat([grad.flatten() for grad in gradients(model).values()])
     noise = relative_rms(grads["plain"], grads["exact"])
-    assert 0 < noise < 0.2
-    assert relative_rms(grads["reversible"], grads["plain"]) < noise
+    assert 0 < noise < {torch.bfloat16: 0.08, torch.float16: 0.025}[dtype]
+    assert relative_rms(grads["reversible"], grads["plain"]) < noise / 10
 
 
 @LOW
 def test_weights_of_low_precision(dtype):
-    """Streams stay in fp32; the output is that of the fp32 model within the noise of its weights."""
-    model = random_model(attn_layers=LAYERS)
-    low = random_model(attn_layers=LAYERS).to(dtype)
+    """Streams stay in fp32; output and gradients are those of the fp32 model within the noise of its weights."""
+    # With more than one bucket, noise moves some tokens to others.
+    model, low = (random_model(attn_layers=LAYERS, num_buckets=1) for _ in range(2))
+    low.to(dtype)
     batch = _batch()
     with torch.no_grad():
         output = low(**batch, output_hidden_states=True)
         expected = model(**batch).logits
     assert {state.dtype for state in output.hidden_states} == {torch.float32}
     real = batch["attention_mask"].bool()
-    assert_close(output.logits.float()[real], expected[real], 0.2)
-    low.train()(**batch).loss.backward()
-    assert all(grad.dtype == dtype and grad.isfinite().all() for grad in gradients(low).values())
+    output_limit, gradient_limit = {torch.bfloat16: (0.012, 0.09), torch.float16: (0.0015, 0.035)}[dtype]
+    assert_close(output.logits[real], expected[real], output_limit)
+    for each in (model, low):
+        each.train()(**batch).loss.backward()
+    expected_grads = gradients(model)
+    for name, grad in gradients(low).items():
+        assert grad.dtype == dtype
+        assert_close(grad, expected_grads[name], gradient_limit, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
 @pytest.mark.parametrize("pattern", ["window", "chunk"])
-def test_a_row_of_padding_alone_is_finite(dtype, autocast, pattern):
-    if autocast and dtype in (torch.float64, torch.float32):
-        pytest.skip("autocast is to low precision")
-    model = random_model(attn_layers=LAYERS, lsh_pattern=pattern).train()
-    model = model if autocast else model.to(dtype)
+def test_row_of_padding_finite(pattern):
+    """And without effect: the other row has the loss and gradients that it has alone."""
     batch = _batch()
     batch["attention_mask"][0] = 0
     batch["labels"][0] = -100
-    with torch.autocast("cpu", dtype if autocast else torch.bfloat16, enabled=autocast):
-        output = model(**batch)
-    output.loss.backward()
-    assert output.logits.isfinite().all() and output.loss.isfinite()
-    assert all(grad.isfinite().all() for grad in gradients(model).values())
+    alone = {name: tensor[1:] for name, tensor in batch.items()}
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    for dtype, autocast in [*((dtype, False) for dtype in dtypes), (torch.bfloat16, True), (torch.float16, True)]:
+        found = []
+        for inputs in (batch, alone):
+            model = random_model(lsh_pattern=pattern, **SMOOTH).train()
+            model = model if autocast else model.to(dtype)
+            with torch.autocast("cpu", dtype if autocast else torch.bfloat16, enabled=autocast):
+                output = model(**inputs)
+            output.loss.backward()
+            assert output.logits.isfinite().all()
+            found.append({"loss": output.loss.detach(), "logits": output.logits[-1:].detach(), **gradients(model)})
+        limit = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}[dtype]
+        for name, tensor in found[0].items():
+            assert_close(tensor, found[1][name], limit, f"{name}, {dtype}, autocast {autocast}")
 
 
 @pytest.mark.slow
-def test_loss_in_bf16_falls_as_in_fp32():
+def test_training_in_bf16():
     """Two hundred steps on one text; the weights are in bf16, the optimizer's copies in fp32 are not kept."""
     ids = torch.randint(1, 60, (8, 64), generator=torch.Generator().manual_seed(0))
     ids = ids[:, :16].repeat(1, 4)
@@ -113,7 +126,7 @@ def test_loss_in_bf16_falls_as_in_fp32():
         assert mean[name] < mean["fp32"] + 0.2, mean
 
 
-def test_grad_scaler_skips_a_step_that_overflows():
+def test_grad_scaler_skips_overflow():
     model = random_model(attn_layers=LAYERS).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -124,7 +137,7 @@ def test_grad_scaler_skips_a_step_that_overflows():
     scaler.unscale_(optimizer)
     expected_loss.backward()
     scaled, unscaled = (torch.cat([grad.flatten() for grad in gradients(m).values()]) for m in (model, expected))
-    assert_close(scaled, unscaled, 0.05)
+    assert_close(scaled, unscaled, 0.001)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     scaler.step(optimizer)
     assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

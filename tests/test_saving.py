@@ -40,14 +40,13 @@ AXIAL_AND_TIED = {
 }
 
 each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-each_kind = pytest.mark.parametrize("fields", AXIAL_AND_TIED.values(), ids=AXIAL_AND_TIED)
 
 # What each process runs: `load` gives what the models and the tokenizer of a folder compute.
 LOAD = """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-saved, again, results, text = sys.argv[1:]
+saved, again, results, text, tokenizer_alone = sys.argv[1:]
 
 def load(folder):
     classes = (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM)
@@ -58,6 +57,7 @@ def load(folder):
             "fields": config.to_diff_dict(),
             "input_ids": inputs["input_ids"],
             "text": tokenizer.decode(inputs["input_ids"][0]),
+            "bytes": tokenizer.decode_bytes(inputs["input_ids"][0]),
             "last_hidden_state": base(**inputs).last_hidden_state,
             "logits": causal_lm(**inputs).logits,
             "generated": causal_lm.generate(**inputs, max_new_tokens=3, do_sample=False),
@@ -75,6 +75,8 @@ torch.save(outputs, results)
 SAVE_AGAIN = """
 causal_lm.save_pretrained(again)
 tokenizer.save_pretrained(again)
+alone = AutoTokenizer.from_pretrained(tokenizer_alone, **options)
+outputs["alone"] = [type(alone).__module__, alone(text)["input_ids"]]
 torch.save([outputs, load(again)[0]], results)
 """
 
@@ -116,30 +118,30 @@ def _assert_ties(model):
     assert (head.weight is embedding.weight) == model.config.tie_word_embeddings
 
 
-@each_kind
-def test_round_trip(fields, tmp_path):
-    model = random_model(**fields)
-    expected = _outputs(model)
-    model.save_pretrained(tmp_path)
-    for cls in (ReformerHfForCausalLM, AutoModelForCausalLM):
-        loaded = _assert_loads(cls, tmp_path, expected)
-        assert type(loaded) is ReformerHfForCausalLM
-        _assert_ties(loaded)
-        for name, weight in model.state_dict().items():
-            assert torch.equal(loaded.state_dict()[name], weight), name
+def test_round_trip(tmp_path):
+    for kind, fields in AXIAL_AND_TIED.items():
+        model = random_model(**fields)
+        expected = _outputs(model)
+        model.save_pretrained(tmp_path / kind)
+        for cls in (ReformerHfForCausalLM, AutoModelForCausalLM):
+            loaded = _assert_loads(cls, tmp_path / kind, expected)
+            assert type(loaded) is ReformerHfForCausalLM
+            _assert_ties(loaded)
+            for name, weight in model.state_dict().items():
+                assert torch.equal(loaded.state_dict()[name], weight), (kind, name)
 
 
-@each_kind
-def test_round_trip_of_the_base_model(fields, tmp_path):
-    model = random_model(cls=ReformerHfModel, **fields)
-    expected = _outputs(model)
-    model.save_pretrained(tmp_path)
-    for cls in (ReformerHfModel, AutoModel):
-        assert type(_assert_loads(cls, tmp_path, expected)) is ReformerHfModel
+def test_base_model_round_trip(tmp_path):
+    for kind, fields in AXIAL_AND_TIED.items():
+        model = random_model(cls=ReformerHfModel, **fields)
+        expected = _outputs(model)
+        model.save_pretrained(tmp_path / kind)
+        for cls in (ReformerHfModel, AutoModel):
+            assert type(_assert_loads(cls, tmp_path / kind, expected)) is ReformerHfModel
 
 
 @each_tie
-def test_bf16_is_kept_unless_another_dtype_is_given(tied, tmp_path):
+def test_dtype_round_trip(tied, tmp_path):
     model = random_model(tie_word_embeddings=tied).to(torch.bfloat16)
     expected = _outputs(model)
     model.save_pretrained(tmp_path)
@@ -153,14 +155,15 @@ def test_bf16_is_kept_unless_another_dtype_is_given(tied, tmp_path):
 
 
 @each_tie
-@pytest.mark.parametrize("max_shard_size", ["1GB", "10kB"], ids=["whole", "shards"])
-def test_each_tensor_is_written_once(max_shard_size, tied, tmp_path):
+def test_tensors_written_once(tied, tmp_path):
     model = random_model(tie_word_embeddings=tied)
-    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    sizes = _tensors(tmp_path)
-    assert "lm_head.bias" in sizes and "lm_head.decoder.bias" not in sizes
-    assert ("lm_head.decoder.weight" in sizes) != tied
-    assert sum(sizes.values()) == model.num_parameters() == sum(weight.numel() for weight in model.parameters())
+    for max_shard_size in ("1GB", "10kB"):
+        folder = tmp_path / max_shard_size
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        sizes = _tensors(folder)
+        assert "lm_head.bias" in sizes and "lm_head.decoder.bias" not in sizes
+        assert ("lm_head.decoder.weight" in sizes) != tied
+        assert sum(sizes.values()) == model.num_parameters() == sum(weight.numel() for weight in model.parameters())
 
 
 @each_tie
@@ -194,7 +197,7 @@ def _heads():
     return heads
 
 
-def test_a_folder_has_every_file(saved):
+def test_folder_has_every_file(saved):
     code = {path.name: path.read_bytes() for path in FLAT_FILES}
     weights = {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in saved.iterdir()} == weights | {"tokenizer.json", "tokenizer_config.json"} | set(code)
@@ -202,7 +205,7 @@ def test_a_folder_has_every_file(saved):
         assert (saved / name).read_bytes() == content, name
 
 
-def test_a_folder_names_every_head(saved):
+def test_folder_names_every_head(saved):
     heads = _heads()
     assert {"AutoModel": "ReformerHfModel", "AutoModelForCausalLM": "ReformerHfForCausalLM"}.items() <= heads.items()
     auto_map = {name: f"modeling_reformer_hf.{head}" for name, head in heads.items()}
@@ -215,7 +218,7 @@ def test_a_folder_names_every_head(saved):
     assert "tokenization_reformer_hf.ReformerHfByteTokenizer" in tokenizer["auto_map"]["AutoTokenizer"]
 
 
-def test_the_base_model_names_the_same_heads(saved, tmp_path):
+def test_base_model_names_heads(saved, tmp_path):
     random_model(cls=ReformerHfModel).save_pretrained(tmp_path)
     assert _json(tmp_path / "config.json")["auto_map"] == _json(saved / "config.json")["auto_map"]
 
@@ -230,7 +233,7 @@ def test_the_base_model_names_the_same_heads(saved, tmp_path):
     ],
     ids=["defaults", "factors", "in-tree", "others"],
 )
-def test_the_configuration_comes_back(fields, tmp_path):
+def test_config_round_trip(fields, tmp_path):
     expected = tiny_config(**fields)
     model = ReformerHfForCausalLM(copy.deepcopy(expected))
     model.save_pretrained(tmp_path)
@@ -275,7 +278,7 @@ def test_from_config(auto_class):
     assert auto_class.from_config(config, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_field_given_while_loading(tmp_path):
+def test_field_given_while_loading(tmp_path):
     model = random_model()
     model.save_pretrained(tmp_path)
     for cls in (ReformerHfForCausalLM, AutoModelForCausalLM):
@@ -288,7 +291,7 @@ def test_a_field_given_while_loading(tmp_path):
     assert _json(tmp_path / "config.json")["num_hashes"] == 2
 
 
-def test_another_vocabulary_is_refused_unless_asked_for(tmp_path):
+def test_other_vocab_size(tmp_path):
     random_model().save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         ReformerHfForCausalLM.from_pretrained(tmp_path, vocab_size=70)
@@ -323,7 +326,7 @@ def test_pickled_config(fields):
     assert copied.num_hidden_layers == 3
 
 
-def test_state_dict_through_torch(tmp_path):
+def test_torch_save(tmp_path):
     model = random_model(tie_word_embeddings=True)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     loaded = ReformerHfForCausalLM(tiny_config(tie_word_embeddings=True))
@@ -333,7 +336,7 @@ def test_state_dict_through_torch(tmp_path):
 
 
 @pytest.mark.parametrize("axial", [True, False], ids=["axial", "learned"])
-def test_weights_that_wait_on_the_disk(axial, tmp_path):
+def test_disk_offload(axial, tmp_path):
     """Each module takes its weights from there when it is called."""
     model = random_model(axial_pos_embds=axial)
     model.save_pretrained(tmp_path / "model")
@@ -345,7 +348,7 @@ def test_weights_that_wait_on_the_disk(axial, tmp_path):
     assert torch.equal(_outputs(waiting), expected)
 
 
-def test_an_in_tree_folder_loads_and_becomes_ours(tmp_path):
+def test_in_tree_folder(tmp_path):
     fields = {
         "attn_layers": ["local", "lsh"],
         "axial_pos_shape": (8, 32),
@@ -387,7 +390,9 @@ def _run(script: str, saved: Path, folder: Path, package: bool):
         env["PYTHONPATH"] = str(ROOT)
     script = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + LOAD + script
     isolated = [] if package else ["-I"]
-    run_python([*isolated, "-c", script, saved, folder / "again", folder / "results", TEXT], folder, env)
+    ReformerHfByteTokenizer.from_pretrained(saved).save_pretrained(folder / "tokenizer")
+    arguments = [saved, folder / "again", folder / "results", TEXT, folder / "tokenizer"]
+    run_python([*isolated, "-c", script, *arguments], folder, env)
     return torch.load(folder / "results", weights_only=False)
 
 
@@ -397,7 +402,7 @@ def _assert_same(found, saved):
     model = ReformerHfForCausalLM.from_pretrained(saved)
     inputs = tokenizer(TEXT, return_tensors="pt")
     assert torch.equal(found["input_ids"], inputs["input_ids"])
-    assert found["text"] == TEXT
+    assert found["text"] == TEXT and found["bytes"] == TEXT.encode()
     assert found["fields"] == model.config.to_diff_dict()
     with torch.no_grad():
         assert torch.equal(found["last_hidden_state"], model.reformer(**inputs).last_hidden_state)
@@ -405,19 +410,22 @@ def _assert_same(found, saved):
     assert torch.equal(found["generated"], model.generate(**inputs, max_new_tokens=3, do_sample=False))
 
 
-def test_a_new_process_with_the_package(saved, tmp_path):
+def test_process_with_package(saved, tmp_path):
     found = _run(SAVE_RESULTS, saved, tmp_path, package=True)
     assert all(module.startswith("reformer_hf.") for module in found["modules"]), found["modules"]
     _assert_same(found, saved)
 
 
-def test_a_new_process_without_the_package(saved, tmp_path):
+def test_process_without_package(saved, tmp_path):
     """The code in the folder is enough to load it, and to save a folder that loads again in all ways."""
     found, found_again = _run(SAVE_AGAIN, saved, tmp_path, package=False)
     for outputs, folder in ((found, "saved"), (found_again, "again")):
         for module in outputs["modules"]:
             assert module.startswith(f"transformers_modules.{folder}."), module
         _assert_same(outputs, saved)
+    module, input_ids = found["alone"]
+    assert module.startswith("transformers_modules.tokenizer.")
+    assert input_ids == found["input_ids"][0].tolist()
     again = tmp_path / "again"
     assert {path.name for path in again.iterdir()} == {path.name for path in saved.iterdir()}
     for path in saved.iterdir():
@@ -460,7 +468,7 @@ class _StopAfter(TrainerCallback):
 
 
 @each_tie
-def test_resume_equals_unbroken(tied, tmp_path):
+def test_resume(tied, tmp_path):
     """With dropout and fresh hashes in each step, to the last bit."""
     fields = {
         "tie_word_embeddings": tied,

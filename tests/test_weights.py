@@ -22,7 +22,7 @@ def input_ids():
 
 
 @each_tie
-def test_the_bias_of_the_head_is_added(tied, input_ids):
+def test_head_bias(tied, input_ids):
     model = random_model(tie_word_embeddings=tied)
     logits = model(input_ids).logits
     added = torch.randn(60)
@@ -35,7 +35,7 @@ def test_the_bias_of_the_head_is_added(tied, input_ids):
 
 
 @torch.no_grad()
-def test_a_tied_head_reads_the_mean_of_both_streams(input_ids):
+def test_tied_head_reads_mean_of_streams(input_ids):
     model = random_model(tie_word_embeddings=True)
     mean = model.reformer(input_ids)[0].unflatten(-1, (2, 32)).mean(-2)
     expected = linear(mean, model.get_input_embeddings().weight, model.lm_head.bias)
@@ -43,7 +43,7 @@ def test_a_tied_head_reads_the_mean_of_both_streams(input_ids):
 
 
 @each_tie
-def test_tied_weights_are_one(tied, input_ids):
+def test_tied_weights(tied, input_ids):
     model = random_model(torch.float64, tie_word_embeddings=tied)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding is head) == tied
@@ -118,7 +118,7 @@ def _assert_axial_embeddings_are_drawn(model):
 
 
 @pytest.mark.parametrize("cls", [ReformerHfModel, ReformerHfForCausalLM])
-def test_axial_embeddings_are_drawn(cls, tmp_path, uninitialised_memory_is_nan):
+def test_axial_initialisation(cls, tmp_path, uninitialised_memory_is_nan):
     """Also where a checkpoint lacks them."""
     model = cls(tiny_config(**AXIAL))
     _assert_axial_embeddings_are_drawn(model)
@@ -129,7 +129,7 @@ def test_axial_embeddings_are_drawn(cls, tmp_path, uninitialised_memory_is_nan):
     _assert_axial_embeddings_are_drawn(loaded)
 
 
-def test_other_parameters_are_drawn_by_the_config():
+def test_initializer_range():
     model = ReformerHfForCausalLM(tiny_config(initializer_range=0.1))
     for name, parameter in model.named_parameters():
         if "position_embeddings" in name:
@@ -143,7 +143,7 @@ def test_other_parameters_are_drawn_by_the_config():
 
 
 @each_tie
-def test_a_checkpoint_without_a_head_gets_one(tied, input_ids, tmp_path, uninitialised_memory_is_nan):
+def test_checkpoint_without_head(tied, input_ids, tmp_path, uninitialised_memory_is_nan):
     base = random_model(cls=ReformerHfModel, tie_word_embeddings=tied)
     base.save_pretrained(tmp_path)
     model, info = ReformerHfForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -163,7 +163,7 @@ def test_a_checkpoint_without_a_head_gets_one(tied, input_ids, tmp_path, uniniti
 
 
 @each_tie
-def test_a_checkpoint_loses_its_head_in_the_base_model(tied, input_ids, tmp_path):
+def test_base_model_drops_head(tied, input_ids, tmp_path):
     model = random_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     base, info = ReformerHfModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -182,16 +182,17 @@ def test_bf16_weights(reversible, tied, input_ids):
     outputs = [each(input_ids, labels=input_ids, output_hidden_states=True) for each in (exact, model)]
     assert {state.dtype for state in outputs[1].hidden_states} == {torch.float32}
     assert outputs[1].logits.dtype == torch.bfloat16
-    assert_close(outputs[1].logits, outputs[0].logits, 0.03)
+    assert_close(outputs[1].logits, outputs[0].logits, 0.012)
     for output in outputs:
         output.loss.backward()
     expected = gradients(exact)
+    # A tied head reads the mean of both streams: the logits are smaller, and rounding counts for more.
     for name, grad in gradients(model).items():
         assert grad.dtype == torch.bfloat16
-        assert_close(grad, expected[name], 0.2, name)
+        assert_close(grad, expected[name], 0.13 if tied else 0.07, name)
 
 
-def test_bf16_weights_train_with_dropout_and_hashing(input_ids):
+def test_bf16_weights_with_dropout_and_hashing(input_ids):
     model = random_model(
         torch.bfloat16, attn_layers=DEEP, chunk_size_feed_forward=7, chunk_size_lm_head=9, hidden_dropout_prob=0.1
     )

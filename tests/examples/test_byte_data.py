@@ -18,7 +18,7 @@ def test_encode_equals_tokenizer():
     assert encode([TEXT.encode()]).tolist() == ReformerHfByteTokenizer()(TEXT, add_special_tokens=False)["input_ids"]
 
 
-def test_encode_separates_documents_and_stops_at_max_bytes():
+def test_encode_documents_and_max_bytes():
     assert encode([b"ab", b"", b"c"]).tolist() == [99, 100, END_ID, 101]
     assert encode([b"ab", b"cd", b"ef"], max_bytes=3).tolist() == [99, 100, END_ID, 101]
 
@@ -33,7 +33,7 @@ def test_documents_of_undoes_encode(piece, monkeypatch):
     assert count_bytes(stream) == 7
 
 
-def test_file_is_split_at_its_end(tmp_path):
+def test_file_split(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text(TEXT, encoding="utf-8")
     corpus = load_corpus(str(path), validation_fraction=0.1)
@@ -44,7 +44,7 @@ def test_file_is_split_at_its_end(tmp_path):
     assert corpus.num_train_bytes + corpus.num_held_out_bytes == len(TEXT.encode())
 
 
-def test_folder_holds_its_text_files_in_order(tmp_path):
+def test_folder(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.md").write_text("bbb")
     (tmp_path / "a.txt").write_text("aaa")
@@ -57,7 +57,7 @@ def test_folder_holds_its_text_files_in_order(tmp_path):
     assert stream.tolist() == encode([b"aaa", b"bbb", b"ccc"]).tolist()
 
 
-def test_default_is_the_standard_library():
+def test_default_corpus():
     corpus = load_corpus(max_bytes=20_000)
     assert corpus.num_train_bytes + corpus.num_held_out_bytes == 20_000
     assert "standard library" in corpus.description
@@ -121,7 +121,7 @@ def test_bigram_by_hand():
     assert bigram_bits_per_byte(train, held_out, alpha=1.0) == pytest.approx(bits / 3)
 
 
-def test_bigram_counts_the_cost_of_separators_but_no_bytes():
+def test_bigram_separators():
     train, held_out = encode([b"ab", b"ab"]), encode([b"ab", b"a"])
     assert count_bytes(held_out[1:]) == 2
     bits = -math.log2(3 / 259) - math.log2(2 / 258) - math.log2(2 / 258)

@@ -61,7 +61,7 @@ def test_folder_is_complete(trained):
         assert results[name] == metrics[name]
 
 
-def test_folder_loads_to_the_same_model(trained):
+def test_folder_loads(trained):
     output_dir, trainer, _ = trained
     model = AutoModelForCausalLM.from_pretrained(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
@@ -73,7 +73,7 @@ def test_folder_loads_to_the_same_model(trained):
         assert torch.equal(model(**inputs).logits, trainer.model.eval()(**inputs).logits)
 
 
-def test_model_card_states_data_settings_and_figures(trained):
+def test_model_card(trained):
     output_dir, trainer, metrics = trained
     card = ModelCard.load(output_dir / "README.md")
     (result,) = card.data.eval_results
@@ -92,7 +92,7 @@ def test_model_card_states_data_settings_and_figures(trained):
         assert stated in card.text
 
 
-def test_bits_per_byte_counts_every_held_out_byte(trained, text):
+def test_bits_per_byte(trained, text):
     _, trainer, metrics = trained
     held_out = trainer.eval_dataset["input_ids"][:]
     nats = 0.0
@@ -106,7 +106,7 @@ def test_bits_per_byte_counts_every_held_out_byte(trained, text):
     assert metrics["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
 
 
-def test_resume_gives_the_same_weights(trained, text, tmp_path):
+def test_resume(trained, text, tmp_path):
     output_dir, trainer, _ = trained
     shutil.copytree(output_dir / "checkpoint-2", tmp_path / "checkpoint-2")
     resumed, _ = run(text, tmp_path)
@@ -115,14 +115,14 @@ def test_resume_gives_the_same_weights(trained, text, tmp_path):
         assert torch.equal(weight, expected), name
 
 
-def test_overwrite_starts_anew(trained, text, tmp_path):
+def test_overwrite(trained, text, tmp_path):
     shutil.copytree(trained[0] / "checkpoint-4", tmp_path / "checkpoint-4")
     anew, _ = run(text, tmp_path, "--overwrite_output_dir", "--max_steps", "1", "--save_strategy", "no")
     assert anew.state.global_step == 1
     assert not (tmp_path / "checkpoint-4").exists()
 
 
-def test_fine_tuning_keeps_the_model_and_its_settings(trained, text, tmp_path):
+def test_fine_tuning(trained, text, tmp_path):
     output_dir, trainer, _ = trained
     options = ["--model_name_or_path", str(output_dir), "--learning_rate", "0", "--max_steps", "1"]
     tuned, _ = run(text, tmp_path, *options, "--num_hashes", "3")
@@ -133,7 +133,7 @@ def test_fine_tuning_keeps_the_model_and_its_settings(trained, text, tmp_path):
         run(text, tmp_path, *options, "--sequence_length", "128")
 
 
-def test_sum_nll_ignores_padding_and_matches_the_loss():
+def test_sum_nll():
     torch.manual_seed(0)
     batch = CausalCollator(PAD_ID)([{"input_ids": ids} for ids in ([5, 6, 7, 8], [5, 6])])
     logits = torch.randn(2, 4, 260)

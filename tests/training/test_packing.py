@@ -24,7 +24,7 @@ def _targets(sequences):
 
 
 @given(DOCUMENTS, st.integers(2, 12))
-def test_across_documents_each_token_is_predicted_once(documents, length):
+def test_across_documents(documents, length):
     sequences = list(pack(documents, length, END))
     stream = []
     for document in filter(None, documents):
@@ -38,7 +38,7 @@ def test_across_documents_each_token_is_predicted_once(documents, length):
 
 
 @given(DOCUMENTS, st.integers(2, 12))
-def test_documents_of_their_own(documents, length):
+def test_separate_documents(documents, length):
     sequences = list(pack(documents, length, END, across_documents=False))
     documents = [document for document in documents if document]
     assert _targets(sequences) == [token for document in documents for token in [*document[1:], END]]
@@ -47,12 +47,12 @@ def test_documents_of_their_own(documents, length):
     assert all(END not in sequence[:-1] for sequence in sequences)
 
 
-def test_a_length_of_one_predicts_nothing():
+def test_length_of_one():
     with pytest.raises(ValueError, match="`length` is 1.*at least 2"):
         pack([[2, 3]], 1)
 
 
-def test_file_is_mapped_and_equals_what_is_packed(tmp_path):
+def test_pack_to_file(tmp_path):
     documents = [np.arange(2, 40), [7], np.arange(2, 9)]
     dataset = pack_to_file(tmp_path / "data" / "train.arrow", documents, 8, separator_id=END)
     assert [x.tolist() for x in dataset["input_ids"]] == [x.tolist() for x in pack(documents, 8, END)]
@@ -68,7 +68,7 @@ def test_streaming():
     assert rows == [x.tolist() for x in pack(documents, 8, END)]
 
 
-def test_a_file_that_fails_leaves_the_old_one(tmp_path):
+def test_failed_file_leaves_old_one(tmp_path):
     path = tmp_path / "train.arrow"
     pack_to_file(path, [[2, 3, 4]], 2)
     before = path.read_bytes()
@@ -103,7 +103,7 @@ print(anonymous, before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_text(tmp_path):
+def test_memory_of_long_text(tmp_path):
     code = [sys.executable, "-c", _LONG, str(tmp_path / "ids"), str(tmp_path / "train.arrow")]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
     anonymous, before = map(int, done.stdout.split())
@@ -111,7 +111,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     assert anonymous < before + (64 << 10)
 
 
-def test_collator_pads_at_the_end():
+def test_collator():
     batch = CausalCollator(pad_token_id=0)([{"input_ids": torch.tensor(ids)} for ids in ([5, 6, 7, 8], [5, 0])])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 0, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7, 8], [5, 0, -100, -100]]

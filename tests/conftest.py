@@ -1,0 +1,12 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Profiles of Hypothesis: few examples by default, many with `--hypothesis-profile thorough`.
+
+What fails is printed as a `@reproduce_failure` line, and tried first the next time.
+"""
+
+from hypothesis import settings
+
+settings.register_profile("quick", deadline=None, max_examples=40, print_blob=True)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=1000)
+settings.load_profile("quick")
