@@ -250,7 +250,7 @@ def test_drops_what_no_ring_holds(fields):
         assert all(getattr(layer, "_dropped_at", 1) for layer in decoding.cache.layers)
     # What was long ago does not come back, and to ask for it changes nothing.
     if "full" not in model.config.attn_layers:
-        with pytest.raises(ValueError, match=f"1600 tokens is to be cropped to 1500.*return to {SLACK} tokens before"):
+        with pytest.raises(ValueError, match=f"1600 tokens to 1500.*cropped by {SLACK} tokens from"):
             decoding.crop(100)
     decoding.crop(SLACK - 10)
     decoding.take(20)
@@ -537,7 +537,7 @@ def test_refuses_bad_crop():
     cache = model(IDS.expand(2, 30), use_cache=True).cache
     with pytest.raises(ValueError, match="`tokens_to_remove` is 5.*such as -1"):
         cache.crop(5)
-    with pytest.raises(ValueError, match="31 tokens cannot be removed from a cache that holds 30"):
+    with pytest.raises(ValueError, match="Cannot remove 31 tokens from a cache that holds 30"):
         cache.crop(-31)
 
 
