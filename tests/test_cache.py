@@ -485,9 +485,9 @@ BAD_CALLS = {
         {"past_key_values": DynamicCache(), "cache": DynamicCache()},
         "Both `past_key_values` and `cache` are set",
     ),
-    "other-rows": ({"input_ids": IDS[:1]}, "The input has 1 rows, but `cache` holds 2: repeat or select"),
-    "other-rounds": ({"num_hashes": 3}, "`cache` is that of another model, or of other options.*num_hashes=2"),
-    "other-buckets": ({"num_buckets": 4}, r"`num_buckets` is \[4\], but `cache` has hashed.*into \[8\]"),
+    "other-rows": ({"input_ids": IDS[:1]}, "The input has batch size 1, but `cache` has 2: repeat or select"),
+    "other-rounds": ({"num_hashes": 3}, "`cache` was created by another model or with other options.*num_hashes=2"),
+    "other-buckets": ({"num_buckets": 4}, r"`num_buckets` is \[4\], but the tokens in `cache` were hashed with \[8\]"),
     "odd-buckets": ({"num_buckets": 3}, "`num_buckets` is 3, but random rotations give an even number"),
     "mask-too-short": (
         {"attention_mask": torch.ones(2, 20)},
@@ -516,7 +516,7 @@ def test_bad_call_leaves_cache(call, said, static):
 def test_refuses_cache_of_other_model():
     cache = random_model()(IDS, use_cache=True).cache
     for other in ({"local_attn_chunk_length": 4}, {"lsh_num_chunks_before": 1}, {"num_attention_heads": 4}):
-        with pytest.raises(ValueError, match="`cache` is that of another model.*Begin with a new cache"):
+        with pytest.raises(ValueError, match="`cache` was created by another model.*Start with a new cache"):
             random_model(**other)(IDS, cache=cache)
     with pytest.raises(ValueError, match="the layers of this model need"):
         random_model(attn_layers=["lsh"] * 3)(IDS, cache=cache)
@@ -527,7 +527,7 @@ def test_refuses_full_static_cache():
     cache = model(IDS.expand(2, 30), cache=_new_cache(model, True, 32)).cache
     model(IDS, cache=cache)
     before = _tensors(cache)
-    with pytest.raises(ValueError, match="`cache` holds 31 of at most 32 tokens, too many for 2 more.*at least 33"):
+    with pytest.raises(ValueError, match="`cache` holds 31 of at most 32 tokens, too many to add 2.*at least 33"):
         model(IDS.expand(2, 2), cache=cache)
     assert all(torch.equal(before[key], value) for key, value in _tensors(cache).items())
 
@@ -546,7 +546,7 @@ def test_encoder_has_no_cache():
 
     encoder = ReformerHfModel(tiny_config(is_decoder=False)).eval()
     assert encoder(IDS, use_cache=True).cache is None
-    with pytest.raises(ValueError, match="without `is_decoder=True` each token sees those after it"):
+    with pytest.raises(ValueError, match="without `is_decoder=True` each token also sees later tokens"):
         encoder(IDS, cache=DynamicCache(config=encoder.config))
 
 
