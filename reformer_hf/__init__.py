@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The Reformer for Transformers. Importing this package registers its classes with the Auto classes."""
+"""The Reformer as a Transformers plugin. Importing this package registers its classes with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Masked attention of one tile with its logsumexp, forward and backward: torch's fused kernels where one fits, and plain
-matrix products elsewhere.
+Masked attention of one tile with its logsumexp, forward and backward. Uses torch's fused kernels if they support the
+tile, and plain matrix products otherwise.
 
 Shapes: g heads, n chunks, C queries in a chunk, W keys in its window, D size of queries and keys, E size of values.
 """
@@ -18,26 +18,27 @@ from .rng import Dropout
 
 logger = logging.get_logger(__name__)
 
-# The least that a mask adds to a score. Finite: a row that sees no key must not give a NaN.
+# The lowest value that a mask adds to a score. It is finite, so that a row without visible keys gives no NaN.
 MASKED = -(2.0**90)
 
-# A logsumexp below this one is that of masked keys alone: above any masked score, and below any sum of visible ones.
+# A logsumexp below this value belongs to a row without visible keys. It is above the logsumexp of masked scores, and
+# below that of any visible score.
 NO_KEY = -(2.0**80)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropout | None) -> tuple[Tensor, Tensor]:
     """
-    Softmax attention with scores `query · key + mask`.
+    Compute softmax attention with scores `query · key + mask`.
 
     Args:
         query: `[g, n, C, D]`.
         key, value: `[g, n, W, D or E]`.
-        mask: `[g, n, C, W]`, finite, in fp32 at least.
-        drop: Dropout of the weights.
+        mask: `[g, n, C, W]`, finite, at least in fp32.
+        drop: Dropout of the attention weights.
 
     Returns:
-        Output `[g, n, C, E]` and logsumexp of the scores `[g, n, C]`, the latter in the dtype of the mask. Where all
-        keys of a row are masked the output means nothing, and the logsumexp is as low as the mask.
+        Output `[g, n, C, E]` and logsumexp of the scores `[g, n, C]`, the latter in the dtype of the mask. If all keys
+        of a row are masked, its output is undefined and its logsumexp is as low as the mask.
     """
     kernel = _kernel_for(query, key, value, drop)
     if kernel is not None:
@@ -65,15 +66,18 @@ def attend_backward(
     drop: Dropout | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Gradients of queries `[g, n, C, D]`, keys and values `[g, n, W, D or E]`.
+    Compute the gradients of `attend`.
 
-    The tile may hold a part of the keys of each query: given the output and the logsumexp over all of them, the
-    gradients are this part's (Dao et al. 2022, algorithm 4, with several passes over the keys).
+    The tile may contain only a part of each query's keys: given the output and the logsumexp over all keys, the
+    gradients are those of this part (Dao et al. 2022, algorithm 4, with several passes over the keys).
 
     Args:
-        grad_out, out: `[g, n, C, E]`.
-        lse: `[g, n, C]`; infinite where a row had no key.
-        The other ones: as in `attend`.
+        grad_out, out: Output and its gradient, `[g, n, C, E]`.
+        query, key, value, mask, drop: As in `attend`.
+        lse: `[g, n, C]`, infinite for rows without keys.
+
+    Returns:
+        Gradients of queries `[g, n, C, D]`, keys `[g, n, W, D]` and values `[g, n, W, E]`.
     """
     kernel = _kernel_for(query, key, value, drop)
     if kernel is not None:
@@ -98,7 +102,7 @@ def _attend_backward_plainly(
 
 
 def key_scale(query: Tensor) -> Tensor:
-    """Factor `[…]`, in fp32 at least, that makes a key of each query `[…, D]`: see `normalized_keys`."""
+    """Return the factors `[…]`, at least in fp32, that turn queries `[…, D]` into keys; see `normalized_keys`."""
     wide = query.to(torch.promote_types(query.dtype, torch.float32))
     mean_square = torch.linalg.vecdot(wide, wide) / query.shape[-1]
     return torch.rsqrt(mean_square + 1e-6) / math.sqrt(query.shape[-1])
@@ -106,25 +110,27 @@ def key_scale(query: Tensor) -> Tensor:
 
 def normalized_keys(query: Tensor, epsilon: Tensor | None = None) -> Tensor:
     """
-    Keys of shared query-key attention: `q / |q|` with the scale `1 / sqrt(D)`, and the in-tree epsilon.
+    Compute the keys of shared query-key attention: `q / |q|` with the scale `1 / sqrt(D)` and the in-tree epsilon.
 
-    `epsilon` is what `key_epsilon` gives, where it is at hand.
+    Args:
+        query: `[…, D]`.
+        epsilon: The result of `key_epsilon`, if it is already computed.
     """
     if query.dtype not in (torch.float32, torch.float64):
         return (query * key_scale(query)[..., None]).to(query.dtype)
     epsilon = key_epsilon(query) if epsilon is None or epsilon.dtype != query.dtype else epsilon
-    # The mean square plus the in-tree epsilon, times the size, is the square of a hypotenuse.
+    # sqrt(D * (mean square + in-tree epsilon)) is the hypotenuse of the norm and `epsilon`.
     return query / torch.hypot(torch.linalg.vector_norm(query, dim=-1, keepdim=True), epsilon)
 
 
 def key_epsilon(query: Tensor) -> Tensor:
-    """What `normalized_keys` adds, in quadrature, to the norm of queries `[…, D]`."""
+    """Return the value that `normalized_keys` adds in quadrature to the norm of queries `[…, D]`."""
     return query.new_tensor(math.sqrt(query.shape[-1] * 1e-6))
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """
-    One softmax over the keys of two.
+    Merge two softmax attentions over different keys into one.
 
     Args:
         out_a, out_b: Outputs `[rows, E]`.
@@ -138,12 +144,12 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 
 def scores_of(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """`[g, n, C, W]` in the dtype of the mask."""
+    """Return the scores `[g, n, C, W]`, mask included, in the dtype of the mask."""
     return torch.matmul(query, key.transpose(-1, -2)).to(mask.dtype).add_(mask)
 
 
 class _CpuKernel:
-    """The fused attention of torch on a CPU."""
+    """Torch's fused attention on a CPU."""
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +165,7 @@ class _CpuKernel:
 
 
 class _CudaKernel:
-    """The memory-efficient attention of torch on CUDA: of its kernels, the one with a mask and a logsumexp."""
+    """Torch's memory-efficient attention on CUDA, the kernel that takes a mask and returns a logsumexp."""
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,12 +195,12 @@ class _CudaKernel:
 
 
 _Kernel = type[_CpuKernel] | type[_CudaKernel]
-# By the name that a `KernelPolicy` has for it.
+# By `KernelPolicy.name`.
 _KERNELS: dict[str, _Kernel] = {"cpu_flash": _CpuKernel, "cuda_efficient": _CudaKernel}
 
 
 def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: Dropout | None) -> "_Kernel | None":
-    """The fused kernel for these inputs, or `None`."""
+    """Return the fused kernel for these inputs, or `None`."""
     policy = policy_for(query.device).kernel
     if policy is None or drop is not None or not policy.takes(query, key, value):
         return None
@@ -202,10 +208,10 @@ def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: Dropout | None)
     return _KERNELS[policy.name] if _is_trusted(policy.name, query.device, query.dtype, *sizes) else None
 
 
-# Compiled code takes the result and not the trial.
+# torch.compile uses the result as a constant and does not trace the trial.
 @torch.compiler.assume_constant_result
 def _is_trusted(name: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether a kernel passes its trial, which takes place once in a process for each dtype and sizes of a tile."""
+    """Return whether a kernel passes its trial, which runs once per process for each dtype and size of tiles."""
     return _passes_trial(name, device, dtype, *sizes)
 
 
@@ -224,10 +230,10 @@ def _equals_plain(
     value_size: int,
 ) -> bool:
     """
-    Whether a kernel, tried on a small tile, gives what matrix products give, gradients too.
+    Return whether a kernel agrees with plain matrix products on a small tile, gradients included.
 
-    These kernels are torch's own, below its public interface. Should another version or device lack them or use them
-    in another way, attention gets slower, and not wrong.
+    These kernels are not part of torch's public API. If another version or device lacks them or changes their
+    behavior, attention becomes slower but stays correct.
     """
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad_out = (
@@ -251,20 +257,20 @@ def _equals_plain(
     plain_out, plain_lse = _attend_plainly(*inputs)
     plain_lse = plain_lse.masked_fill(plain_lse < NO_KEY, math.inf)
     plain_grads = _attend_backward_plainly(grad_out, *inputs, plain_out, plain_lse)
-    # The first query has no key: its output means nothing.
+    # The first query has no keys, so its output is undefined.
     pairs = [(out[:, :, 1:], plain_out[:, :, 1:]), (lse[:, :, 1:], plain_lse[:, :, 1:])]
     pairs += list(zip(grads, plain_grads, strict=True))
     limit = 1e-3 if dtype == torch.float32 else 3e-2
     equal = all((a.float() - b.float()).norm() <= limit * b.float().norm() for a, b in pairs)
     equal = equal and bool((lse[:, :, 0] < NO_KEY).all())
     if not equal:
-        _warn_of_trial(f"gives results on {device} in {dtype} that are not right.")
+        _warn_of_trial(f"gives wrong results on {device} in {dtype}.")
     return equal
 
 
-def _warn_of_trial(found: str) -> None:
+def _warn_of_trial(problem: str) -> None:
     logger.warning_once(
-        f"The fused attention of torch {torch.__version__} {found} Attention takes plain matrix products instead: the "
-        "results are the same, but it is slower. To have it fused, install a version of torch that this package was "
-        "tested with (its `constraints.txt`), and please report this warning."
+        f"The fused attention of torch {torch.__version__} {problem} Attention uses plain matrix products instead, "
+        "which give the same results but are slower. To use fused attention, install a version of torch that this "
+        "package was tested with (see `constraints.txt`), and please report this warning."
     )

@@ -1,10 +1,10 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Which keys are visible to a query, as a mask that is added to scores.
+Additive attention masks: which keys are visible to a query.
 
-A mask is the least of several *mask margins*, numbers that are positive where a key is visible and negative where it
-is masked. They count slots or positions, are scaled by a power of two, which keeps them exact, and are cut off at
-zero. Two vector operations and no boolean temporaries make a mask in this way.
+A mask is the minimum of several *mask margins* and zero. A margin is a difference of slots or positions that is
+positive where a key is visible and negative where it is masked. Margins are scaled by a power of two, which keeps them
+exact. A margin takes two vector operations and no boolean temporaries.
 
 Shapes: g heads of any batch row, R rounds, L length, n chunks, C chunk length, W window length, S slots; see
 `attention_slots`.
@@ -22,7 +22,7 @@ from .attention_pattern import AttentionPattern
 from .attention_slots import SlotLayout
 from .hashing import invert_order
 
-# One slot, as a mask margin.
+# The mask margin of one slot.
 _UNIT = -MASKED
 
 # Halves and quarters of a slot must be exact in fp32.
@@ -30,7 +30,7 @@ MAX_LENGTH = 1 << 22
 
 
 def is_interval(pattern: AttentionPattern, has_order: bool, has_padding: bool) -> bool:
-    """Whether all that a query sees lies between two slots, so that its mask needs no positions."""
+    """Return whether the visible keys of each query are an interval of slots, so that masks need no positions."""
     if pattern.wraps:
         return False
     in_bucket = pattern.same_bucket and (has_order or not has_padding)
@@ -41,8 +41,9 @@ def is_interval(pattern: AttentionPattern, has_order: bool, has_padding: bool) -
 @dataclass
 class MaskMargin:
     """
-    `keys - queries`, or with a radius `radius - |keys - queries|`, or the negative of that, which masks what is within
-    the radius.
+    A margin `keys - queries` or, with a radius, `radius - |keys - queries|`.
+
+    `masks_within` negates the latter, which masks the keys within the radius.
     """
 
     queries: Tensor  # [g, n, C, 1]
@@ -51,7 +52,7 @@ class MaskMargin:
     masks_within: bool = False
 
     def write(self, chunks: slice, out: Tensor) -> None:
-        """Fill `out` `[g, n, C, W]` for some of the chunks."""
+        """Write the margins of some of the chunks to `out` `[g, n, C, W]`."""
         torch.sub(self.keys[:, chunks], self.queries[:, chunks], out=out)
         if self.radius is not None and self.masks_within:
             out.abs_().sub_(self.radius[:, chunks])
@@ -61,18 +62,23 @@ class MaskMargin:
 
 @dataclass
 class SortedHeads:
-    """What masks of some heads are made of, by slot `[g, R, L]`."""
+    """
+    The sorted order of some heads; all tensors are `[g, R, L]`, indexed by slot.
 
-    positions: Tensor  # int32
-    # Where a bucket begins.
+    Args:
+        positions: Positions (int32).
+        starts: True where a bucket begins.
+        padding: True for padding; `None` if there is none.
+    """
+
+    positions: Tensor
     starts: Tensor
-    # Where there is padding; `None` for no padding.
     padding: Tensor | None
 
 
 @dataclass
 class _VisibleBefore:
-    """Of an earlier round, by position `[g, L]`: its slot, and the first and last slots that were visible from it."""
+    """For each position `[g, L]`, its slot in an earlier round, and the first and last slots that it saw there."""
 
     slots: Tensor
     first: Tensor
@@ -81,12 +87,13 @@ class _VisibleBefore:
 
 class MaskMargins:
     """
-    The mask margins of an input.
+    Compute the mask margins of an input.
 
     Args:
-        layout: Its slots.
-        interval: What `is_interval` says of it.
-        dtype: That of masks, fp32 at least.
+        layout: The slots of the input.
+        interval: The result of `is_interval` for the input.
+        dtype: The dtype of masks, at least fp32.
+        device: The device of masks.
     """
 
     def __init__(self, layout: SlotLayout, interval: bool, dtype: torch.dtype, device: torch.device):
@@ -97,7 +104,7 @@ class MaskMargins:
         self.device = device
 
     def of_rounds(self, heads: SortedHeads) -> Iterator[list[MaskMargin]]:
-        """Those of some heads, round by round: by what the pattern says, and by what earlier rounds showed."""
+        """Yield the margins of some heads for each round: those of the pattern, and those of deduplication."""
         num_rounds = heads.positions.shape[1]
         deduplicates = self.pattern.deduplicate_keys and num_rounds > 1
         seen = self.pattern.seen_slots(heads.starts) if self.interval or deduplicates else ()
@@ -110,37 +117,42 @@ class MaskMargins:
                 before.append(self._visible_in(heads.positions[:, round], *seen_in_round))
 
     def static_mask(self) -> Tensor:
-        """What is masked by its place in the window, whatever stands there: `[C, W]`, or `[1, 1]` if nothing is."""
+        """Return the part of the mask that only depends on the index in the window, `[C, W]`, or `[1, 1]` if none."""
         pattern = self.pattern
         own = (
             torch.arange(pattern.chunk_length, device=self.device)[:, None]
             + pattern.chunk_length * pattern.chunks_before
         )
-        places = torch.arange(pattern.window_length, device=self.device)
+        window = torch.arange(pattern.window_length, device=self.device)
         masked = torch.zeros((1, 1), dtype=torch.bool, device=self.device)
         if self.interval and pattern.causal:
-            masked = places > own if pattern.include_self else places >= own
+            masked = window > own if pattern.include_self else window >= own
         elif not pattern.wraps and not pattern.include_self:
-            masked = places == own
+            masked = window == own
         return -_UNIT * masked.to(self.dtype)
 
     def _in_interval(self, first: Tensor, last: Tensor) -> MaskMargin:
-        """Keys between two slots, `[g, L]` by slot of the query."""
+        """Return the margin of the keys from slot `first` to `last`, both `[g, L]` and indexed by the query's slot."""
         first = first - self._window_starts
         if self.pattern.causal:
-            # The static mask ends the interval.
-            return MaskMargin(self.layout.queries(self._scaled(first) - 0.5 * _UNIT), self._window_places)
+            # The static mask excludes the slots after the interval.
+            return MaskMargin(self.layout.queries(self._scaled(first) - 0.5 * _UNIT), self._window_indices)
         middle, radius = self._middle_and_radius(first, last - self._window_starts)
-        return MaskMargin(middle, self._window_places, radius)
+        return MaskMargin(middle, self._window_indices, radius)
 
     def _by_position(self, heads: SortedHeads, round: int) -> list[MaskMargin]:
-        """Real keys, no later ones if causal, and in a ring, where a position may come twice, not the query itself."""
+        """
+        Return the margins that compare positions.
+
+        They mask padding and empty slots, later positions if causal, and in a ring, where a window may hold a position
+        twice, the query itself.
+        """
         pattern, layout = self.pattern, self.layout
-        nowhere = float(2 * MAX_LENGTH) * _UNIT
+        beyond_all = float(2 * MAX_LENGTH) * _UNIT
         positions = self._scaled(heads.positions)
-        keys = positions if heads.padding is None else positions.masked_fill(heads.padding, nowhere)
+        keys = positions if heads.padding is None else positions.masked_fill(heads.padding, beyond_all)
         queries = layout.queries(positions[:, round])
-        keys = layout.windows(layout.slots(keys, round, nowhere))
+        keys = layout.windows(layout.slots(keys, round, beyond_all))
         if pattern.causal:
             return [MaskMargin(-queries + (-0.5 if pattern.include_self else 0.5) * _UNIT, -keys)]
         margins = [MaskMargin(torch.full_like(queries, -MAX_LENGTH * _UNIT), -keys)]
@@ -150,31 +162,31 @@ class MaskMargins:
 
     @cached_property
     def _window_starts(self) -> Tensor:
-        """First slot of the window of each query, `[L]` by slot; before the first slot of all it is negative."""
+        """First slot of each query's window, `[L]`, indexed by slot; negative before the first slot of the round."""
         slots = torch.arange(self.layout.length, dtype=torch.int32, device=self.device)
         return slots - slots % self.pattern.chunk_length - self.pattern.chunk_length * self.pattern.chunks_before
 
     @cached_property
-    def _window_places(self) -> Tensor:
-        """Place of each key in its window, `[1, n, 1, W]`."""
-        places = self._scaled(torch.arange(self.pattern.window_length, device=self.device))
-        return places.expand(1, self.layout.num_chunks, 1, -1)
+    def _window_indices(self) -> Tensor:
+        """Index of each key in its window, `[1, n, 1, W]`."""
+        indices = self._scaled(torch.arange(self.pattern.window_length, device=self.device))
+        return indices.expand(1, self.layout.num_chunks, 1, -1)
 
     def _visible_in(self, positions: Tensor, first: Tensor, last: Tensor) -> _VisibleBefore:
-        """What one round shows, given its positions and the first and last visible slots, `[g, L]` by slot."""
+        """Index the first and last visible slots of one round by position; all arguments are `[g, L]` by slot."""
         slots = invert_order(positions)
         index = slots.long()
         return _VisibleBefore(slots, first.gather(-1, index), last.gather(-1, index))
 
     def _not_visible_before(self, before: _VisibleBefore, positions: Tensor) -> MaskMargin:
-        """Keys that were not between the slots that the query saw in an earlier round."""
+        """Return the margin that masks the keys that the query saw in an earlier round."""
         slots, first, last = (x.gather(-1, positions.long()) for x in (before.slots, before.first, before.last))
         middle, radius = self._middle_and_radius(first, last)
         keys = self.layout.windows(self.layout.slots(self._scaled(slots)[:, None], 0, 0.0))
         return MaskMargin(middle, keys, radius, masks_within=True)
 
     def _middle_and_radius(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the interval between two slots, both included."""
+        """Return the middle and the radius of the interval of slots from `first` to `last`, both included."""
         middle = self._scaled(first + last) / 2
         radius = self._scaled(last - first) / 2 + 0.25 * _UNIT
         return self.layout.queries(middle), self.layout.queries(radius)
@@ -184,14 +196,14 @@ class MaskMargins:
 
 
 class MaskBuffers:
-    """Makes masks of margins, all in the same memory: use one before the next is made."""
+    """Compute masks from margins. All masks share memory: use one before computing the next."""
 
     def __init__(self, static_mask: Tensor):
         self._static_mask = static_mask
         self._buffers: dict[tuple, Tensor] = {}
 
     def mask(self, margins: list[MaskMargin], chunks: slice, shape: tuple[int, int, int, int]) -> Tensor:
-        """The mask of some of the chunks, of shape `[g, n, C, W]`: 0 where visible, hugely negative elsewhere."""
+        """Return the mask `[g, n, C, W]` of some of the chunks: 0 for visible keys, very negative for masked ones."""
         mask = self._buffer("mask", shape)
         margins[0].write(chunks, mask)
         for margin in margins[1:]:

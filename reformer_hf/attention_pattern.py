@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which keys a query sees: the one definition, for the parallel pass and for the KV cache."""
+"""Which keys a query sees. The parallel pass and the KV cache share this definition."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,19 +13,21 @@ from .device_policy import policy_for
 @dataclass(frozen=True)
 class AttentionPattern:
     """
-    Which keys a query sees.
+    Define which keys a query sees.
 
     Args:
-        chunk_length, chunks_before, chunks_after: A query sees its chunk of the order and so many around it.
-        causal: Whether it sees no later position.
-        include_self: Whether a position is among its own keys. Otherwise one that has no key takes its own value.
-        same_bucket: Whether it sees keys of its own bucket only.
-        window: Whether it sees `chunk_length * chunks_before` slots before and `chunk_length * chunks_after` after its
-            own one, instead of whole chunks. Implies `same_bucket`.
-        deduplicate_keys: Whether a key counts in the first round that shows it only.
-        ring_multiple: With a multiple of the chunk length, the chunks of all rounds form a ring, in which the first
-            chunk is preceded by the last one, and each round is padded to this multiple (in-tree). `None`: no ring.
-        ring_min_length: Up to this length a ring is not padded.
+        chunk_length: Slots per chunk of the sorted order.
+        chunks_before, chunks_after: Number of chunks before and after its own chunk that a query sees.
+        causal: Whether a query sees no later positions.
+        include_self: Whether a query sees its own key. If False, a query without keys returns its own value.
+        same_bucket: Whether a query only sees keys of its own bucket.
+        window: Whether a query sees `chunk_length * chunks_before` slots before its own slot and
+            `chunk_length * chunks_after` slots after it, instead of whole chunks. Implies `same_bucket`.
+        deduplicate_keys: Whether a key that is visible in several rounds only counts in the first of them.
+        ring_multiple: If given, a multiple of the chunk length. The chunks of all rounds then form a ring, in which
+            the last chunk precedes the first one, and each round is padded to this multiple (in-tree). `None` means
+            no ring.
+        ring_min_length: A ring is not padded up to this length.
     """
 
     chunk_length: int
@@ -41,20 +43,20 @@ class AttentionPattern:
 
     @property
     def wraps(self) -> bool:
-        """Whether chunks form a ring."""
+        """Whether the chunks form a ring."""
         return self.ring_multiple is not None
 
     def padded_length(self, length: int) -> int:
-        """Slots of one round for an input of `length` positions, up to the multiple of a chunk."""
+        """Return the slots of one round for an input of `length` positions, before the last chunk is filled up."""
         if not self.wraps or length <= self.ring_min_length:
             return length
         return math.ceil(length / self.ring_multiple) * self.ring_multiple
 
     def for_length(self, length: int) -> "AttentionPattern":
         """
-        The pattern for an input of `length` positions.
+        Return the pattern for an input of `length` positions.
 
-        A ring that is no longer than a chunk is one chunk in the order of positions, without hashing (in-tree).
+        A ring that fits into one chunk becomes a single chunk in the order of positions, without hashing (in-tree).
         """
         if not self.wraps or self.padded_length(length) > self.chunk_length:
             return self
@@ -62,15 +64,16 @@ class AttentionPattern:
 
     @property
     def window_length(self) -> int:
-        """Slots that are looked at for a chunk of queries."""
+        """Number of slots in the window of a chunk of queries."""
         return self.chunk_length * (self.chunks_before + 1 + self.chunks_after)
 
     def for_device(self, device: torch.device) -> "AttentionPattern":
         """
-        The same pattern in chunks that cost least on a device.
+        Return the same pattern with the chunk length that is fastest on a device.
 
-        What a query of a window sees does not depend on chunks, but it is computed for the keys of all queries of its
-        chunk: fewer for shorter chunks, as long as these are worth a matrix product.
+        In a `window` pattern the visible keys do not depend on the chunk length. But each query is scored against the
+        keys of all queries of its chunk: shorter chunks waste fewer scores, down to the shortest chunk that still
+        makes an efficient matrix product.
         """
         shortest = policy_for(device).window_chunk_length
         if not self.window or shortest is None:
@@ -87,10 +90,12 @@ class AttentionPattern:
 
     def seen_slots(self, starts: Tensor) -> tuple[Tensor, Tensor]:
         """
-        First and last slot that each query may see, `[…, L]` by its own slot.
+        Return the first and the last slot that each query may see, both `[…, L]` and indexed by the query's own slot.
 
-        All between is visible but what `include_self` forbids and, across buckets, `causal`. `starts` `[…, L]` says
-        where buckets begin.
+        All slots between them are visible, except those that `include_self` or, across buckets, `causal` excludes.
+
+        Args:
+            starts: `[…, L]`, True where a bucket begins.
         """
         slots = torch.arange(starts.shape[-1], dtype=torch.int32, device=starts.device)
         own_chunk = slots - slots % self.chunk_length
@@ -101,12 +106,12 @@ class AttentionPattern:
             last = slots + self.chunk_length * self.chunks_after
         if self.same_bucket or self.window:
             first = torch.maximum(first, torch.where(starts, slots, 0).cummax(-1).values)
-            # Within a bucket, slots follow positions.
+            # Within a bucket, slots are in the order of positions.
             last = slots if self.causal else torch.minimum(last, _ends(starts, slots))
         return first.clamp(min=0).expand(starts.shape), last.clamp(max=slots[-1]).expand(starts.shape)
 
 
 def _ends(starts: Tensor, slots: Tensor) -> Tensor:
-    """Last slot of each slot's bucket."""
+    """Return the last slot of each slot's bucket."""
     is_end = torch.cat([starts[..., 1:], torch.ones_like(starts[..., :1])], dim=-1)
     return torch.where(is_end, slots, slots[-1]).flip(-1).cummin(-1).values.flip(-1)

@@ -1,10 +1,11 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Where the positions of a sorted order stand: in *slots*.
+The layout of a sorted order in *slots*.
 
-The slots of a round are its positions in the order given, padded to a multiple of the chunk length: n chunks of C.
-The *windows* of the first and last chunks reach beyond these, into slots on both sides: S = (n + chunks before and
-after) * C in all. What stands there is empty, or, in a ring, the chunks of the other end.
+A round has one slot for each position, in sorted order, padded to a multiple of the chunk length: n chunks of C slots.
+The *windows* of the first and last chunks extend beyond them on both sides, so that a round has
+S = (n + chunks before and after) * C slots in total. The additional slots are empty or, in a ring, hold the chunks of
+the other end.
 
 Shapes: g heads of any batch row, R rounds, L length, n chunks, C chunk length, W window length.
 """
@@ -22,7 +23,7 @@ from .attention_pattern import AttentionPattern
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """The slots of an input of `length` positions."""
+    """Lay out an input of `length` positions in slots."""
 
     pattern: AttentionPattern
     length: int
@@ -33,11 +34,11 @@ class SlotLayout:
 
     @property
     def num_empty(self) -> int:
-        """Empty slots at the end of the last chunk."""
+        """Number of empty slots at the end of the last chunk."""
         return self.num_chunks * self.pattern.chunk_length - self.length
 
     def slots(self, sorted_gRL: Tensor, round: int, empty: float) -> Tensor:
-        """All slots `[g, S]` of one round, `empty` where a slot is empty."""
+        """Return all slots `[g, S]` of one round; empty slots hold `empty`."""
         pattern = self.pattern
         chunk_length, before, after = pattern.chunk_length, pattern.chunks_before, pattern.chunks_after
         if not pattern.wraps:
@@ -49,14 +50,14 @@ class SlotLayout:
         return ring.index_select(1, chunks % ring.shape[1]).flatten(1)
 
     def own_slots(self, slots_gS: Tensor) -> Tensor:
-        """Those of the chunks themselves, `[g, n * C]`."""
+        """Return the slots of the chunks themselves, `[g, n * C]`."""
         start = self.pattern.chunk_length * self.pattern.chunks_before
         return slots_gS[:, start : start + self.num_chunks * self.pattern.chunk_length]
 
     def queries(self, sorted_gL: Tensor) -> Tensor:
-        """What is known of each query, to be compared with windows: `[g, n, C, 1]`, zero where a slot is empty."""
+        """Reshape a value per query to `[g, n, C, 1]`, which broadcasts against windows; empty slots hold zero."""
         return pad(sorted_gL, (0, self.num_empty)).unflatten(1, (-1, self.pattern.chunk_length))[..., None]
 
     def windows(self, slots_gS: Tensor) -> Tensor:
-        """What is known of the keys of each chunk, to be compared with queries: `[g, n, 1, W]`."""
+        """Return the windows `[g, n, 1, W]` of a value per slot, which broadcast against queries."""
         return slots_gS.unfold(1, self.pattern.window_length, self.pattern.chunk_length)[:, :, None]

@@ -1,7 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The pieces in which chunk attention is computed: *tiles*, some heads times some chunks of one round, so that nothing of
-the size of all scores exists.
+The *tiles* of chunk attention: some heads times some chunks of one round. Attention is computed tile by tile, so that
+no tensor has the size of all scores.
 
 Shapes: g heads of any batch row, n chunks, C chunk length, W window length, S slots; see `attention_slots`. A *row* is
 a (batch, position, head); rows of a tensor `[B, L, H, D]` are `[B * L * H, D]`.
@@ -23,43 +23,51 @@ from .hashing import unpack_order
 
 @dataclass
 class Tile:
-    """Some heads times some chunks of one round."""
+    """
+    Some heads times some chunks of one round.
+
+    Args:
+        pattern: Which keys a query sees.
+        round: The hash round.
+        query_rows: Rows of the queries, `[g, n, C]`.
+        target_rows: Rows to write the results to, `[g, n, C]`: the rows of the queries or, for empty slots, the one
+            additional row at the end.
+        key_rows: Rows of the keys, `[g, S]`.
+        mask: Added to the scores, `[g, n, C, W]`: 0 for visible keys, very negative for masked ones.
+    """
 
     pattern: AttentionPattern
     round: int
-    # [g, n, C]: rows of the queries; the row to write to is the one after the last where a slot is empty.
     query_rows: Tensor
     target_rows: Tensor
-    # [g, S]: rows of the keys.
     key_rows: Tensor
-    # [g, n, C, W], to be added to scores: 0 where a query sees a key, hugely negative where it does not.
     mask: Tensor
 
     def slots_of(self, rows: Tensor) -> Tensor:
-        """`[g, S, …]` of rows `[B * L * H, …]`; anything in empty slots."""
+        """Gather the slots `[g, S, …]` from rows `[B * L * H, …]`; empty slots hold arbitrary values."""
         return _select(rows, self.key_rows)
 
     def queries_of(self, rows: Tensor) -> Tensor:
-        """`[g, n, C, …]` of rows `[B * L * H, …]`; anything in empty slots."""
+        """Gather the queries `[g, n, C, …]` from rows `[B * L * H, …]`; empty slots hold arbitrary values."""
         return _select(rows, self.query_rows)
 
     def targets_of(self, rows: Tensor) -> Tensor:
-        """`[g, n, C, …]` of what was written to the target rows, `[B * L * H + 1, …]`."""
+        """Gather the target rows `[g, n, C, …]` from `[B * L * H + 1, …]`."""
         return _select(rows, self.target_rows)
 
     def own(self, slots: Tensor) -> Tensor:
-        """The slots `[g, n, C, D]` of the tile's own chunks, of `[g, S, D]`; shares memory with it."""
+        """Return a view of the tile's own chunks `[g, n, C, D]` in the slots `[g, S, D]`."""
         num_chunks, chunk_length = self.query_rows.shape[1:]
         start = chunk_length * self.pattern.chunks_before
         own = slots[:, start : start + num_chunks * chunk_length]
         return own.view(own.shape[0], num_chunks, chunk_length, -1)
 
     def windows(self, slots: Tensor) -> Tensor:
-        """The windows `[g, n, W, D]` of `[g, S, D]`; shares memory with it, as neighbours do with each other."""
+        """Return a view of the windows `[g, n, W, D]` in the slots `[g, S, D]`; neighboring windows overlap."""
         return slots.unfold(1, self.pattern.window_length, self.pattern.chunk_length).transpose(-1, -2)
 
     def fold(self, windows: Tensor) -> Tensor:
-        """Sums `[g, S, D]` of what stands for the same slot in `[g, n, W, D]`: the transpose of `windows`."""
+        """Sum the elements of windows `[g, n, W, D]` that share a slot, to `[g, S, D]`: the transpose of `windows`."""
         (heads, num_chunks, _, size), chunk_length = windows.shape, self.pattern.chunk_length
         slots = windows.new_empty(heads, self.key_rows.shape[1] // chunk_length, chunk_length, size)
         slots[:, num_chunks:] = 0
@@ -83,19 +91,19 @@ def _select(rows: Tensor, index: Tensor) -> Tensor:
 
 class Tiling:
     """
-    Iterates over the tiles of an input, heads outermost, then rounds, then chunks.
+    Iterate over the tiles of an input: over heads in the outer loop, then rounds, then chunks.
+
+    The masks of all tiles share memory: use one before requesting the next.
 
     Args:
         pattern: Which keys a query sees.
-        order: The order of each round `[B or 1, H or 1, R, L]`, where a bucket begins the complement of the position;
-            padding last, in a bucket of its own. `None` stands for one round and one bucket in the order of positions.
-        padding_BL: True where there is padding, which no query sees.
-        query_BLHD: For its shape, dtype and device.
-
-    The masks of all tiles share memory: use one before the next comes.
+        order: The order of each round `[B or 1, H or 1, R, L]` as `hashing.sort_by_bucket` returns it, with padding
+            last, in its own bucket. `None` means one round with one bucket, in the order of positions.
+        padding_BL: True for padding, which no query sees.
+        query_BLHD: The queries, which give the shape, dtype and device.
 
     Raises:
-        ValueError: For more positions than masks are exact for.
+        ValueError: If the input has more positions than masks can represent exactly.
     """
 
     def __init__(self, pattern: AttentionPattern, order: Tensor | None, padding_BL: Tensor | None, query_BLHD: Tensor):
@@ -104,7 +112,7 @@ class Tiling:
         self.device = query_BLHD.device
         self.mask_dtype = torch.promote_types(query_BLHD.dtype, torch.float32)
         if self.length > MAX_LENGTH:
-            raise ValueError(f"The input is {self.length} tokens long, but attention takes at most {MAX_LENGTH}.")
+            raise ValueError(f"The input has {self.length} tokens, but attention supports at most {MAX_LENGTH}.")
         interval = is_interval(pattern, order is not None, padding_BL is not None)
         if order is None:
             order = torch.arange(self.length, dtype=torch.int32, device=self.device)[None, None, None]
@@ -112,7 +120,7 @@ class Tiling:
         self.num_rounds = order.shape[2]
         self.num_rows = self.batch_size * self.length * self.num_heads
         self._order = order.expand(self.batch_size, self.num_heads, -1, -1)
-        # Between two slots there is none.
+        # An interval of visible slots contains no padding.
         self._padding_BL = None if interval else padding_BL
         self.has_key_everywhere = pattern.include_self and self._padding_BL is None
         self._layout = SlotLayout(pattern, self.length)
@@ -130,11 +138,11 @@ class Tiling:
             yield from self._tiles_of_heads(group)
 
     def query_positions(self, tile: Tile) -> Tensor:
-        """`[g, n, C]` (int32); anything in empty slots."""
+        """Return the positions `[g, n, C]` (int32) of the queries; empty slots hold arbitrary values."""
         return self._positions(tile.query_rows)
 
     def key_positions(self, tile: Tile) -> Tensor:
-        """`[g, n, 1, W]` (int32); anything in empty slots."""
+        """Return the positions `[g, n, 1, W]` (int32) of the keys; empty slots hold arbitrary values."""
         return self._layout.windows(self._positions(tile.key_rows))
 
     def _positions(self, rows: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-KV cache: what a causal model keeps of the tokens it has seen, as cache layers of Transformers.
+The KV cache: Transformers cache layers for what generation keeps of earlier tokens.
 
-A cache layer has two ways in:
+Two methods write to a cache layer:
 
-* `prefill` takes the keys, values and buckets of a parallel pass, once it has run for all heads;
-* `append` takes a few new tokens and returns what they attend to.
+* `prefill` writes the keys, values and buckets of a parallel pass, after it has run for all heads;
+* `append` writes a few new tokens and returns what they attend to.
 
-`DynamicCache(config=…)` makes layers that grow, `StaticCache(config=…, max_cache_len=…)` layers of a fixed shape for
-`torch.compile`. The layers are in `full_cache`, `local_cache` and `lsh_cache`.
+`DynamicCache(config=…)` creates layers that grow, and `StaticCache(config=…, max_cache_len=…)` creates layers of a
+fixed shape for `torch.compile`. The layers are in `full_cache`, `local_cache` and `lsh_cache`.
 
-Shapes: B batch, n new tokens, T cached tokens, H heads, D head size, M length of a ring. A token's *cache position*
-counts all tokens before it, padding included; its *rank* counts those that are not padding.
+Shapes: B batch, n new tokens, T cached tokens, H heads, D head size, M length of a ring buffer. The *cache position*
+of a token is the number of tokens before it, padding included. Its *token index* is the number of tokens before it
+that are not padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,21 +26,21 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attention_pattern import AttentionPattern
 
-# Tokens that can be appended at a time, and the least number of tokens that `crop` can remove.
+# Maximum number of tokens per append, and number of tokens that `crop` can always remove.
 SLACK = 64
 
-# The least number of rows by which a buffer grows.
+# Minimum number of rows by which a buffer grows.
 _MIN_GROWTH = 64
 
 
 @dataclass(frozen=True)
 class CacheSpec:
     """
-    What a cache layer is built for; a model of another spec cannot use it.
+    The attention that a cache layer is built for. A model with another spec cannot use the layer.
 
     Args:
-        pattern: Which keys a query sees; `None` for all before it.
-        num_heads, head_size: Of keys and values.
+        pattern: Which keys a query sees; `None` for all earlier keys.
+        num_heads, head_size: Number and size of the heads of keys and values.
         num_hashes: Hash rounds of an LSH layer.
     """
 
@@ -52,12 +53,12 @@ class CacheSpec:
 @dataclass(frozen=True)
 class Seen:
     """
-    What new tokens attend to, in the layout of `scaled_dot_product_attention`.
+    The keys and values that new tokens attend to, in the layout of `scaled_dot_product_attention`.
 
     Args:
-        key, value: `[B, H, T, D]`, or, where each token of each head has keys of its own, `[B * H * n, 1, T, D]`.
-        bias: Added to the scores, `[B or 1, 1, n, T]` or `[B * H * n, 1, 1, T]`; `None` for nothing.
-        positions: Cache positions of the keys, broadcastable to the scores; `None` unless they were asked for.
+        key, value: `[B, H, T, D]`, or `[B * H * n, 1, T, D]` if each token of each head has separate keys.
+        bias: Added to the scores, `[B or 1, 1, n, T]` or `[B * H * n, 1, 1, T]`; `None` for no bias.
+        positions: Cache positions of the keys, broadcastable to the scores; `None` unless requested.
     """
 
     key: Tensor
@@ -69,15 +70,15 @@ class Seen:
 @dataclass(frozen=True)
 class Past:
     """
-    The cached tokens, as input of a parallel pass over them and new ones.
+    The cached tokens as input of a parallel pass over cached and new tokens.
 
     Args:
         key, value: `[B, T, H, D]`.
-        masked: `[B, T]`, True where no query may see the token.
+        masked: `[B, T]`, True for tokens that no query may see.
         positions: Cache positions, `[B, 1 or H, T]` int32.
-        empty: `[B, T]`, True where there is no token; `None` for nowhere.
+        length: Number of cached tokens, including dropped ones.
+        empty: `[B, T]`, True for entries without a token; `None` if there are none.
         buckets: `[B, H, R, T]` in LSH layers.
-        length: Cached tokens, those included that were dropped.
     """
 
     key: Tensor
@@ -89,7 +90,7 @@ class Past:
     buckets: Tensor | None = None
 
     def heads(self, heads: slice) -> "Past":
-        """The part of some heads."""
+        """Return the part that belongs to some of the heads."""
         return replace(
             self,
             key=self.key[:, :, heads],
@@ -101,8 +102,17 @@ class Past:
     def prepend(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Queries (zero for cached tokens), keys and values `[B, T + n, H, D]` of cached and new tokens, and which of
-        them no query may see, `[B, T + n]`."""
+        """
+        Prepend the cached tokens to new ones.
+
+        Args:
+            query, key, value: Of the new tokens, `[B, n, H, D]`.
+            padding: `[B, n]`, True for padding.
+
+        Returns:
+            Queries (zero for cached tokens), keys and values `[B, T + n, H, D]` of cached and new tokens, and which of
+            them no query may see, `[B, T + n]`.
+        """
         query = torch.cat([torch.zeros_like(self.key, dtype=query.dtype), query], dim=1)
         key, value = (
             torch.cat([old.to(new.dtype), new], dim=1) for old, new in ((self.key, key), (self.value, value))
@@ -112,7 +122,7 @@ class Past:
         return (query, key, value), torch.cat([self.masked, padding], dim=1)
 
     def cache_positions(self, index: Tensor) -> Tensor:
-        """Cache positions of indices `[B, H, R, n, W]` into cached and new tokens; -1 stays."""
+        """Convert indices `[B, H, R, n, W]` into cached and new tokens to cache positions; keep -1."""
         num_new = index.shape[3]
         new = torch.arange(self.length, self.length + num_new, dtype=torch.int32, device=index.device)
         positions = torch.cat([self.positions, new.expand(*self.positions.shape[:-1], -1)], dim=-1)
@@ -122,16 +132,16 @@ class Past:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that can be written to in inference mode and outside, whatever the mode is now."""
+    """Create tensors that can be written to inside and outside inference mode, regardless of the current mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class AttentionCacheLayer(CacheLayerMixin):
     """
-    What the cache layers of all kinds of attention share, growing as tokens come.
+    Base class of the cache layers of all attention types. Its buffers grow with the number of tokens.
 
-    Caches find a subclass by its `layer_type`, see `ReformerHfConfig.layer_types`.
+    Transformers' caches look up a subclass by its `layer_type`, see `ReformerHfConfig.layer_types`.
     """
 
     layer_type = ""
@@ -139,34 +149,34 @@ class AttentionCacheLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
     supports_early_init = False
-    # Names of the tensors, whose first axis is the batch.
+    # Names of the tensors. Their first axis is the batch.
     tensors: tuple[str, ...] = ("entries", "num_padding")
-    # Keys and values side by side, `[B, rows, H, 2 * D]`.
+    # Concatenated keys and values, `[B, rows, H, 2 * D]`.
     entries: Tensor | None
-    # Tokens of each row of the batch that are padding, `[B]`.
+    # Number of padding tokens in each row of the batch, `[B]`.
     num_padding: Tensor | None
     spec: CacheSpec | None
-    # Cached tokens, padding included: a number, or a tensor where the shape is fixed.
+    # Number of cached tokens, padding included: an `int`, or a tensor in layers of a fixed shape.
     length: Any
 
     def __init__(self, **kwargs):
-        # Not that of the base class, whose keys and values are views here.
+        # The base class is not initialized: its keys and values are views here.
         self.record_past = False
-        # All layers of the cache: they are cropped together or not at all.
+        # All layers of the cache, which are cropped together or not at all.
         self.peers: list[AttentionCacheLayer] = [self]
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the next prefill makes new tensors."""
+        """Discard all tokens. The next prefill creates new tensors."""
         for name in self.tensors:
             setattr(self, name, None)
         self.is_initialized = self.has_padding = self._offloaded = False
         self.spec, self.length = None, 0
-        # Of the tokens since the last crop, the most there were, and those that it kept.
+        # The longest length since the last crop, and the length that the last crop kept.
         self._longest = self._kept_by_crop = 0
 
     def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
-        """Make the tensors for keys and values like these."""
+        """Create the tensors for keys and values of these shapes and dtypes."""
         batch_size, _, num_heads, head_size = key.shape
         self.spec, self.device = spec, key.device
         self.entries = key.new_zeros((batch_size, self._initial_rows(), num_heads, head_size + value.shape[-1]))
@@ -175,19 +185,17 @@ class AttentionCacheLayer(CacheLayerMixin):
     def _initial_rows(self) -> int:
         return 0
 
-    # The two ways in.
-
     def prefill(
         self, spec: CacheSpec, key: Tensor, value: Tensor, padding: Tensor | None = None, **hashing: Any
     ) -> None:
         """
-        Take the tokens of a parallel pass.
+        Write the tokens of a parallel pass.
 
         Args:
-            spec: What an empty layer is built for.
+            spec: The attention that an empty layer is built for.
             key, value: `[B, n, H, D]`.
-            padding: `[B, n]`, True where there is padding.
-            hashing: What an LSH layer takes besides.
+            padding: `[B, n]`, True for padding.
+            hashing: Additional arguments of an LSH layer.
         """
         if not self.is_initialized:
             with ordinary_tensors():
@@ -199,20 +207,20 @@ class AttentionCacheLayer(CacheLayerMixin):
         self._count(key.shape[1], padding)
 
     def _prefill(self, *args: Any, **kwargs: Any) -> None:
-        """`prefill` once the tensors are made and large enough: write, without counting."""
+        """Write the tokens of `prefill` to tensors that are large enough, without counting them."""
         raise NotImplementedError
 
     def append(
         self, key: Tensor, value: Tensor, padding: Tensor | None = None, with_positions: bool = False, **hashing: Any
     ) -> Seen:
         """
-        Take a few new tokens, at most `append_limit`, and return what they attend to.
+        Write a few new tokens, at most `append_limit`, and return what they attend to.
 
         Args:
             key, value: `[B, n, H, D]`.
-            padding: `[B, n]`, True where there is padding.
-            with_positions: Whether the cache positions of the keys are wanted too.
-            hashing: What an LSH layer takes besides.
+            padding: `[B, n]`, True for padding.
+            with_positions: Whether to return the cache positions of the keys as well.
+            hashing: Additional arguments of an LSH layer.
         """
         self._reserve(key.shape[1])
         self._note_padding(padding)
@@ -221,32 +229,30 @@ class AttentionCacheLayer(CacheLayerMixin):
         return seen
 
     def _append(self, *args: Any, **kwargs: Any) -> Seen:
-        """`append` once the tensors are large enough: write and read, without counting."""
+        """Write the tokens of `append` to tensors that are large enough and read, without counting them."""
         raise NotImplementedError
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """`prefill` where a spec is given, else `append`: `Cache.update` calls this, and offloads layers around it."""
+        """Call `prefill` if a spec is given, else `append`. `Cache.update` calls this and handles offloading."""
         self.prefetch()
         if "spec" not in kwargs:
             return self.append(key_states, value_states, **kwargs), None
         self.prefill(key=key_states, value=value_states, **kwargs)
         return None, None
 
-    # Tokens that `append` takes at a time.
+    # Maximum number of tokens per `append`.
     append_limit = SLACK
 
     def can_append(self, num_new: int) -> bool:
-        """Whether new tokens are to be appended, rather than computed together with the cached ones."""
+        """Return whether to append new tokens, rather than compute them in one parallel pass with the cached ones."""
         return self.is_initialized and num_new <= SLACK
 
     def past(self) -> Past:
-        """The cached tokens that new ones may see."""
+        """Return the cached tokens that new ones may see."""
         raise NotImplementedError
 
-    # Counting tokens, and growing.
-
     def _new_positions(self, num_new: int) -> Tensor:
-        """Cache positions `[n]` of new tokens."""
+        """Return the cache positions `[n]` of new tokens."""
         return torch.arange(self.length, self.length + num_new, device=self.device)
 
     def _count(self, num_new: int, padding: Tensor | None) -> None:
@@ -255,7 +261,7 @@ class AttentionCacheLayer(CacheLayerMixin):
         self.length += num_new
 
     def _reserve(self, num_new: int) -> None:
-        """Grow, so that new tokens fit."""
+        """Grow the buffers to make new tokens fit."""
 
     def _note_padding(self, padding: Tensor | None) -> None:
         if padding is not None:
@@ -263,7 +269,7 @@ class AttentionCacheLayer(CacheLayerMixin):
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens so far that are not padding, `[B]`."""
+        """Number of cached tokens that are not padding, `[B]`."""
         return self.length - self.num_padding
 
     @property
@@ -277,7 +283,7 @@ class AttentionCacheLayer(CacheLayerMixin):
         return None if self.entries is None else self.entries.chunk(2, dim=-1)[1]
 
     def _as_entries(self, key: Tensor, value: Tensor) -> Tensor:
-        """Keys and values side by side, in the dtype of the cache."""
+        """Concatenate keys and values, in the dtype of the cache."""
         states = torch.cat([key, value], dim=-1)
         return states if states.dtype == self.entries.dtype else states.to(self.entries.dtype)
 
@@ -285,10 +291,10 @@ class AttentionCacheLayer(CacheLayerMixin):
         """Write values into consecutive rows of a buffer."""
         buffer.narrow(axis, row, values.shape[axis]).copy_(values)
 
-    # What Transformers asks of every cache layer.
+    # The interface of Transformers' cache layers.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise ValueError("A cache layer of this model is made by its first prefill, which knows the attention.")
+        raise ValueError("A cache layer of this model is initialized by its first prefill: run the model on a prompt.")
 
     @property
     def batch_size(self) -> int:
@@ -297,18 +303,18 @@ class AttentionCacheLayer(CacheLayerMixin):
         return self.num_padding.shape[0]
 
     def get_seq_length(self) -> int:
-        """Cached tokens, padding included."""
+        """Return the number of cached tokens, padding included."""
         return self.length
 
     def get_max_length(self) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All cache positions: masks `[B, length]` are what the model takes."""
+        """Return all cache positions: the model takes masks `[B, length]`."""
         return self.length + query_length, 0
 
     def offload(self) -> None:
-        """Move keys and values to the memory of the CPU."""
+        """Move keys and values to CPU memory."""
         if self.is_initialized:
             self.entries = self.entries.to("cpu", non_blocking=True)
             self._offloaded = True
@@ -320,28 +326,31 @@ class AttentionCacheLayer(CacheLayerMixin):
             self._offloaded = False
 
     def activate_past_recording(self) -> None:
-        """Keep whatever `crop` needs to return to the tokens that the last crop kept."""
+        """Keep all that `crop` needs to restore the length that the last crop kept."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """
-        Remove the last tokens: `-5` removes five, as in Transformers.
+        Remove the last tokens.
+
+        Args:
+            tokens_to_remove: Number of tokens as a negative number: `-5` removes five, as in Transformers.
 
         Raises:
-            ValueError: If a layer of the cache has dropped what it would need, which leaves all layers as they are; or
-                for a positive number.
+            ValueError: If the number is positive or exceeds the length, or if a layer of the cache has dropped tokens
+                that it would need. All layers are then unchanged.
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"`tokens_to_remove` is {tokens_to_remove}; give the number of tokens to remove as a negative one, "
-                "such as -1."
+                f"`tokens_to_remove` is {tokens_to_remove}, but must not be positive: pass the number of tokens to "
+                "remove as a negative number, such as -1."
             )
         if not self.is_initialized:
             return
         length = int(self.length)
         target = length + tokens_to_remove
         if target < 0:
-            raise ValueError(f"{-tokens_to_remove} tokens cannot be removed from a cache that holds {length}.")
+            raise ValueError(f"Cannot remove {-tokens_to_remove} tokens from a cache that holds {length}.")
         for layer in self.peers:
             layer._check_crop(target)
         self._kept_by_crop = target
@@ -357,25 +366,24 @@ class AttentionCacheLayer(CacheLayerMixin):
     def _check_crop(self, target: int) -> None:
         if self.is_initialized and 0 < target < int(self.length) and not self._can_restore(target):
             raise ValueError(
-                f"A cache of {int(self.length)} tokens is to be cropped to {target}, but its {type(self).__name__} "
-                f"has dropped earlier tokens: it can return to {SLACK} tokens before the longest length it had. Crop "
-                "by less, call `activate_past_recording()` before the tokens that are to be removed, or use a new "
-                "cache."
+                f"Cannot crop a cache of {int(self.length)} tokens to {target}: its {type(self).__name__} has dropped "
+                f"earlier tokens and can only be cropped by {SLACK} tokens from its longest length. Remove fewer "
+                "tokens, call `activate_past_recording()` before adding tokens to be removed, or use a new cache."
             )
 
     def _can_restore(self, target: int) -> bool:
-        """Whether nothing was overwritten that a token at cache position `target` sees."""
+        """Return whether all that a token at cache position `target` sees is still stored."""
         return True
 
     def _crop(self, num_removed: int) -> None:
-        """Remove the last tokens; `length` is still the old one."""
+        """Remove the last tokens, before `length` is updated."""
         raise NotImplementedError
 
     def _after_crop(self) -> None:
-        """Give back what was kept for `crop` alone."""
+        """Free the memory that was only kept for `crop`."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows of the batch in this order."""
+        """Reorder the rows of the batch."""
         self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -383,7 +391,7 @@ class AttentionCacheLayer(CacheLayerMixin):
         self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
+        """Keep only these rows of the batch."""
         self._map_batch(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -394,11 +402,11 @@ class AttentionCacheLayer(CacheLayerMixin):
                     self._replace(name, function(tensor))
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in the place of another one, of another batch size or capacity perhaps."""
+        """Replace a tensor by one whose batch size or capacity may differ."""
         setattr(self, name, tensor)
 
     def _resize(self, name: str, axis: int, size: int, fill: int = 0) -> None:
-        """Change the size of a tensor along an axis; what it holds stays at the beginning."""
+        """Enlarge a tensor along an axis, keeping its content at the beginning."""
         old = getattr(self, name)
         with ordinary_tensors():
             new = old.new_full((*old.shape[:axis], size, *old.shape[axis + 1 :]), fill)
@@ -407,7 +415,7 @@ class AttentionCacheLayer(CacheLayerMixin):
 
 
 class FixedShape(AttentionCacheLayer):
-    """Makes a cache layer one of a fixed shape, for `StaticCache`: the length is a tensor, and nothing grows."""
+    """Mixin for cache layers of a fixed shape, for `StaticCache`: the length is a tensor, and buffers do not grow."""
 
     is_compileable = True
 
@@ -416,9 +424,9 @@ class FixedShape(AttentionCacheLayer):
         super().__init__()
 
     def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
-        # A number would be compiled into the code.
+        # Compiled code would treat a number as a constant.
         self.length = torch.zeros((), dtype=torch.long, device=key.device)
-        # Nor can that know whether there will be padding.
+        # Compiled code cannot depend on whether later tokens contain padding.
         self.has_padding = True
         super()._initialize(spec, key, value)
         if not torch.compiler.is_compiling():
@@ -437,13 +445,13 @@ class FixedShape(AttentionCacheLayer):
         buffer.index_copy_(axis, rows, values if values.dtype == buffer.dtype else values.to(buffer.dtype))
 
     def _reserve(self, num_new: int) -> None:
-        """`input_checks` has made sure that new tokens fit."""
+        """Do nothing: `input_checks` ensures that new tokens fit."""
 
     def _note_padding(self, padding: Tensor | None) -> None:
-        """`has_padding` is set already."""
+        """Do nothing: `has_padding` is always set."""
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        # Compiled code knows a tensor by its address.
+        # Compiled code refers to a tensor by its address.
         if tensor.shape == getattr(self, name).shape:
             getattr(self, name).copy_(tensor)
         else:
@@ -454,10 +462,10 @@ class FixedShape(AttentionCacheLayer):
 
 
 def self_bias(dtype: torch.dtype) -> float:
-    """Added to the score of a token with itself: it then counts only where all other keys are masked."""
+    """Return the bias of a token's score with itself, under which it only counts if all other keys are masked."""
     return torch.finfo(dtype).min / 4
 
 
 def grown(size: int, needed: int) -> int:
-    """A new size that makes copying cheap for a buffer that keeps growing."""
+    """Return a new size for a growing buffer that keeps the amortized cost of copying low."""
     return max(needed, size + max(size // 2, _MIN_GROWTH))

@@ -1,9 +1,9 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Attention within chunks of a sorted order: the one operation under local and LSH attention.
+Attention within chunks of a sorted order, the operation that local and LSH attention share.
 
-`attention_tiles` says who sees whom and cuts the work into tiles, `attention_kernels` computes one. Here rounds are
-merged as they come, and gradients are summed.
+`attention_tiles` splits the computation into tiles with their masks, and `attention_kernels` computes one tile. This
+file merges the outputs of the rounds one by one, and sums the gradients.
 
 Shapes: B batch, L length, H heads, D size of queries and keys, E size of values, R rounds. A *row* is a (batch,
 position, head).
@@ -32,23 +32,23 @@ def chunk_attention(
     dropout_seed: int = 0,
 ) -> Tensor:
     """
-    Attend within chunks; one softmax over the keys of all rounds.
+    Attend within chunks, with one softmax over the keys of all rounds.
 
-    Queries meet keys as they are: any scale is part of one of them.
+    Scores are plain dot products: the caller applies any scale to the queries or the keys.
 
     Args:
-        query_BLHD, key_BLHD, value_BLHE: All of one floating dtype. No keys stand for those of shared query-key
-            attention, `normalized_keys(query_BLHD)`, which never exist as a whole.
+        query_BLHD, key_BLHD, value_BLHE: All of the same floating dtype. If the keys are `None`, they are those of
+            shared query-key attention, `normalized_keys(query_BLHD)`, computed tile by tile.
         pattern: Which keys a query sees.
-        order: The order of each round as `hashing.sort_by_bucket` returns it, `[B or 1, H or 1, R, L]`. `None` stands
-            for one round in the order of positions.
-        padding_BL: True where there is padding, which no query sees. Outputs there mean nothing.
-        dropout: Rate at which attention weights are dropped. The value that a position without a key takes is kept.
-        dropout_seed: Seed of the generator that draws what is dropped.
+        order: The order of each round as `hashing.sort_by_bucket` returns it, `[B or 1, H or 1, R, L]`. `None` means
+            one round in the order of positions.
+        padding_BL: True for padding, which no query sees. Outputs of padding are undefined.
+        dropout: Dropout rate of attention weights. Dropout does not apply to the value of a query without keys.
+        dropout_seed: Seed of the dropout.
 
     Returns:
-        `[B, L, H, E]` in the dtype of the values. Rows without a key are their own value, or zero where a position
-        that is not padding would see itself.
+        `[B, L, H, E]` in the dtype of the values. The output of a query without keys is its own value, or zero if
+        `pattern.include_self` is True.
     """
     return _ChunkAttention.apply(query_BLHD, key_BLHD, value_BLHE, pattern, order, padding_BL, dropout, dropout_seed)
 
@@ -61,11 +61,14 @@ def chunk_attention_weights(
     padding_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
-    The weights that `chunk_attention` gives to keys, before dropout, and the positions of those keys.
+    Compute the attention weights of `chunk_attention` before dropout, and the positions of the keys.
+
+    Args:
+        query_BLHD, key_BLHD, pattern, order, padding_BL: As in `chunk_attention`.
 
     Returns:
-        `weights` and `positions` (int32), both `[B, H, R, L, W]`, where W is the window's length. Positions are -1
-        where a query does not see what is there. The weights of a query sum to 1 over R and W.
+        `weights` and `positions` (int32), both `[B, H, R, L, W]`, where W is the length of the window. The position is
+        -1 for masked keys. The weights of a query sum to 1 over R and W.
     """
     with torch.no_grad(), torch.autocast(query_BLHD.device.type, enabled=False):
         tiling = Tiling(pattern, order, padding_BL, query_BLHD)
@@ -96,7 +99,7 @@ def chunk_attention_weights(
 
 
 class _ChunkAttention(torch.autograd.Function):
-    """Keeps inputs, the order, the merged output and the merged logsumexp; nothing of the size of the scores."""
+    """Save the inputs, the order, the merged output and the merged logsumexp, but no tensor of the scores' size."""
 
     @staticmethod
     def forward(ctx, query, key, value, pattern, order, padding, dropout, dropout_seed):
@@ -125,7 +128,7 @@ class _ChunkAttention(torch.autograd.Function):
 
 @dataclass
 class _Rows:
-    """Inputs by row `[B * L * H, …]`, and where queries serve as keys the factor that makes a key of each."""
+    """Inputs by row `[B * L * H, …]`; in shared query-key attention, factors that turn queries into keys."""
 
     query: Tensor
     key: Tensor | None
@@ -148,23 +151,23 @@ class _Rows:
 
 @dataclass
 class _TileInputs:
-    """What one tile attends with."""
+    """Queries, keys and values of one tile."""
 
     query: Tensor  # [g, n, C, D]
     key: Tensor  # [g, n, W, D]
     value: Tensor  # [g, n, W, E]
-    # Where queries serve as keys: the keys `[g, S, D]` and their factors `[g, S, 1]`.
+    # In shared query-key attention: the keys `[g, S, D]` and their factors `[g, S, 1]`.
     slot_keys: Tensor | None = None
     slot_scales: Tensor | None = None
 
     def add_grads(self, tile: Tile, grads: list[Tensor | None], query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Add the gradients of this tile's inputs to those of the rows."""
+        """Add the gradients of this tile's inputs to the gradients of the rows."""
         tile.add_slots(grads[2], tile.fold(value))
         if self.slot_keys is None:
             tile.add_queries(grads[0], query)
             tile.add_slots(grads[1], tile.fold(key))
             return
-        # A key k = s q has a fixed length, so that dq = s (dk - k (k · dk)); the epsilon included.
+        # A key k = s q has a fixed norm, so that dq = s (dk - k (k · dk)). This includes the epsilon.
         keys, grad = self.slot_keys.to(grads[0].dtype), tile.fold(key).to(grads[0].dtype)
         grad.addcmul_(keys, torch.linalg.vecdot(keys, grad)[..., None], value=-1.0).mul_(self.slot_scales)
         tile.own(grad).add_(query)
@@ -173,10 +176,13 @@ class _TileInputs:
 
 def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tensor, Tensor]:
     """
-    Output `[B * L * H, E]` in the dtype of the values, and logsumexp of all rows and one more, infinite where a row
-    has no key.
+    Compute the output and the logsumexp of all rows.
+
+    Returns:
+        Output `[B * L * H, E]` in the dtype of the values, and logsumexp `[B * L * H + 1]`, infinite for rows without
+        keys and for the additional row.
     """
-    # One row more than there are takes what is computed for empty slots.
+    # The additional row at the end receives the results of empty slots.
     size = (tiling.num_rows + 1, inputs.value.shape[1])
     out = torch.empty(size, dtype=tiling.mask_dtype, device=inputs.value.device)
     lse = torch.empty(size[0], dtype=tiling.mask_dtype, device=inputs.value.device)
@@ -193,16 +199,16 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
     lse.masked_fill_(without_key, math.inf)
     lse[-1] = math.inf
     if not tiling.has_key_everywhere:
-        # By weights of 0 and 1, which are exact: to list these rows, the host would have to wait for the device.
-        instead = out.new_zeros(()) if tiling.pattern.include_self else inputs.value
-        out.lerp_(instead, without_key[:-1, None].to(out.dtype))
+        # Weights of 0 and 1 are exact. To index the rows without keys, the host would have to wait for the device.
+        fallback = out.new_zeros(()) if tiling.pattern.include_self else inputs.value
+        out.lerp_(fallback, without_key[:-1, None].to(out.dtype))
     return out, lse
 
 
 def _backward(
     inputs: _Rows, out: Tensor, lse: Tensor, grad_out: Tensor, tiling: Tiling, drop: Dropout | None
 ) -> list[Tensor | None]:
-    """Gradients of queries, keys and values by row."""
+    """Compute the gradients of queries, keys and values by row."""
     grads = [
         None if x is None else torch.zeros(x.shape, dtype=tiling.mask_dtype, device=x.device)
         for x in (inputs.query, inputs.key, inputs.value)

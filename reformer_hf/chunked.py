@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Position-wise functions in chunks of positions, forward and backward, so that no graph spans more than one chunk."""
+"""Position-wise functions in chunks of positions, forward and backward. No autograd graph spans several chunks."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,12 +13,12 @@ PositionWise = Callable[[Tensor], Tensor]
 
 
 def suitable_chunk_size(batch_size: int, length: int, device_type: str) -> int:
-    """Positions of an input `[B, L, …]` that a device computes fastest at a time."""
+    """Return the number of positions per chunk of an input `[B, L, …]` that is fastest on a device."""
     return max(min(policy_for(device_type).chunk_positions // max(batch_size, 1), length), 1)
 
 
 def chunks_of(hidden_states: Tensor, chunk_size: int) -> Iterator[slice]:
-    """Positions of each chunk of `[B, L, …]`; 0 stands for one chunk."""
+    """Yield the positions of each chunk of `[B, L, …]`; a `chunk_size` of 0 means one chunk."""
     length = hidden_states.shape[1]
     for start in range(0, length, chunk_size or length):
         yield slice(start, min(start + (chunk_size or length), length))
@@ -32,15 +32,18 @@ def apply_chunked(
     recompute: bool = True,
 ) -> Tensor:
     """
-    `function` of `hidden_states` `[B, L, …]`, `chunk_size` positions at a time.
+    Apply `function` to `hidden_states` `[B, L, …]` in chunks of positions.
 
     Args:
-        function: Acts on each position by itself.
+        function: A function that acts on each position independently.
         hidden_states: `[B, L, …]`.
-        chunk_size: Positions at a time; 0 calls `function` on the whole.
-        parameters: What `function` uses that takes gradients.
-        recompute: Whether nothing but the input is kept for the backward pass, which then computes each chunk once
-            more, with the same dropout.
+        chunk_size: Positions per chunk; 0 applies `function` to the whole input.
+        parameters: Parameters of `function` that may require gradients.
+        recompute: Whether to save only the input for the backward pass, which then recomputes each chunk with the same
+            dropout.
+
+    Raises:
+        RuntimeError: In a backward pass with `create_graph=True`, if chunks are recomputed.
     """
     if chunk_size == 0 or chunk_size >= hidden_states.shape[1]:
         return function(hidden_states)
@@ -51,7 +54,7 @@ def apply_chunked(
 
 
 def map_chunks(function: Callable[[Tensor], Sequence[Tensor]], hidden_states: Tensor, chunk_size: int) -> list[Tensor]:
-    """The results `[B, L, …]` of `function`, applied to chunks of positions; without gradient."""
+    """Apply `function`, which returns several results, to chunks of positions, without gradient."""
     results: list[Tensor] = []
     for positions in chunks_of(hidden_states, chunk_size):
         parts = function(hidden_states[:, positions])
@@ -71,32 +74,32 @@ def vjp_chunks(
     grad_parameters: list[Tensor | None],
 ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
     """
-    Value and vector-Jacobian product of `function`, chunk by chunk.
+    Compute the value and the vector-Jacobian product of `function`, chunk by chunk.
 
     Args:
-        function: From a chunk of positions to one result or several.
+        function: Maps a chunk of positions to one or several results.
         hidden_states, chunk_size: As in `apply_chunked`.
-        grads_of: Gradient of each result at some positions.
-        parameters: What `function` uses that takes gradients; every one requires it.
-        grad_parameters: Takes their gradients, summed over chunks, in place of as many `None`; those of parameters
-            that were not used stay `None`.
+        grads_of: Returns the gradient of each result at the given positions.
+        parameters: Parameters of `function`. All of them require gradients.
+        grad_parameters: Initially one `None` per parameter. Receives the gradients of the parameters, summed over
+            chunks; the entries of unused parameters remain `None`.
 
     Yields:
-        For each chunk its positions, the results, and the gradient of `hidden_states` there.
+        For each chunk: its positions, the results, and the gradient of `hidden_states` at these positions.
     """
     for positions in chunks_of(hidden_states, chunk_size):
         chunk = hidden_states[:, positions].detach().requires_grad_()
         with torch.enable_grad():
             out = function(chunk)
         results = [out] if isinstance(out, Tensor) else list(out)
-        grad, *news = torch.autograd.grad(results, [chunk, *parameters], grads_of(positions), allow_unused=True)
-        _accumulate(grad_parameters, news)
+        grad, *new_grads = torch.autograd.grad(results, [chunk, *parameters], grads_of(positions), allow_unused=True)
+        _accumulate(grad_parameters, new_grads)
         yield positions, [x.detach() for x in results], torch.zeros_like(chunk) if grad is None else grad
 
 
-def _accumulate(sums: list[Tensor | None], news: Sequence[Tensor | None]) -> None:
-    """Add gradients to what there is of them; `None` stands for zero."""
-    for i, new in enumerate(news):
+def _accumulate(sums: list[Tensor | None], new_grads: Sequence[Tensor | None]) -> None:
+    """Add new gradients to their sums; `None` means zero."""
+    for i, new in enumerate(new_grads):
         if new is not None:
             sums[i] = new if sums[i] is None else sums[i].add_(new)
 
@@ -117,7 +120,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, grad_out):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "A second derivative through a chunked function is not supported (`create_graph=True`): set "
+                "Second derivatives through a chunked function (`create_graph=True`) are not supported: set "
                 "`chunk_size_feed_forward=0` and `chunk_size_lm_head=0`."
             )
         (hidden_states,) = ctx.saved_tensors

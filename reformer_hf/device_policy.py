@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What depends on the type of device: how much is computed at a time, and by which kernel. The one place for it."""
+"""Settings that depend on the device type: tile and chunk sizes, and kernels. No other file depends on it."""
 
 from dataclasses import dataclass, replace
 
@@ -10,14 +10,14 @@ from torch import Tensor
 @dataclass(frozen=True)
 class KernelPolicy:
     """
-    A fused attention kernel, and the tiles that it takes; plain matrix products compute the others.
+    A fused attention kernel and the tiles that it supports. Plain matrix products compute all other tiles.
 
     Args:
-        name: Which of the kernels of `attention_kernels` it is.
-        dtypes: Those of queries, keys and values.
-        chunk_multiple: What the queries of a chunk are a multiple of.
-        size_multiple: What the keys of a window and both head dimensions are a multiple of.
-        equal_head_sizes: Whether the values are as wide as the keys.
+        name: Name of the kernel in `attention_kernels`.
+        dtypes: Supported dtypes of queries, keys and values.
+        chunk_multiple: The number of queries in a chunk must be a multiple of this.
+        size_multiple: The number of keys in a window and both head dimensions must be multiples of this.
+        equal_head_sizes: Whether keys and values must have the same head dimension.
     """
 
     name: str
@@ -27,7 +27,7 @@ class KernelPolicy:
     equal_head_sizes: bool = False
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the kernel fits queries `[g, n, C, D]`, keys `[g, n, W, D]` and values `[g, n, W, E]`."""
+        """Return whether the kernel supports queries `[g, n, C, D]`, keys `[g, n, W, D]`, values `[g, n, W, E]`."""
         if query.dtype not in self.dtypes or query.shape[-2] % self.chunk_multiple:
             return False
         if self.equal_head_sizes and query.shape[-1] != value.shape[-1]:
@@ -38,24 +38,23 @@ class KernelPolicy:
 @dataclass(frozen=True)
 class DevicePolicy:
     """
-    How to compute on one type of device. The results do not depend on it, but for rounding.
+    Settings for one device type. Results do not depend on them, except for rounding.
 
     Args:
-        tile_scores: Attention scores that exist at a time: few enough for the cache of a CPU, many enough to fill a
-            GPU.
-        hash_tile_elements: Elements of the projections that exist at a time in hashing, so that no intermediate grows
-            with length times buckets.
-        chunk_positions: Positions of all rows of a batch that a position-wise function takes at a time: their inner
-            activations lie in the cache of a CPU, or fill a GPU.
-        head_group_rows: Rows (positions of all rows of a batch, times heads) that attention takes at a time: as many
-            queries, keys and values lie in the cache of a CPU, or fill a GPU.
-        window_chunk_length: Shortest chunk of queries, in the `window` pattern, that is computed at full speed; longer
-            ones are halved. `None` leaves the chunks as the pattern has them.
-        argmax_by_pooling: Whether the argmax of a hash is taken by max-pooling, which runs on the vector units of a
-            CPU as the reduction does not.
-        pin_uploads: Whether what is drawn on the CPU is copied from page-locked memory, so that the host does not wait
-            for the device.
-        kernel: The fused attention kernel; `None` where there is none.
+        tile_scores: Attention scores per tile: few enough for the cache of a CPU, enough to saturate a GPU.
+        hash_tile_elements: Projected elements per tile of hashing. This bounds the intermediates, which would
+            otherwise grow with length times buckets.
+        chunk_positions: Positions per chunk of a position-wise function, summed over the batch. The activations of a
+            chunk fit into the cache of a CPU, or saturate a GPU.
+        head_group_rows: Rows (batch size times positions times heads) per group of heads in attention. The queries,
+            keys and values of a group fit into the cache of a CPU, or saturate a GPU.
+        window_chunk_length: Shortest chunk of queries that runs at full speed in the `window` pattern; longer chunks
+            are halved. `None` keeps the chunks of the pattern.
+        argmax_by_pooling: Whether hashing computes its argmax by max pooling. On a CPU, max pooling is vectorized and
+            the reduction is not.
+        pin_uploads: Whether tensors drawn on the CPU are copied to the device from page-locked memory, so that the
+            host does not wait for the device.
+        kernel: The fused attention kernel; `None` if there is none.
     """
 
     tile_scores: int
@@ -87,20 +86,20 @@ CUDA = DevicePolicy(
     window_chunk_length=None,
     argmax_by_pooling=False,
     pin_uploads=True,
-    # Rows of logsumexps come in multiples of 32; masks and heads must be aligned. A mask in fp16 could not be lower
-    # than any score.
+    # The kernel pads logsumexps to multiples of 32, and requires aligned masks and heads. In fp16, a mask could not be
+    # lower than every possible score.
     kernel=KernelPolicy(
         "cuda_efficient", frozenset({torch.float32, torch.bfloat16}), chunk_multiple=32, size_multiple=8
     ),
 )
 
-# Sizes for a GPU, and nothing that is known to run on CUDA alone.
+# The sizes for a GPU, without the features that are only known to work on CUDA.
 OTHER = replace(CUDA, pin_uploads=False, kernel=None)
 
-# By type of device. Tests put another policy here, to run that of CUDA on a CPU.
+# By device type. Tests replace entries, for example to run the policy of CUDA on a CPU.
 POLICIES = {"cpu": CPU, "cuda": CUDA}
 
 
 def policy_for(device: torch.device | str) -> DevicePolicy:
-    """The policy for a device, or for a type of device."""
+    """Return the policy for a device or a device type."""
     return POLICIES.get(torch.device(device).type, OTHER)

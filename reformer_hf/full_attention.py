@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Full shared query-key attention: what LSH attention approximates, at O(L²)."""
+"""Full shared query-key attention, which LSH attention approximates, in O(L²)."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from .self_attention import AttentionCall, Found, SelfAttention, Weights
 
 
 class FullSelfAttention(SelfAttention):
-    """Attention of each position to all others; to itself only where there is no other."""
+    """Attention of each position to all others, and to itself only if it sees no other."""
 
     projections = ("query_key", "value")
 
@@ -45,7 +45,7 @@ class FullSelfAttention(SelfAttention):
         return self.append_and_attend(query, normalized_keys(query), value, call, cache, layer_idx)
 
     def _visible(self, query: Tensor, padding: Tensor | None) -> Tensor:
-        """Which keys a query sees, `[B or 1, 1, L, L]`."""
+        """Return which keys each query sees, `[B or 1, 1, L, L]`."""
         length = query.shape[2]
         visible = ~torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
         if self.is_causal:
@@ -53,7 +53,7 @@ class FullSelfAttention(SelfAttention):
         return visible if padding is None else visible & ~padding[:, None, None, :]
 
     def _weights(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Weights:
-        """Weights and positions `[B, H, 1, L, L]`, without gradient."""
+        """Compute attention weights and key positions `[B, H, 1, L, L]`, without gradient."""
         with torch.no_grad():
             visible = _or_itself(self._visible(query, padding))
             scores = torch.matmul(query, key.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
@@ -64,7 +64,7 @@ class FullSelfAttention(SelfAttention):
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Queries 1, 2, … over keys 0, 1, …: causal attention without the diagonal. The first is its own value."""
+    """Compute causal attention without the diagonal: queries 1, 2, … over keys 0, 1, …. Query 0 returns its value."""
     first = value[:, :, :1]
     if query.shape[2] == 1:
         return first
@@ -76,11 +76,11 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float)
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float) -> Tensor:
     mask = _or_itself(visible)
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
-    # Not left to the softmax over one key, which dropout would drop.
+    # A query without keys returns its value, to which dropout must not apply as it would in a softmax over one key.
     return torch.where(visible.any(-1, keepdim=True), out, value)
 
 
 def _or_itself(visible: Tensor) -> Tensor:
-    """A position that sees no other one sees itself."""
+    """Make each position that sees no other position see itself."""
     itself = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
     return visible | (itself & ~visible.any(-1, keepdim=True))

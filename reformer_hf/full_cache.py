@@ -9,13 +9,13 @@ from .cache import AttentionCacheLayer, CacheSpec, FixedShape, Seen, grown, self
 
 class FullCacheLayer(AttentionCacheLayer):
     """
-    Keys and values of all tokens, by cache position.
+    Store keys and values of all tokens by cache position.
 
-    A token attends to all before it that are not padding, and to itself only where there is none.
+    A token attends to all earlier tokens that are not padding, and to itself only if there are none.
     """
 
     layer_type = "reformer_hf_full"
-    # Bounds the size of masks.
+    # Limits the size of masks.
     append_limit = 256
     tensors = (*AttentionCacheLayer.tensors, "padding")
 
@@ -50,7 +50,7 @@ class FullCacheLayer(AttentionCacheLayer):
         return self.entries[:, : self.length + num_new]
 
     def _bias(self, own: Tensor, num_keys: int) -> Tensor:
-        """`[B or 1, 1, n, T]` for tokens at these cache positions."""
+        """Return the bias `[B or 1, 1, n, T]` of tokens at the cache positions `own`."""
         position = torch.arange(num_keys, device=self.device)
         masked = position >= own[:, None]
         if self.has_padding:
@@ -73,7 +73,7 @@ class FullCacheLayer(AttentionCacheLayer):
 
 
 class StaticFullCacheLayer(FixedShape, FullCacheLayer):
-    """`FullCacheLayer` of a fixed shape."""
+    """A `FullCacheLayer` of a fixed shape."""
 
     def _visible_entries(self, num_new: int) -> Tensor:
         return self.entries

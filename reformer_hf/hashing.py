@@ -1,8 +1,9 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Locality-sensitive hashing: which bucket a vector falls into, and positions sorted by bucket.
+Locality-sensitive hashing of vectors into buckets, and sorting of positions by bucket.
 
-Shapes: B batch, L length, H heads, D head size, R hash rounds, N buckets. Pure functions, no global state is touched.
+Shapes: B batch, L length, H heads, D head size, R hash rounds, N buckets. All functions are pure and use no global
+state.
 """
 
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ def bucket_factors(
     window_length: int | None = None,
 ) -> list[int]:
     """
-    Factors of the number of buckets for an input of `length` positions.
+    Return the factors of the number of buckets for an input of `length` positions.
 
-    A given `num_buckets` is returned as a list. `None` takes the in-tree formula: the power of two at or below
-    `2 * length / chunk_length`, at least two, in two factors where that is many. With a `window_length` it takes the
-    power of two at or above `length / window_length`, so that a bucket is no longer than the window on average.
+    A given `num_buckets` is returned as a list. For `None` the number follows the in-tree formula: the largest power
+    of two up to `2 * length / chunk_length`, at least two, split into two factors if it is large. With a
+    `window_length` it is the smallest power of two that is at least `length / window_length`, so that the average
+    bucket fits into the window.
     """
     if num_buckets is not None:
         return [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
@@ -34,17 +36,17 @@ def bucket_factors(
         power = max((2 * (length // chunk_length)).bit_length() - 1, 1)
     else:
         power = ((length - 1) // window_length).bit_length()
-    unfactorised_limit = 2 * max(int((max_position_embeddings // chunk_length) ** 0.5), chunk_length)
-    if 2**power <= unfactorised_limit:
+    unfactorized_limit = 2 * max(int((max_position_embeddings // chunk_length) ** 0.5), chunk_length)
+    if 2**power <= unfactorized_limit:
         return [2**power]
     return [2 ** (power // 2), 2 ** (power - power // 2)]
 
 
 def random_rotations(seed: int, num_heads: int, head_size: int, num_hashes: int, factors: list[int]) -> Tensor:
     """
-    Random projections `[H, D, R, sum(factors) / 2]` in fp32 on the CPU, drawn from a generator of their own.
+    Draw random projections `[H, D, R, sum(factors) / 2]` in fp32 on the CPU, from a separate generator.
 
-    Equal to what the in-tree model draws after `torch.manual_seed(seed)`.
+    They are equal to those that the in-tree model draws after `torch.manual_seed(seed)`.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     shape = (num_heads, head_size, num_hashes, sum(factors) // 2)
@@ -53,10 +55,10 @@ def random_rotations(seed: int, num_heads: int, head_size: int, num_hashes: int,
 
 def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int]) -> Tensor:
     """
-    Buckets `[B, H, R, L]` (int32) of vectors under random rotations, `argmax([xR; -xR])` (Andoni et al. 2015).
+    Hash vectors to buckets `[B, H, R, L]` (int32) by random rotations, `argmax([xR; -xR])` (Andoni et al. 2015).
 
-    With several factors the bucket is the number whose mixed-radix digits are the buckets of the parts, the first
-    factor's the lowest. Computed in fp32 at least, outside autocast and without gradient.
+    With several factors, the buckets of the factors are the mixed-radix digits of the bucket, least significant first.
+    Hashing runs at least in fp32, outside autocast and without gradient.
     """
     return hash_by(
         projections_of(rotations_HDRN, factors, vectors_BLHD.dtype, vectors_BLHD.device),
@@ -68,8 +70,15 @@ def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int
 def projections_of(
     rotations_HDRN: Tensor, factors: list[int], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """The rotations of each factor N as `[H, R * N / 2, D]`, on a device, in the dtype that hashes vectors of
-    `dtype`. None for a single bucket."""
+    """
+    Return the rotations of each factor N as `[H, R * N / 2, D]`; an empty list for a single bucket.
+
+    Args:
+        rotations_HDRN: The result of `random_rotations`.
+        factors: Factors of the number of buckets.
+        dtype: The dtype of the vectors to hash. The rotations have at least fp32.
+        device: The device of the vectors to hash.
+    """
     if factors == [1]:
         return []
     rotations_HDRN = _upload(rotations_HDRN, device)
@@ -81,14 +90,14 @@ def projections_of(
 
 
 def _upload(drawn: Tensor, device: torch.device) -> Tensor:
-    """What was drawn on the CPU, on a device; without waiting for it where the policy says so."""
+    """Copy a tensor that was drawn on the CPU to a device, without waiting for the device if the policy says so."""
     if drawn.is_cpu and policy_for(device).pin_uploads:
         return drawn.pin_memory().to(device, non_blocking=True)
     return drawn.to(device)
 
 
 def hash_by(projections: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int) -> Tensor:
-    """What `hash_vectors` does, given `projections_of` its rotations."""
+    """Hash like `hash_vectors`, given the result of `projections_of`."""
     batch_size, length, num_heads, _ = vectors_BLHD.shape
     device = vectors_BLHD.device
     buckets_BHRL = torch.zeros((batch_size, num_heads, num_hashes, length), dtype=torch.int32, device=device)
@@ -109,7 +118,7 @@ def hash_by(projections: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int
 
 
 def both_signs(projections: Sequence[Tensor], num_hashes: int) -> list[Tensor]:
-    """For `hash_few`: `projections_of` rotations and their negatives as `[H, D, R * N]` for each factor N."""
+    """Concatenate the result of `projections_of` and its negative, for `hash_few`: `[H, D, R * N]` per factor N."""
     signed = []
     for projection in projections:
         rounds = projection.unflatten(1, (num_hashes, -1))
@@ -119,13 +128,15 @@ def both_signs(projections: Sequence[Tensor], num_hashes: int) -> list[Tensor]:
 
 def hash_few(signed: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int) -> Tensor:
     """
-    What `hash_vectors` does, in the least time for a few vectors.
+    Hash like `hash_vectors`, with low latency for few vectors.
 
     Args:
-        signed: What `both_signs` gives.
+        signed: The result of `both_signs`.
+        vectors_BLHD: The vectors.
+        num_hashes: Number of hash rounds.
 
     Returns:
-        `[B, H, L, R]` int64.
+        Buckets `[B, H, L, R]` (int64).
     """
     batch_size, length, num_heads, _ = vectors_BLHD.shape
     shape = (num_heads, batch_size, length, num_hashes)
@@ -146,7 +157,7 @@ def hash_few(signed: Sequence[Tensor], vectors_BLHD: Tensor, num_hashes: int) ->
 
 
 def _argmax_of_both_signs(projected_BHRNL: Tensor) -> Tensor:
-    """`argmax([x; -x])` over the axis N, without building the concatenation."""
+    """Compute `argmax([x; -x])` over the axis N, without building the concatenation."""
     num_projections = projected_BHRNL.shape[3]
     largest, argmax = _max(projected_BHRNL)
     smallest, argmin = _max(-projected_BHRNL)
@@ -154,10 +165,10 @@ def _argmax_of_both_signs(projected_BHRNL: Tensor) -> Tensor:
 
 
 def _max(x_BHRNL: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum over the axis N and where it is."""
+    """Return the maximum over the axis N and its index."""
     if not policy_for(x_BHRNL.device).argmax_by_pooling:
         return x_BHRNL.max(dim=3)
-    # Pooling over channels that lie last in memory runs on vector units; a reduction with indices does not.
+    # Channels-last pooling is vectorized; a reduction with indices is not.
     images = x_BHRNL.flatten(0, 2)[:, :, None].permute(0, 3, 1, 2)
     largest, argmax = max_pool2d(images, (images.shape[2], 1), return_indices=True)
     shape = (*x_BHRNL.shape[:3], x_BHRNL.shape[4])
@@ -166,15 +177,15 @@ def _max(x_BHRNL: Tensor) -> tuple[Tensor, Tensor]:
 
 def sort_by_bucket(buckets_BHRL: Tensor, padding_BL: Tensor | None = None) -> Tensor:
     """
-    Positions of each round in the order of (bucket, position), padding in an extra last bucket.
+    Sort the positions of each round by (bucket, position), with padding in an additional last bucket.
 
     Args:
         buckets_BHRL: Buckets, integers.
-        padding_BL: True where there is padding.
+        padding_BL: True for padding.
 
     Returns:
-        `[B, H, R, L]` int32, all that attention needs of the hashing: the position, or its complement `~position`
-        where a bucket begins. `unpack_order` takes the two apart.
+        `[B, H, R, L]` int32: the position, or its complement `~position` where a bucket begins. `unpack_order`
+        separates the two. Attention needs no other result of hashing.
     """
     if padding_BL is not None:
         buckets_BHRL = buckets_BHRL.masked_fill(padding_BL[:, None, None, :], torch.iinfo(torch.int32).max)
@@ -186,12 +197,12 @@ def sort_by_bucket(buckets_BHRL: Tensor, padding_BL: Tensor | None = None) -> Te
 
 
 def unpack_order(order: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (int32) and whether a bucket begins there (bool), from what `sort_by_bucket` returned."""
+    """Unpack the result of `sort_by_bucket` into positions (int32) and whether a bucket begins there (bool)."""
     starts = order < 0
     return torch.where(starts, ~order, order), starts
 
 
 def invert_order(positions: Tensor) -> Tensor:
-    """Place of each position in a sorted order, along the last axis: `inverse[positions[s]] = s`."""
-    places = torch.arange(positions.shape[-1], dtype=positions.dtype, device=positions.device)
-    return torch.empty_like(positions).scatter_(-1, positions.long(), places.expand_as(positions))
+    """Return the slot of each position in a sorted order, along the last axis: `inverse[positions[s]] = s`."""
+    slots = torch.arange(positions.shape[-1], dtype=positions.dtype, device=positions.device)
+    return torch.empty_like(positions).scatter_(-1, positions.long(), slots.expand_as(positions))

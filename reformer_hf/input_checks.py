@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checks of what users give to a model, called once per call. Each raises a `ValueError` that says what to change."""
+"""Checks of user inputs, each called once per model call. Each raises a `ValueError` that says what to change."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import Cache
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
 
-# Ids that are compared faster one by one.
+# Up to this number, ids are compared faster in Python than by torch.
 _FEW_IDS = 16
 
 
@@ -25,10 +25,10 @@ def check_inputs(
     cache: Cache | None,
 ) -> Tensor:
     """
-    Check that inputs fit the config and each other, by their shapes.
+    Check that the shapes of inputs match the config and each other.
 
     Returns:
-        Whichever of `input_ids` and `inputs_embeds` is given.
+        `input_ids` or `inputs_embeds`, whichever is given.
     """
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
@@ -45,32 +45,32 @@ def check_inputs(
     if not 1 <= shape[1] <= config.max_position_embeddings:
         raise ValueError(
             f"The input is {shape[1]} tokens long, but this model takes 1 to {config.max_position_embeddings} "
-            "(`max_position_embeddings`): cut the input, or train a model with more positions."
+            "(`max_position_embeddings`): truncate the input, or train a model with more positions."
         )
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
         length = 0 if cache is None or torch.compiler.is_compiling() else int(cache.get_seq_length())
-        whole = (shape[0], length + shape[1])
-        if tuple(attention_mask.shape) != whole:
+        full_shape = (shape[0], length + shape[1])
+        if tuple(attention_mask.shape) != full_shape:
             raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be {whole}, one entry for each "
-                "token" + (f", those in `cache` included, or {shape} for the new ones." if length else ".")
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but must be {full_shape}, one entry for "
+                "each token" + (f" including those in `cache`, or {shape} for the new ones." if length else ".")
             )
     if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
         raise ValueError(
             f"`position_ids` has shape {tuple(position_ids.shape)}, but must be {shape} or {(1, shape[1])}."
         )
     if num_hashes is not None and num_hashes < 1:
-        raise ValueError(f"`num_hashes` is {num_hashes}, but must be at least 1; leave it None for the config's.")
+        raise ValueError(f"`num_hashes` is {num_hashes}, but must be at least 1: leave it None to use the config's.")
     return inputs
 
 
 def check_input_ids(config: ReformerHfConfig, input_ids: Tensor | None) -> None:
-    """Check that the model has an embedding for each token. Looks at values: waits for the device."""
+    """Check that the model has an embedding for each token. This reads values, and so waits for the device."""
     _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
 
 
 def check_position_ids(config: ReformerHfConfig, position_ids: Tensor | None) -> None:
-    """Check that the model has an embedding for each position. Looks at values: waits for the device."""
+    """Check that the model has an embedding for each position. This reads values, and so waits for the device."""
     _check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
 
 
@@ -82,10 +82,10 @@ def _check_range(name: str, ids: Tensor | None, limit: int, field: str) -> None:
     else:
         smallest, largest = (int(x) for x in torch.aminmax(ids))
     if smallest < 0 or largest >= limit:
-        wrong = smallest if smallest < 0 else largest
+        bad_id = smallest if smallest < 0 else largest
         raise ValueError(
-            f"`{name}` holds {wrong}, but ids of this model lie in [0, {limit - 1}] (`{field}` is {limit}): use the "
-            "tokenizer that belongs to the model, or enlarge it (`resize_token_embeddings` for tokens)."
+            f"`{name}` holds {bad_id}, but ids of this model must be in [0, {limit - 1}] (`{field}` is {limit}): "
+            "use the tokenizer of the model, or enlarge the model (`resize_token_embeddings` for tokens)."
         )
 
 
@@ -97,23 +97,26 @@ def check_cache(
     factors: Sequence[int] | None,
 ) -> None:
     """
-    Check that a cache is one for this model, these options and this input; the cache is as it was where it is not.
+    Check that a cache matches the model, its options and the input. If it does not, the cache is unchanged.
 
-    Its layers learn of each other, so that they are cropped together.
+    If it does, this also sets `peers` of its layers, so that they are cropped together.
 
     Args:
-        layer_types: Names of the cache layers that the model needs; none where it is no decoder.
-        specs: What the cache layers of the model are built for.
+        cache: The cache.
+        layer_types: Names of the cache layers that the model needs; empty if the model is not a decoder.
+        specs: Specs of the model's cache layers.
         inputs: Ids `[B, L]` or embeddings `[B, L, E]` of the new tokens.
-        factors: Of the number of buckets, where the call gives one.
+        factors: Factors of the number of buckets, if the call gives one.
     """
     if not layer_types:
-        raise ValueError("`cache` is given, but without `is_decoder=True` each token sees those after it.")
+        raise ValueError(
+            "`cache` is given, but without `is_decoder=True` each token also sees later tokens: pass no cache."
+        )
     layers: Sequence[Any] = getattr(cache, "layers", ())
     if [getattr(layer, "layer_type", None) for layer in layers] != layer_types:
         names = f" of {[type(layer).__name__ for layer in layers]}" if layers else ""
         raise ValueError(
-            f"`cache` is a {type(cache).__name__}{names}, but the layers of this model need {layer_types}: make it "
+            f"`cache` is a {type(cache).__name__}{names}, but the layers of this model need {layer_types}: create it "
             "with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`."
         )
     if torch.compiler.is_compiling():
@@ -121,13 +124,13 @@ def check_cache(
     for layer, spec in zip(layers, specs, strict=True):
         if layer.spec is not None and layer.spec is not spec and layer.spec != spec:
             raise ValueError(
-                f"`cache` is that of another model, or of other options: it was made for {layer.spec}, but this "
-                f"input needs {spec}. Begin with a new cache."
+                f"`cache` was created by another model or with other options: it is for {layer.spec}, but this input "
+                f"needs {spec}. Start with a new cache."
             )
         if layer.spec is not None and factors is not None and getattr(layer, "factors", factors) != factors:
             raise ValueError(
-                f"`num_buckets` is {factors}, but `cache` has hashed what it holds into {layer.factors}: leave it "
-                "None, or begin with a new cache."
+                f"`num_buckets` is {factors}, but the tokens in `cache` were hashed with {layer.factors}: leave it "
+                "None, or start with a new cache."
             )
     _check_batch(layers[0], inputs)
     for layer in layers:
@@ -137,21 +140,23 @@ def check_cache(
 def _check_batch(layer: Any, inputs: Tensor) -> None:
     if layer.is_initialized and layer.batch_size != inputs.shape[0]:
         raise ValueError(
-            f"The input has {inputs.shape[0]} rows, but `cache` holds {layer.batch_size}: repeat or select its rows "
-            "(`batch_repeat_interleave`, `batch_select_indices`), or begin with a new cache."
+            f"The input has batch size {inputs.shape[0]}, but `cache` has {layer.batch_size}: repeat or select its "
+            "rows (`batch_repeat_interleave`, `batch_select_indices`), or start with a new cache."
         )
     if layer.is_initialized and layer.device != inputs.device:
-        raise ValueError(f"The input is on {inputs.device}, but `cache` on {layer.device}: move the input there.")
+        raise ValueError(
+            f"The input is on {inputs.device}, but `cache` is on {layer.device}: move the input to that device."
+        )
     max_length = layer.get_max_length()
     if 0 <= max_length < layer.length + inputs.shape[1]:
         raise ValueError(
-            f"`cache` holds {int(layer.length)} of at most {max_length} tokens, too many for {inputs.shape[1]} more: "
-            f"make it with `max_cache_len` of at least {int(layer.length) + inputs.shape[1]}."
+            f"`cache` holds {int(layer.length)} of at most {max_length} tokens, too many to add {inputs.shape[1]}: "
+            f"create it with a `max_cache_len` of at least {int(layer.length) + inputs.shape[1]}."
         )
 
 
 def check_last_tokens(cache: Cache, attention_mask: Tensor | None, inputs: Tensor | None) -> None:
-    """Check that the last tokens, whose logits are wanted, are among these inputs."""
+    """Check that the last token of each row, whose logits are needed, is among these inputs."""
     if attention_mask is None or torch.compiler.is_compiling() or inputs is None:
         return
     empty = ~attention_mask[:, -inputs.shape[1] :].bool().any(-1)
@@ -161,13 +166,13 @@ def check_last_tokens(cache: Cache, attention_mask: Tensor | None, inputs: Tenso
     rows = (empty & (layers[0].num_tokens.to(empty.device) > 0)).nonzero().flatten().tolist()
     if rows:
         raise ValueError(
-            f"The new input of row {rows[0]} is padding alone, after tokens in `cache`, so that it has no last token "
-            "to give logits of: pad on the left (`padding_side='left'`), or set `prefill_chunk_size=None`."
+            f"The new input of row {rows[0]} is only padding, after tokens in `cache`, and has no last token to "
+            "compute logits for: pad on the left (`padding_side='left'`), or set `prefill_chunk_size=None`."
         )
 
 
 def bucket_factors_of_call(config: ReformerHfConfig, num_buckets: int | Sequence[int] | None) -> list[int] | None:
-    """The factors of a number of buckets that is given for one call, checked; `None` where none is given."""
+    """Check the number of buckets of one call and return its factors; `None` if the call gives none."""
     if num_buckets is None:
         return None
     config.check_num_buckets(num_buckets)
@@ -175,9 +180,9 @@ def bucket_factors_of_call(config: ReformerHfConfig, num_buckets: int | Sequence
 
 
 def check_not_exporting() -> None:
-    """Refuse `torch.export`."""
+    """Raise a `ValueError` under `torch.export`."""
     if torch.compiler.is_exporting():
         raise ValueError(
-            "`torch.export` traces one order of the sorted positions, which is another one for each input: use "
+            "`torch.export` is not supported, because it would keep the sorted order of one input for all inputs: use "
             "`torch.compile`, or share the model as a folder (`save_pretrained`)."
         )

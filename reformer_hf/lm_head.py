@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The LM head: logits, and the cross entropy of the next token without logits of all positions."""
+"""The LM head: logits, and the cross entropy of the next token without storing the logits of all positions."""
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,14 @@ from torch.nn.functional import linear_cross_entropy, pad
 from .chunked import apply_chunked
 from .configuration_reformer_hf import ReformerHfConfig
 
-# Label of a position that has no part in the loss.
+# Label of positions that the loss ignores.
 IGNORED = -100
 
 
 class ReformerHfLMHead(nn.Module):
-    """Scores of tokens. Its bias goes by two names: `bias`, in in-tree checkpoints, is `decoder.bias`."""
+    """The projection to logits. Its bias has two names: `decoder.bias`, and `bias` as in in-tree checkpoints."""
 
-    # Read when a model is saved; see `ReformerHfForCausalLM.get_expanded_tied_weights_keys` for all else.
+    # Only used to save a model; see `ReformerHfForCausalLM.get_expanded_tied_weights_keys` for all other purposes.
     _tied_weights_keys = {"decoder.bias": "bias"}
 
     def __init__(self, config: ReformerHfConfig):
@@ -29,11 +29,18 @@ class ReformerHfLMHead(nn.Module):
 
     def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
         """
-        Logits of hidden states `[B, L, 2 * hidden_size]`, or, given targets `[B, L]` (-100 where there is none), the
-        sum of their cross entropies, for which only the logits of one chunk exist at a time.
+        Compute logits or, given targets, the sum of their cross entropies.
+
+        Args:
+            hidden_states: `[B, L, 2 * hidden_size]`.
+            targets: `[B, L]`, -100 for positions to ignore.
+
+        Returns:
+            Logits `[B, L, vocab_size]`, or the sum of cross entropies. The latter only needs the logits of one chunk
+            in memory.
         """
         if self.tied:
-            # Word embeddings are as wide as one stream.
+            # Word embeddings have the width of a single stream.
             hidden_states = hidden_states.unflatten(-1, (2, -1)).mean(-2)
         if targets is not None:
             return self._sum_cross_entropy(hidden_states, targets)
@@ -45,7 +52,7 @@ class ReformerHfLMHead(nn.Module):
         chunk = LinearCrossEntropyOptions(
             batch_chunk_size=self.chunk_size * hidden_states.shape[0], chunking_method=None
         )
-        # In fp32 at least, as the loss of Transformers is.
+        # At least in fp32, like the loss in Transformers.
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
             return linear_cross_entropy(
@@ -67,7 +74,7 @@ class ReformerHfLMHead(nn.Module):
         ignore_index: int = IGNORED,
         **kwargs,
     ) -> Tensor:
-        """What `ForCausalLMLoss` of Transformers computes from the logits."""
+        """Compute the same loss as `ForCausalLMLoss` in Transformers, without logits of all positions."""
         targets = pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
         targets = targets.to(hidden_states.device)
         targets = targets.masked_fill(targets == ignore_index, IGNORED)
@@ -79,7 +86,7 @@ class ReformerHfLMHead(nn.Module):
 
 
 def states_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The hidden states `[B, L, …]` whose logits are wanted."""
+    """Select the hidden states `[B, L, …]` of the positions in `logits_to_keep`."""
     if not isinstance(logits_to_keep, int):
         return hidden_states[:, logits_to_keep]
     kept = hidden_states[:, -logits_to_keep:]
@@ -88,6 +95,6 @@ def states_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor, attentio
     mask = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device, torch.bool)
     if mask[:, -logits_to_keep:].all():
         return kept
-    places = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).cummax(-1).values
-    places = places[:, -logits_to_keep:, None].expand(-1, -1, hidden_states.shape[-1])
-    return hidden_states.gather(1, places)
+    indices = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).cummax(-1).values
+    indices = indices[:, -logits_to_keep:, None].expand(-1, -1, hidden_states.shape[-1])
+    return hidden_states.gather(1, indices)

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Local attention: queries and keys of their own, in chunks of neighbouring positions."""
+"""Local attention: separate queries and keys, in chunks of neighboring positions."""
 
 import math
 from collections.abc import Sequence
@@ -49,13 +49,13 @@ class LocalSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Found]:
         query, key, value = projected
         inputs, padding, pattern = (query, key, value), call.padding, self.pattern
-        # In-tree, padding has a place of its own in the chunks.
+        # In the in-tree pattern, padding keeps its slots in the chunks. Otherwise, it is sorted to the end.
         last = None if pattern.wraps else padding
         if call.past is not None:
             past = call.past.heads(heads)
             inputs, padding = past.prepend(query, key, value, padding)
             last = pad(past.empty, (0, query.shape[1])) if pattern.wraps else padding
-            # Cached tokens are no ring: a new token looks back at them and not at other new ones.
+            # Cached tokens form no ring: new tokens see them and not, around the ring, other new tokens.
             pattern = replace(pattern, ring_multiple=None)
         pattern = pattern.for_length(inputs[0].shape[1])
         if found is None:
@@ -71,6 +71,6 @@ class LocalSelfAttention(SelfAttention):
 
 
 def _positions_with_last(last: Tensor) -> Tensor:
-    """The order that puts some positions `[B, L]` after all others, so that chunks begin with the first token."""
+    """Return the order that moves the positions marked in `last` `[B, L]` after all others."""
     one_bucket = torch.zeros((last.shape[0], 1, 1, last.shape[1]), dtype=torch.int32, device=last.device)
     return sort_by_bucket(one_bucket, last)

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""KV cache of local attention: the last chunks of tokens, in a ring."""
+"""KV cache of local attention: the last chunks of tokens, in a ring buffer."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from .cache import SLACK, AttentionCacheLayer, CacheSpec, FixedShape, Past, Seen
 
 class LocalCacheLayer(AttentionCacheLayer):
     """
-    The last chunks in a ring: the token of rank r is in slot `r % M`, and what padding writes in slot M.
+    Store the last chunks in a ring buffer: token index i is in slot `i % M`, and padding is written to slot M.
 
-    Where chunks form a ring (in-tree), padding counts as a token: ranks are cache positions.
+    If chunks form a ring (in-tree), padding counts as tokens: token indices are cache positions.
     """
 
     layer_type = "reformer_hf_local"
-    # Cache position of each slot, or its complement for padding; `_EMPTY` where there is no token. Made only once
-    # there is padding: before that, slots follow from the length.
+    # Cache position of each slot, its complement for padding, or `_EMPTY` without a token. Created with the first
+    # padding: until then, cache positions follow from the length.
     tensors = (*AttentionCacheLayer.tensors, "stored_positions")
     stored_positions: Tensor | None
     _EMPTY = torch.iinfo(torch.long).min
@@ -31,7 +31,7 @@ class LocalCacheLayer(AttentionCacheLayer):
         return self.spec.pattern.window_length
 
     def _initial_rows(self) -> int:
-        # Larger than need be, so that few windows wrap round.
+        # Larger than necessary, so that few windows wrap around.
         return 3 * self._window_length + SLACK + 1
 
     def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
@@ -49,10 +49,10 @@ class LocalCacheLayer(AttentionCacheLayer):
     def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
         num_new = key.shape[1]
         positions = self._new_positions(num_new)
-        ranks, slots = self._ranks_and_slots(positions, padding)
+        indices, slots = self._indices_and_slots(positions, padding)
         if num_new > self.ring_length:
-            # Of two tokens in one slot the later one stays.
-            kept = ranks >= ranks[:, -1:] + 1 - self.ring_length
+            # If two tokens share a slot, keep the later one.
+            kept = indices >= indices[:, -1:] + 1 - self.ring_length
             slots = torch.where(kept, slots, self.ring_length)
         self._write(slots, positions, key, value, padding)
 
@@ -63,16 +63,16 @@ class LocalCacheLayer(AttentionCacheLayer):
                 return seen
         pattern, ring_length = self.spec.pattern, self.ring_length
         positions = self._new_positions(key.shape[1])
-        ranks, slots = self._ranks_and_slots(positions, padding)
+        indices, slots = self._indices_and_slots(positions, padding)
         self._write(slots, positions, key, value, padding)
-        # How far back the token in a slot is, and how far back a query sees: to the first of its chunks.
-        ranks = ranks[..., None]
-        ages = torch.remainder(ranks - self._slots, ring_length)
-        reach = torch.remainder(ranks, pattern.chunk_length) + pattern.chunk_length * pattern.chunks_before
-        masked = ages > torch.minimum(reach, ranks)
+        # The distance from a query back to the token in a slot, and to the first token that it sees.
+        indices = indices[..., None]
+        distances = torch.remainder(indices - self._slots, ring_length)
+        reach = torch.remainder(indices, pattern.chunk_length) + pattern.chunk_length * pattern.chunks_before
+        masked = distances > torch.minimum(reach, indices)
         if self._counts_padding and self.has_padding:
             masked = masked | (self.stored_positions[:, None, :ring_length] < 0)
-        # Finite, as padding may see nothing.
+        # The bias is finite because padding may see no keys.
         bias = self.entries.new_zeros(masked.shape).masked_fill_(masked, self_bias(self.entries.dtype))[:, None]
         seen_key, seen_value = self.entries[:, :ring_length].transpose(1, 2).chunk(2, dim=-1)
         seen_positions = None
@@ -81,7 +81,7 @@ class LocalCacheLayer(AttentionCacheLayer):
         return Seen(seen_key, seen_value, bias, seen_positions)
 
     def _append_in_slice(self, key: Tensor, value: Tensor) -> Seen | None:
-        """Append one token where all that it sees are consecutive slots; `None` where these wrap round the ring."""
+        """Append one token if the slots that it sees are consecutive; return `None` if they wrap around."""
         pattern, slot = self.spec.pattern, self.length % self.ring_length
         reach = min(self.length % pattern.chunk_length + pattern.chunk_length * pattern.chunks_before, self.length)
         if reach > slot:
@@ -91,10 +91,10 @@ class LocalCacheLayer(AttentionCacheLayer):
         return Seen(seen_key, seen_value, None)
 
     def past(self) -> Past:
-        first = self._first_seen(self._next_ranks())
-        ranks = first[:, None] + self._slots[: self._window_length]
-        slots = ranks % self.ring_length
-        empty = ranks >= self._next_ranks()[:, None]
+        first = self._first_seen(self._next_indices())
+        indices = first[:, None] + self._slots[: self._window_length]
+        slots = indices % self.ring_length
+        empty = indices >= self._next_indices()[:, None]
         rows = torch.arange(len(self.entries), device=self.device)[:, None]
         key, value = self.entries[rows, slots].chunk(2, dim=-1)
         positions = self._slot_positions().expand(len(self.entries), -1).gather(1, slots)
@@ -105,26 +105,26 @@ class LocalCacheLayer(AttentionCacheLayer):
     def _counts_padding(self) -> bool:
         return self.spec.pattern.wraps
 
-    def _next_ranks(self) -> Tensor:
-        """Rank `[B]` of the next token."""
+    def _next_indices(self) -> Tensor:
+        """Return the token index `[B]` of the next token."""
         return torch.zeros_like(self.num_padding) + self.length if self._counts_padding else self.num_tokens
 
-    def _first_seen(self, ranks: Tensor) -> Tensor:
-        """The first rank that tokens of these ranks see."""
+    def _first_seen(self, indices: Tensor) -> Tensor:
+        """Return the first token index that tokens with these indices see."""
         pattern = self.spec.pattern
-        own_chunks = ranks.div(pattern.chunk_length, rounding_mode="floor")
+        own_chunks = indices.div(pattern.chunk_length, rounding_mode="floor")
         return ((own_chunks - pattern.chunks_before) * pattern.chunk_length).clamp(min=0)
 
-    def _ranks_and_slots(self, positions: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Ranks and slots `[B or 1, n]` of new tokens; padding has the rank of the token before it."""
-        ranks = positions[None]
+    def _indices_and_slots(self, positions: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return token indices and slots `[B or 1, n]` of new tokens; padding has the index of the token before it."""
+        indices = positions[None]
         if self._counts_padding or not self.has_padding:
-            return ranks, ranks % self.ring_length
-        ranks = ranks - self.num_padding[:, None]
+            return indices, indices % self.ring_length
+        indices = indices - self.num_padding[:, None]
         if padding is None:
-            return ranks, ranks % self.ring_length
-        ranks = ranks - padding.cumsum(-1)
-        return ranks, torch.where(padding, self.ring_length, ranks % self.ring_length)
+            return indices, indices % self.ring_length
+        indices = indices - padding.cumsum(-1)
+        return indices, torch.where(padding, self.ring_length, indices % self.ring_length)
 
     def _write(self, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
         entries = self._as_entries(key, value)
@@ -140,7 +140,7 @@ class LocalCacheLayer(AttentionCacheLayer):
             self.stored_positions.scatter_(1, slots.expand(len(self.entries), -1), positions)
 
     def _slot_positions(self, num_new: int = 0) -> Tensor:
-        """Cache positions `[B, M + 1]`, or `[1, M + 1]` without padding, of what is in each slot; see `tensors`."""
+        """Return the cache positions `[B, M + 1]` of the tokens in all slots; encoded like `stored_positions`."""
         if self.stored_positions is not None:
             return self.stored_positions
         last = self.length + num_new - 1
@@ -149,7 +149,7 @@ class LocalCacheLayer(AttentionCacheLayer):
         return pad(positions, (0, 1), value=self._EMPTY).repeat(len(self.entries), 1)
 
     def _reserve(self, num_new: int) -> None:
-        """Where `crop` is to be expected, grow before what it needs is overwritten."""
+        """If the past is recorded for `crop`, grow before tokens that it needs are overwritten."""
         if self.record_past:
             needed = self._window_length + max(self._longest, self.length + num_new) - self._kept_by_crop
             if needed > self.ring_length:
@@ -164,8 +164,8 @@ class LocalCacheLayer(AttentionCacheLayer):
     def _resize_ring(self, new_length: int) -> None:
         old_length = self.ring_length
         kept = min(old_length, new_length)
-        ranks = self._next_ranks()[:, None] + torch.arange(-kept, 0, device=self.device)
-        old, new = ranks % old_length, torch.where(ranks < 0, new_length, ranks % new_length)
+        indices = self._next_indices()[:, None] + torch.arange(-kept, 0, device=self.device)
+        old, new = indices % old_length, torch.where(indices < 0, new_length, indices % new_length)
         rows = torch.arange(len(self.entries), device=self.device)[:, None]
         with ordinary_tensors():
             for name, fill in (("entries", 0), ("stored_positions", self._EMPTY)):
@@ -193,4 +193,4 @@ class LocalCacheLayer(AttentionCacheLayer):
 
 
 class StaticLocalCacheLayer(FixedShape, LocalCacheLayer):
-    """`LocalCacheLayer` of a fixed shape."""
+    """A `LocalCacheLayer` of a fixed shape."""

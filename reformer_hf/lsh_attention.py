@@ -20,7 +20,7 @@ from .self_attention import AttentionCall, Found, SelfAttention, Weights
 
 
 class LSHSelfAttention(SelfAttention):
-    """Attention of each position to those of its buckets, in `num_hashes` rounds."""
+    """Attention of each position to the positions in its buckets, over `num_hashes` rounds."""
 
     projections = ("query_key", "value")
 
@@ -74,7 +74,7 @@ class LSHSelfAttention(SelfAttention):
         return self.attend_in_chunks(inputs, pattern, order, padding, call, heads, found)
 
     def _hash(self, query: Tensor, value: Tensor, call: AttentionCall, heads: slice) -> Found:
-        """The sorted order of some heads, and what a cache wants of them."""
+        """Hash and sort some heads, and return the sorted order with the results that a cache needs."""
         is_short = self.pattern.for_length(query.shape[1]) is not self.pattern
         if is_short and not call.fills_cache:
             return Found()
@@ -106,7 +106,7 @@ class LSHSelfAttention(SelfAttention):
             buckets = buckets.masked_fill(call.padding[:, None, :, None], layer.num_buckets)
         options = {"padding": call.padding, "with_positions": call.output_attentions, "buckets": buckets}
         seen: Any = cache.update(normalized_keys(query, layer.key_epsilon), value, layer_idx, **options)[0]
-        # Each token of each head has keys of its own.
+        # Each token of each head has separate keys.
         batch_size, num_new, num_heads, head_size = query.shape
         query = query.transpose(1, 2).reshape(-1, 1, 1, head_size)
         out, weights = self.attend_to(query, seen, call.output_attentions)
@@ -118,7 +118,7 @@ class LSHSelfAttention(SelfAttention):
 
 
 def factors_of(config: ReformerHfConfig, length: int) -> list[int]:
-    """Factors of the number of buckets, for an input of this length."""
+    """Return the factors of the number of buckets for an input of this length."""
     window_length = config.lsh_attn_chunk_length * config.lsh_num_chunks_before
     return bucket_factors(
         config.num_buckets,

@@ -1,13 +1,14 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-KV cache of LSH attention: for each round, head and bucket a ring of the rows that hold its last tokens.
+KV cache of LSH attention: a ring buffer of recent tokens for each round, head and bucket.
 
-Appending a token looks up what it attends to in the rings of its own buckets, whatever the length of what came before.
-Tokens that no ring holds any more are dropped when the buffer is full, so that the cache is bounded.
+The ring buffers hold row numbers in a common buffer of keys and values. Appending a token looks up what it attends to
+in the ring buffers of its own buckets, at a cost that does not depend on the number of cached tokens. When the common
+buffer is full, the cache drops tokens that are in none of the ring buffers. Its size is therefore bounded.
 
 Shapes: B batch, n new tokens, H heads, D head size, R rounds, N buckets (bucket N holds padding), M length of a ring,
-W keys that a token sees in a round. A *row* is a row of the buffer of keys and values, an *index* that of a token
-among those of its bucket.
+W keys that a token sees in a round. A *row* is a row of the buffer of keys and values. The *index* of a token counts
+the tokens of its bucket before it.
 """
 
 import math
@@ -22,40 +23,40 @@ from .attention_kernels import key_epsilon
 from .cache import SLACK, AttentionCacheLayer, CacheSpec, FixedShape, Past, Seen, grown, ordinary_tensors, self_bias
 from .hashing import both_signs, invert_order, sort_by_bucket, unpack_order
 
-# Computing cached and new tokens together costs about as much as appending this share of the cached ones.
+# A parallel pass over cached and new tokens costs about as much as appending this fraction of the cached ones.
 _PARALLEL_COST = 1 / 20
 
 
 class LSHCacheLayer(AttentionCacheLayer):
     """
-    The pattern `"window"`: a token sees the last W tokens of its own bucket in each round.
+    Cache layer of the pattern `"window"`: a token sees the last W tokens of its own bucket in each round.
 
-    The i-th token of a bucket is in cell `i % M` of the bucket's ring; `counts` says how many there were.
+    Token i of a bucket is in cell `i % M` of the bucket's ring; `counts` holds the number of tokens per bucket.
     """
 
     layer_type = "reformer_hf_lsh"
-    # The bucket of each row `[B, H, rows, R]`, N where there is padding or nothing.
+    # The bucket of each row, `[B, H, rows, R]`; N for padding and unused rows.
     buckets: Tensor | None
-    # Cache positions of the rows `[B, H, rows]`, once some were dropped; until then they are the rows.
+    # Cache positions of the rows, `[B, H, rows]`. `None` until tokens are dropped: positions then equal rows.
     row_positions: Tensor | None
-    # How many tokens each bucket had, `[B, H, R, N + 1]`, and the rows of the last ones, `[B, H, R, N + 1, M]`.
+    # Number of tokens in each bucket, `[B, H, R, N + 1]`, and the rows of the last ones, `[B, H, R, N + 1, M]`.
     counts: Tensor | None
     rings: Tensor | None
     tensors = (*AttentionCacheLayer.tensors, "buckets", "row_positions", "counts", "rings")
 
     def reset(self) -> None:
         super().reset()
-        # Rotations as `hashing.projections_of` gives them, for all heads, and the factors of N.
+        # The result of `hashing.projections_of` for all heads, and the factors of N.
         self.projections: list[Tensor] = []
         self.factors: list[int] = []
         self._signed: list[Tensor] = []
-        # Tokens that are not held any more, and the length when some were last dropped.
+        # Number of dropped tokens, and the length when tokens were last dropped.
         self._num_dropped = self._dropped_at = 0
         self._offsets: tuple[Tensor, Tensor] | None = None
 
     @property
     def _num_rows(self) -> Any:
-        """Rows in use."""
+        """Number of rows in use."""
         return self.length - self._num_dropped
 
     @property
@@ -68,11 +69,11 @@ class LSHCacheLayer(AttentionCacheLayer):
 
     @property
     def rotations(self) -> list[Tensor]:
-        """For `hashing.hash_few`: the rotations that every token of this cache is hashed with."""
+        """The rotations that hash all tokens of this cache, in the form of `hashing.hash_few`."""
         return self._signed
 
     def _window_length(self) -> int:
-        """W."""
+        """Return W."""
         return self.spec.pattern.chunk_length * self.spec.pattern.chunks_before
 
     def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
@@ -83,9 +84,9 @@ class LSHCacheLayer(AttentionCacheLayer):
         self.buckets = integers.new_full((*heads, self.entries.shape[1], spec.num_hashes), num_buckets)
         self.counts = torch.zeros((*heads, spec.num_hashes, num_buckets + 1), dtype=torch.long, device=self.device)
         self.rings = integers.new_zeros((*self.counts.shape, self._window_length() + SLACK))
-        # How far back in its bucket what a token sees is: W to 1, and 0 for itself, see `self_bias`.
-        self._ages = torch.arange(self._window_length(), -1, -1, device=self.device)
-        self._bias = self.entries.new_zeros(len(self._ages))
+        # Distances from a token back to those that it sees in its bucket: W to 1, and 0 for itself, see `self_bias`.
+        self._distances = torch.arange(self._window_length(), -1, -1, device=self.device)
+        self._bias = self.entries.new_zeros(len(self._distances))
         self._bias[-1] = self_bias(self.entries.dtype)
         self.key_epsilon = key_epsilon(key)
         self._masked = self._bias.new_tensor(float("-inf"))
@@ -106,12 +107,13 @@ class LSHCacheLayer(AttentionCacheLayer):
         **hashing: Any,
     ) -> None:
         """
-        As for every layer.
+        Write the tokens of a parallel pass.
 
         Args:
-            projections, factors: What the tokens were hashed with; an empty layer keeps it.
-            buckets: Of the new tokens `[B, H, R, n]`, N for padding.
-            order: Cached and new tokens in sorted order, as `sort_by_bucket` gives it, `[B, H, R, T + n]`.
+            spec, key, value, padding: As in `AttentionCacheLayer.prefill`.
+            projections, factors: The rotations and bucket factors of the tokens' hashes. An empty layer stores them.
+            buckets: Buckets of the new tokens, `[B, H, R, n]`; N for padding.
+            order: Sorted order of cached and new tokens as `sort_by_bucket` returns it, `[B, H, R, T + n]`.
         """
         if not self.is_initialized:
             self.projections, self.factors = list(projections), list(factors)
@@ -125,20 +127,20 @@ class LSHCacheLayer(AttentionCacheLayer):
     def _append(
         self, key: Tensor, value: Tensor, padding: Tensor | None, with_positions: bool, *, buckets: Tensor
     ) -> Seen:
-        """`buckets`: of the new tokens `[B, H, n, R]`, N for padding."""
+        """Append new tokens with the buckets `[B, H, n, R]`; N for padding."""
         row = self._num_rows
         self._write(key, value, buckets)
         ring_offsets, row_offsets = self._get_offsets()
         # [B, H, n, R, W + 1]
         seen, bias = self._push_and_look_up((buckets + ring_offsets)[..., None], row)
         if seen.shape[3] > 1:
-            # A token sees itself in one round only.
+            # A token sees itself in one round at most.
             bias[..., 1:, -1] = float("-inf")
             if self.spec.pattern.deduplicate_keys:
                 bias = bias.masked_fill(_seen_before(seen, bias < 0), float("-inf"))
         rows = torch.add(row_offsets, seen, alpha=self.spec.num_heads).flatten()
         entries = self.entries.view(-1, self.entries.shape[-1]).index_select(0, rows)
-        # One batch row of attention for each token of each head.
+        # Each token of each head is one batch entry of attention.
         size = seen.shape[3] * seen.shape[4]
         seen_key, seen_value = entries.view(-1, 1, size, entries.shape[-1]).chunk(2, dim=-1)
         positions = None
@@ -147,7 +149,7 @@ class LSHCacheLayer(AttentionCacheLayer):
         return Seen(seen_key, seen_value, bias.reshape(-1, 1, 1, size), positions)
 
     def _write(self, key: Tensor, value: Tensor, buckets: Tensor) -> None:
-        """Put new tokens into the next rows; `buckets` are `[B, H, n, R]`."""
+        """Write new tokens with the buckets `[B, H, n, R]` to the next rows."""
         row = self._num_rows
         self._write_rows(self.entries, 1, row, self._as_entries(key, value))
         self._write_rows(self.buckets, 2, row, buckets)
@@ -157,34 +159,34 @@ class LSHCacheLayer(AttentionCacheLayer):
 
     def _push_and_look_up(self, rings: Tensor, row: Any) -> tuple[Tensor, Tensor]:
         """
-        Put new tokens into their rings, and look up what each of them sees there.
+        Write new tokens to their rings, and look up what each of them sees there.
 
         Args:
-            rings: `[B, H, n, R, 1]`, of all rings of all rounds.
-            row: Of the first new token.
+            rings: Each token's rings, `[B, H, n, R, 1]`, as indices into the rings of all rounds.
+            row: The row of the first new token.
 
         Returns:
-            Rows, the token's own last, and what is added to the scores, both `[B, H, n, R, W + 1]`.
+            Rows of the keys, with the token's own row last, and the bias of the scores, both `[B, H, n, R, W + 1]`.
         """
         index = self._next_index(rings)
-        earlier = index - self._ages
+        earlier = index - self._distances
         cells = torch.add(earlier % self.ring_length, rings, alpha=self.ring_length)
         self._put(self.rings, cells[..., -1], row)
         self._count_in_buckets(rings)
         return self.rings.view(-1).take(cells), torch.where(earlier >= 0, self._bias, self._masked)
 
     def _next_index(self, rings: Tensor) -> Tensor:
-        """The index of each new token in its bucket, `[B, H, n, R, 1]`."""
+        """Return the index of each new token in its bucket, `[B, H, n, R, 1]`."""
         index = self.counts.view(-1).take(rings)
         if rings.shape[2] == 1:
             return index
-        # New tokens of one bucket follow each other.
+        # New tokens of one bucket have consecutive indices.
         same = (rings[:, :, :, None] == rings[:, :, None])[..., 0]
         earlier = torch.ones(same.shape[2:4], dtype=torch.bool, device=self.device).tril(-1)
         return index + (same & earlier[..., None]).sum(3)[..., None]
 
     def _put(self, rings: Tensor, cells: Tensor, row: Any) -> None:
-        """Write the rows of new tokens into cells `[B, H, n, R]`."""
+        """Write the rows of new tokens to cells `[B, H, n, R]`."""
         if cells.shape[2] == 1 and not self.is_compileable:
             rings.view(-1).index_fill_(0, cells.flatten(), row)
             return
@@ -196,7 +198,7 @@ class LSHCacheLayer(AttentionCacheLayer):
         self.counts.view(-1).index_add_(0, flat, self._one.expand(flat.shape))
 
     def _get_offsets(self) -> tuple[Tensor, Tensor]:
-        """Of the first ring of each round, `[B, H, 1, R]`, and of the first row, `[B, H, 1, 1, 1]`."""
+        """Return the offset of each round's first ring, `[B, H, 1, R]`, and of the first row, `[B, H, 1, 1, 1]`."""
         if self._offsets is None:
             batch_size, capacity, num_heads, _ = self.entries.shape
             rounds = torch.arange(self.counts.shape[:3].numel(), device=self.device).view(self.counts.shape[:3])
@@ -223,19 +225,19 @@ class LSHCacheLayer(AttentionCacheLayer):
         return Past(key, value, masked, positions, int(self.length), buckets=buckets)
 
     def _rebuild(self, order: Tensor) -> None:
-        """Make counts and rings of the sorted order `[B, H, R, T]` of all rows."""
+        """Recompute counts and rings from the sorted order `[B, H, R, T]` of all rows."""
         buckets = self.buckets[:, :, : order.shape[-1]].transpose(2, 3).long()
         self.counts.zero_().scatter_add_(3, buckets, torch.ones_like(buckets))
         starts = self.counts.cumsum(-1) - self.counts
         last = self.counts[..., None] - 1
         cells = torch.arange(self.ring_length, device=self.device)
-        # The last token whose index has this remainder.
+        # A cell holds the last token whose index modulo M is the cell.
         self.rings.copy_(_rows_at(order, starts[..., None] + last - (last - cells) % self.ring_length))
-        # Made here, not in `append`, which may be compiled.
+        # Computed here and not in `append`, which may be compiled.
         self._get_offsets()
 
     def _reserve(self, num_new: int) -> None:
-        """Make new tokens fit: drop what no ring holds, where that is worth while, else grow."""
+        """Make new tokens fit: drop tokens that are in no ring if that is worthwhile, else grow."""
         if self._num_rows + num_new <= self.entries.shape[1]:
             return
         limit = self._row_limit()
@@ -252,14 +254,18 @@ class LSHCacheLayer(AttentionCacheLayer):
                 self._resize("row_positions", 2, size)
 
     def _row_limit(self) -> float:
-        """Rows that rings hold at most, and a quarter more, so that rows are dropped now and then only."""
+        """Return the maximum number of rows: those that rings can hold, plus a quarter, so that drops are rare."""
         limit = self.counts.shape[2:].numel() * self.ring_length + SLACK
         return limit + max(limit // 4, SLACK)
 
     def _drop(self) -> None:
-        """Keep the rows that rings hold and the last ones, for each head, at the end of the part in use."""
+        """
+        Drop tokens: for each head, keep the rows that are in rings and the most recent rows.
+
+        Heads keep the same number of rows, so that some keep additional ones. Kept rows move to the front, in order.
+        """
         num_rows = self._num_rows
-        # What is in cells that were never written, or that were cropped, does no harm.
+        # Cells that were never written or were cropped may hold any row: this only keeps additional rows.
         held = self.rings[..., : self.num_buckets, :].flatten(2).long().clamp(max=num_rows - 1)
         keep = torch.zeros((*held.shape[:2], num_rows), dtype=torch.bool, device=self.device).scatter_(-1, held, True)
         keep[..., -SLACK:] = True
@@ -304,14 +310,13 @@ class LSHCacheLayer(AttentionCacheLayer):
 
 class LSHChunkCacheLayer(LSHCacheLayer):
     """
-    The pattern `"chunk"`: a token sees the chunks of the sorted order that it would see were it the last of a parallel
-    pass (in-tree).
+    Cache layer of the pattern `"chunk"`: a token sees the same chunks as the last token of a parallel pass (in-tree).
 
-    The first tokens of each bucket are kept as well as the last ones, and nothing is dropped.
+    The layer stores the first tokens of each bucket in addition to the last ones, and drops no tokens.
     """
 
     layer_type = "reformer_hf_lsh_chunk"
-    # Each token moves what the next one sees.
+    # Each token shifts the chunks that the next one sees.
     append_limit = 1
     # Rows of the first tokens of each bucket, `[B, H, R, N + 1, C]`.
     firsts: Tensor | None
@@ -354,7 +359,7 @@ class LSHChunkCacheLayer(LSHCacheLayer):
         wrapped = slots < 0
         if pattern.wraps:
             slots = torch.where(wrapped, slots + self._padded_length(), slots)
-        # The first chunk of a round looks back at the last one of the round before.
+        # The first chunk of a round sees the last chunk of the previous round.
         search = _OfRounds(wrapped)
         seen_buckets = search(ends, lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
         masked = (slots < 0) | (seen_buckets >= num_buckets)
@@ -376,29 +381,29 @@ class LSHChunkCacheLayer(LSHCacheLayer):
 
     def _put_first(self, rings: Tensor, index: Tensor, row: Any) -> None:
         chunk_length = self.firsts.shape[-1]
-        # What is not among the first goes where padding is.
+        # Tokens that are not among the first of their bucket are written to the padding bucket.
         trash = rings - rings % (self.num_buckets + 1) + self.num_buckets
         cells = torch.where(index < chunk_length, rings * chunk_length + index, (trash + 1) * chunk_length - 1)
         self._put(self.firsts, cells[..., 0], row)
 
     def _padded_length(self) -> int | Tensor:
-        """Length of a round in the ring of all chunks, with the token that is being appended."""
+        """Return the length of a round in the ring of all chunks, including the token that is being appended."""
         pattern, length = self.spec.pattern, self.length + 1
         is_padded = length > pattern.ring_min_length
-        # The length is a number or a tensor.
+        # Arithmetic instead of a branch, because the length may be a tensor.
         return length + is_padded * (-length % pattern.ring_multiple)
 
 
 class StaticLSHCacheLayer(FixedShape, LSHCacheLayer):
-    """`LSHCacheLayer` of a fixed shape."""
+    """An `LSHCacheLayer` of a fixed shape."""
 
 
 class StaticLSHChunkCacheLayer(FixedShape, LSHChunkCacheLayer):
-    """`LSHChunkCacheLayer` of a fixed shape."""
+    """An `LSHChunkCacheLayer` of a fixed shape."""
 
 
 class _OfRounds:
-    """Looks up `[B, H, R, W]` in a tensor of all rounds, `[B, H, R, …]`: its own round, or the one before it."""
+    """Look up `[B, H, R, W]` in a tensor `[B, H, R, …]` of all rounds, in the same round or in the previous one."""
 
     def __init__(self, before: Tensor):
         self._before = before
@@ -408,13 +413,13 @@ class _OfRounds:
 
 
 def _rows_at(order: Tensor, slots: Tensor) -> Tensor:
-    """What is at these slots `[B, H, R, N + 1, …]` of a sorted order `[B, H, R, T]`; anything beyond its ends."""
+    """Return the rows in slots `[B, H, R, N + 1, …]` of a sorted order `[B, H, R, T]`; arbitrary rows outside it."""
     slots = slots.clamp(min=0, max=order.shape[-1] - 1)
     return order.gather(-1, slots.flatten(3)).view(slots.shape)
 
 
 def _seen_before(rows: Tensor, masked: Tensor) -> Tensor:
-    """Which rows `[…, R, W]` are visible in an earlier round."""
+    """Return which rows `[…, R, W]` are visible in an earlier round."""
     seen = torch.zeros_like(masked)
     for round in range(1, rows.shape[-2]):
         earlier = rows.masked_fill(masked, -1)[..., :round, :].flatten(-2)

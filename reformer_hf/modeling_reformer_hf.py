@@ -4,7 +4,7 @@ The Reformer (Kitaev, Kaiser, Levskaya 2020, arXiv 2001.04451) as Transformers m
 
     embeddings → x1 = x2 → layers, y1 = x1 + Attention(x2), y2 = x2 + FeedForward(y1) → LayerNorm([y1; y2]) → head
 
-Parameter names are those of the in-tree model, so that its checkpoints load as they are.
+Parameter names are those of the in-tree model, so that its checkpoints load without conversion.
 """
 
 import sys
@@ -52,7 +52,7 @@ from .rng import SharedDropout, draw_seed
 from .self_attention import AttentionCall, Found, Weights
 from .stream_norm import StreamLayerNorm
 
-# What LoRA adapts by default: what scores and values are made of. (`query_key` in LSH layers, `query` in local ones.)
+# Default LoRA targets: the projections to queries (`query_key` in LSH and full layers) and values.
 LORA_TARGETS = ["query_key", "query", "value"]
 
 SELF_ATTENTIONS = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "full": FullSelfAttention}
@@ -61,14 +61,16 @@ SELF_ATTENTIONS = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "full":
 @dataclass
 class ReformerHfModelOutput(ModelOutput):
     """
+    Output of `ReformerHfModel`.
+
     Args:
-        last_hidden_state (`[B, L, 2 * hidden_size]`): Both streams side by side, normalised.
-        hidden_states (*optional*): The second stream `[B, L, hidden_size]` before each layer and after the last.
-        attentions (*optional*): For each layer, the attention weights `[B, H, R, L, W]` by round and place in the
-            query's window, before dropout. They sum to 1 over R and W, and carry no gradient.
-        attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys that the weights
-            are for, -1 where there is none.
-        cache (*optional*): The KV cache after this input, if there is one.
+        last_hidden_state (`[B, L, 2 * hidden_size]`): Both residual streams, concatenated and normalized.
+        hidden_states (*optional*): The second stream `[B, L, hidden_size]` before each layer and after the last one.
+        attentions (*optional*): For each layer, the attention weights `[B, H, R, L, W]` by hash round and index in the
+            query's window, before dropout. They sum to 1 over R and W, and have no gradient.
+        attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys of these weights,
+            -1 for masked keys.
+        cache (*optional*): The KV cache, including this input.
     """
 
     last_hidden_state: Tensor | None = None
@@ -81,8 +83,10 @@ class ReformerHfModelOutput(ModelOutput):
 @dataclass
 class ReformerHfCausalLMOutput(ModelOutput):
     """
+    Output of `ReformerHfForCausalLM`.
+
     Args:
-        loss (*optional*): Cross entropy of the next token, if there were labels.
+        loss (*optional*): Cross entropy of the next token, if labels were given.
         logits (`[B, L, vocab_size]`): Scores of the next token.
         hidden_states, attentions, attention_positions, cache (*optional*): As in `ReformerHfModelOutput`.
     """
@@ -96,7 +100,7 @@ class ReformerHfCausalLMOutput(ModelOutput):
 
 
 class ReformerHfSelfOutput(nn.Module):
-    """Project heads back to the stream."""
+    """Output projection of attention, from heads to the residual stream."""
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
@@ -104,14 +108,23 @@ class ReformerHfSelfOutput(nn.Module):
         self.dense = nn.Linear(all_head_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, features: slice) -> Tensor:
-        """What heads `[B, L, H * D]` add to the sum over all heads, given which features of all heads they are."""
+        """
+        Project the outputs of some heads.
+
+        Args:
+            hidden_states: Outputs of h heads, `[B, L, h * D]`.
+            features: Range of their features among those of all heads.
+
+        Returns:
+            Their contribution to the sum over all heads, `[B, L, E]`.
+        """
         if features == slice(0, self.dense.in_features):
             return self.dense(hidden_states)
         return linear(hidden_states, self.dense.weight[:, features])
 
 
 class ReformerHfAttention(nn.Module):
-    """Layer norm, attention of the layer's type, output projection, dropout."""
+    """Layer norm, attention of the layer's type, output projection and dropout."""
 
     def __init__(self, config: ReformerHfConfig, layer_idx: int):
         super().__init__()
@@ -122,7 +135,7 @@ class ReformerHfAttention(nn.Module):
         self.output = ReformerHfSelfOutput(config)
 
     def branch(self, call: AttentionCall) -> AttentionBranch:
-        """The branch that is added to the first stream, for one call on the second one: a sum over groups of heads."""
+        """Return the branch that reads the second stream and is added to the first: a sum over groups of heads."""
         drops = self.training and self.dropout > 0
         return AttentionBranch(
             parts=[self._part(call, heads) for heads in self.self_attention.head_groups(call, self.output.dense)],
@@ -141,15 +154,19 @@ class ReformerHfAttention(nn.Module):
         )
 
     def append(self, x2: Tensor, call: AttentionCall, cache: Cache) -> tuple[Tensor, Weights | None]:
-        """What the branch adds for few new tokens `[B, n, E]`, which attend to what the cache holds; and attention
-        weights where they are wanted."""
+        """
+        Compute the branch for a few new tokens `[B, n, E]`, which are appended to the cache.
+
+        Returns:
+            The update of the first stream `[B, n, E]`, and attention weights if the call requests them.
+        """
         heads, weights = self.self_attention.append(self.layer_norm(x2), call, cache, self.layer_idx)
         added = self.output.dense(heads)
         return dropout(added, self.dropout) if self.training else added, weights
 
 
 class ReformerHfLayer(nn.Module):
-    """A pair of residual branches, reversible where gradients are wanted and the config says so."""
+    """A pair of residual branches. The layer is reversible if it is given a tape and gradients are needed."""
 
     def __init__(self, config: ReformerHfConfig, layer_idx: int):
         super().__init__()
@@ -160,11 +177,13 @@ class ReformerHfLayer(nn.Module):
         self, x1: Tensor, x2: Tensor, call: AttentionCall, tape: Tape | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor, Weights | None]:
         """
+        Compute both streams after the layer.
+
         Args:
             x1, x2: The streams `[B, L, E]`.
-            call: What is given to attention.
-            tape: Shared by the layers of a reversible stack; `None` keeps activations.
-            cache: KV cache of the tokens before these, which takes them too.
+            call: The inputs of attention.
+            tape: The tape that the layers of a reversible stack share; `None` saves activations.
+            cache: KV cache of the earlier tokens. The layer adds the new tokens to it.
 
         Returns:
             The streams after the layer, and attention weights with the positions of their keys or `None`.
@@ -182,7 +201,7 @@ class ReformerHfLayer(nn.Module):
         return y1, y2, found.weights
 
     def feed_forward_branch(self, call: AttentionCall) -> PositionWiseBranch:
-        """The branch that is added to the second stream, in chunks of positions."""
+        """Return the branch that is added to the second stream, computed in chunks of positions."""
         chunk_size = self.feed_forward.chunk_size
         return PositionWiseBranch(
             self.feed_forward,
@@ -194,12 +213,12 @@ class ReformerHfLayer(nn.Module):
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module that require gradients."""
+    """Return the parameters of a module that require gradients."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class ReformerHfEncoder(nn.Module):
-    """The stack of layers and the norm over both streams."""
+    """The stack of layers and the layer norm over both streams."""
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
@@ -215,6 +234,7 @@ class ReformerHfEncoder(nn.Module):
         cache: Cache | None = None,
         output_hidden_states: bool = False,
     ) -> ReformerHfModelOutput:
+        """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
         x1 = x2 = hidden_states
         tape = Tape() if self.reversible and torch.is_grad_enabled() else None
         all_hidden_states, all_weights = [x2], []
@@ -223,13 +243,13 @@ class ReformerHfEncoder(nn.Module):
             if output_hidden_states:
                 all_hidden_states.append(x2)
             all_weights.append(weights)
-        both = torch.cat([x1, x2], dim=-1)
+        streams = torch.cat([x1, x2], dim=-1)
         if tape is not None:
-            # The norm keeps them for its backward pass.
+            # The layer norm saves the concatenated streams for its backward pass.
             width = x1.shape[-1]
-            tape.share((both.detach()[..., :width], both.detach()[..., width:]))
+            tape.share((streams.detach()[..., :width], streams.detach()[..., width:]))
         del x1, x2
-        hidden_states = self.layer_norm(both)
+        hidden_states = self.layer_norm(streams)
         with_weights = call.output_attentions
         return ReformerHfModelOutput(
             last_hidden_state=dropout(hidden_states, self.dropout) if self.training else hidden_states,
@@ -241,7 +261,7 @@ class ReformerHfEncoder(nn.Module):
 
 
 class ReformerHfPreTrainedModel(PreTrainedModel):
-    """What all models share: initialisation, and what they do not support."""
+    """Base class of the models, with weight initialization, saving and unsupported features."""
 
     config_class = ReformerHfConfig
     config: ReformerHfConfig
@@ -250,7 +270,7 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "word_embeddings"
     _no_split_modules = ["ReformerHfEmbeddings", "ReformerHfLayer"]
     _supports_context_parallel = False
-    # What a saved folder says of the classes in the files that are shipped with it.
+    # Entries of a saved config for the classes in the code files that are saved with it.
     _auto_map = {
         "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
         "AutoModel": "modeling_reformer_hf.ReformerHfModel",
@@ -258,7 +278,7 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: ReformerHfConfig, *args, **kwargs):
-        # Fields may have been set since the config was made.
+        # Fields may have changed since the config was created.
         config.validate_reformer()
         if "peft" in sys.modules:
             mapping = sys.modules["peft"].utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -275,24 +295,24 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.bias)
 
     def gradient_checkpointing_enable(self, *args, **kwargs):
-        """Refused: reversible layers keep no activations that a checkpoint could save."""
+        """Raise a `ValueError`: reversible layers save no activations that gradient checkpointing could avoid."""
         raise ValueError(
-            "`gradient_checkpointing` is True, but reversible layers recompute activations already, in memory that "
-            "does not grow with depth: leave it False. For less memory yet set `chunk_size_feed_forward` and "
+            "`gradient_checkpointing` is True, but reversible layers already recompute activations, with memory that "
+            "does not grow with depth: leave it False. To save more memory, set `chunk_size_feed_forward` and "
             "`chunk_size_lm_head`."
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in Transformers, with the code of the model beside the weights for `trust_remote_code=True`."""
+        """Save the model as in Transformers, together with its code for `trust_remote_code=True`."""
         self.config.auto_map = dict(self._auto_map)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class ReformerHfModel(ReformerHfPreTrainedModel):
-    """Embeddings and the reversible stack."""
+    """Embeddings and the stack of reversible layers."""
 
-    # Whether to look at the values of inputs: ids out of range raise a `ValueError`, and a mask of ones costs nothing.
-    # On a GPU that waits for the device once per call. Shapes are checked either way.
+    # Whether to check the values of inputs in addition to their shapes: ids out of range then raise a `ValueError`,
+    # and a mask of ones has no cost. On a GPU, this waits for the device once per call.
     checks_values = True
 
     def __init__(self, config: ReformerHfConfig):
@@ -319,32 +339,37 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         **kwargs,
     ) -> ReformerHfModelOutput:
         """
+        Compute the hidden states of an input.
+
         Args:
             input_ids (`[B, L]`, *optional*): Token ids, L from 1 to `max_position_embeddings`.
             attention_mask (`[B, L]`, *optional*): 1 for tokens, 0 for padding, on any side. With a cache that holds T
-                tokens, `[B, T + L]` or for the new ones alone `[B, L]`.
-            position_ids (`[B, L]`, *optional*): Positions; by default tokens are counted from 0, without padding.
+                tokens, `[B, T + L]`, or `[B, L]` for the new tokens only.
+            position_ids (`[B, L]`, *optional*): Positions. By default, tokens are counted from 0, without padding.
             inputs_embeds (`[B, L, E]`, *optional*): Word embeddings instead of `input_ids`.
-            num_hashes (`int`, *optional*): Hash rounds for this call, instead of the config's.
-            num_buckets (`int` or `list[int]`, *optional*): Buckets per round for this call, instead of the config's.
-            cache (`Cache`, *optional*): KV cache, a `DynamicCache(config=model.config)` or `StaticCache`: the
-                input continues what it holds, and is taken into it. Nothing has a gradient then. (`past_key_values`
-                is what Transformers before 5.24 calls it.)
-            use_cache (`bool`, *optional*): Whether to make a `DynamicCache` and return it, where none is given; a
-                causal model does so in evaluation. Otherwise than in other models, None means no.
-            output_hidden_states, output_attentions (`bool`, *optional*): What to return besides; for its form see
+            num_hashes (`int`, *optional*): Number of hash rounds for this call; overrides the config.
+            num_buckets (`int` or `list[int]`, *optional*): Buckets per round for this call; overrides the config.
+            cache (`Cache`, *optional*): KV cache, a `DynamicCache(config=model.config)` or a `StaticCache`. The input
+                continues the cached tokens and is added to them. Outputs have no gradient then. (Transformers before
+                5.24 calls this argument `past_key_values`.)
+            use_cache (`bool`, *optional*): Whether to create and return a `DynamicCache` if none is given. Only has an
+                effect on causal models in evaluation mode. Unlike in other models, the default `None` means False.
+            output_hidden_states, output_attentions (`bool`, *optional*): Whether to return these as well, see
                 `ReformerHfModelOutput`.
 
+        Returns:
+            `ReformerHfModelOutput`.
+
         Raises:
-            ValueError: If an input does not fit the config or another one. A cache is as it was, then.
+            ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
         check_not_exporting()
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
         inputs = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)
         factors = bucket_factors_of_call(self.config, num_buckets)
-        looks = self.checks_values and not torch.compiler.is_compiling()
-        if looks:
+        checks_values = self.checks_values and not torch.compiler.is_compiling()
+        if checks_values:
             check_input_ids(self.config, input_ids)
             check_position_ids(self.config, position_ids)
         if cache is not None:
@@ -352,11 +377,11 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         padding = None
         if attention_mask is not None:
             attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
-            if not (looks and attention_mask.all()):
+            if not (checks_values and attention_mask.all()):
                 padding = ~attention_mask
         if position_ids is None:
             position_ids = self._position_ids(inputs, padding, cache)
-            if looks and cache is not None:
+            if checks_values and cache is not None:
                 check_position_ids(self.config, position_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -374,7 +399,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             return self.encoder(hidden_states, call, cache, output_hidden_states)
 
     def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
-        """Tokens counted from those in the cache, `[B or 1, L]`; padding has the position of the token before it."""
+        """Count tokens from those in the cache on, `[B or 1, L]`; padding has the position of the token before it."""
         if padding is None:
             position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None]
         else:
@@ -385,7 +410,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         return position_ids.clamp(min=0)
 
     def _cache_specs(self, num_hashes: int | None) -> list[CacheSpec]:
-        """What the cache layers of this model are built for."""
+        """Return the specs of this model's cache layers."""
         layers = cast(Sequence[ReformerHfLayer], self.encoder.layers)
         return [layer.attention.self_attention.cache_spec_for(num_hashes) for layer in layers]
 
@@ -394,7 +419,7 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
     """A causal Reformer that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "reformer.embeddings.word_embeddings.weight"}
-    # The other name of `lm_head.bias`: `Trainer` is not to miss it in a checkpoint.
+    # An alias of `lm_head.bias`. `Trainer` must not report it as missing in a checkpoint.
     _keys_to_ignore_on_save = ["lm_head.decoder.bias"]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
@@ -409,12 +434,12 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Besides what Transformers ties: the two names of the head's bias, always."""
+        """Return the tied weights of Transformers and, always, the two names of the LM head's bias."""
         keys = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
         return keys if all_submodels else {**keys, "lm_head.decoder.bias": "lm_head.bias"}
 
     def init_parallel_plans(self) -> None:
-        """As in Transformers; but what is tied is sharded in one piece, with what no rule names."""
+        """Initialize the plans as in Transformers, but without rules for tied modules: the root group shards them."""
         super().init_parallel_plans()
         if self.config.tie_word_embeddings:
             self._fsdp_plan = {
@@ -431,8 +456,11 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         self.lm_head.bias = new_embeddings.bias
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
-        """As in Transformers. Of a checkpoint that has both names of the head's bias, the decoder's is the one that
-        counts: in-tree, where they are two since 5.24, the other is not used."""
+        """
+        Tie weights as in Transformers. If a checkpoint has both names of the LM head's bias, use the decoder's.
+
+        In-tree, they are two parameters since 5.24, and only the decoder's bias is used.
+        """
         if missing_keys is not None and not missing_keys & {"lm_head.bias", "lm_head.decoder.bias"}:
             self.lm_head.bias = self.lm_head.decoder.bias
         super().tie_weights(missing_keys, recompute_mapping)
@@ -456,14 +484,20 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         **kwargs,
     ) -> ReformerHfCausalLMOutput:
         """
-        Args:
-            labels (`[B, L]`, *optional*): The tokens, -100 where no loss is wanted; shifted inside. In training with
-                `chunk_size_lm_head` there is the loss alone then, and no logits.
-            logits_to_keep (`int` or `Tensor`, defaults to 0): Compute the logits of so many last positions (where
-                these are padding, of the last token before it), or of these positions; 0 means all.
-            **kwargs: What the loss takes, such as `num_items_in_batch` and `shift_labels`.
+        Compute the logits of the next token and, given labels, the loss.
 
-        The other arguments, and what is raised, are those of `ReformerHfModel.forward`.
+        The other arguments and exceptions are those of `ReformerHfModel.forward`.
+
+        Args:
+            labels (`[B, L]`, *optional*): The tokens, or -100 for positions without loss. The model shifts them. In
+                training with `chunk_size_lm_head`, the model then only returns the loss and no logits.
+            logits_to_keep (`int` or `Tensor`, defaults to 0): Compute only the logits of that many last positions, or
+                of the positions in a tensor; 0 means all. A position of padding gets the logits of the last token
+                before it, if a number is given.
+            **kwargs: Arguments of the loss, such as `num_items_in_batch` and `shift_labels`.
+
+        Returns:
+            `ReformerHfCausalLMOutput`.
         """
         if cache is not None and isinstance(logits_to_keep, int) and logits_to_keep > 0:
             check_last_tokens(cache, attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
@@ -499,9 +533,9 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
 
     @property
     def _loss_without_logits(self) -> bool:
-        """Whether a training step gives the loss alone: in chunks, of a plain linear layer, by the usual formula."""
-        usual = self.loss_function is LOSS_MAPPING["ForCausalLM"] and type(self.lm_head.decoder) is nn.Linear
-        return self.training and self.lm_head.chunk_size > 0 and usual
+        """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
+        is_default = self.loss_function is LOSS_MAPPING["ForCausalLM"] and type(self.lm_head.decoder) is nn.Linear
+        return self.training and self.lm_head.chunk_size > 0 and is_default
 
 
 # `DynamicCache` and `StaticCache` look up cache layers by the names in `config.layer_types`.
@@ -514,7 +548,7 @@ for dynamic, static in (
     DYNAMIC_LAYER_TYPE_MAPPING[dynamic.layer_type] = dynamic
     STATIC_LAYER_TYPE_MAPPING[static.layer_type] = static
 
-# Trainer shifts labels for label smoothing, and pipelines take models, by these names.
+# By these names, Trainer decides whether to shift labels for label smoothing, and pipelines accept models.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(ReformerHfConfig.model_type, ReformerHfForCausalLM.__name__)
 
 ReformerHfConfig.register_for_auto_class()

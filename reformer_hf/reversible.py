@@ -5,10 +5,10 @@ Reversible residual layers (Gomez et al. 2017; Kitaev et al. 2020, section 3).
     y1 = x1 + attention(x2)        x2 = y2 - feed_forward(y1)
     y2 = x2 + feed_forward(y1)     x1 = y1 - attention(x2)
 
-Each layer is one autograd function with its parameters among the inputs, so that whatever hooks on modules and
-parameters (DDP, FSDP2, adapters) sees them as it sees those of any layer. No layer keeps its input: a tape that the
-stack shares holds the one pair of streams that exists, the output of the last layer, and every backward step replaces
-the output of its layer by the input.
+Each layer is one autograd function whose inputs include its parameters, so that tools with hooks on modules and
+parameters (DDP, FSDP2, adapters) work as for any other layer. Layers do not save their inputs. The layers share a
+tape, which holds a single pair of streams: at first the output of the last layer. The backward pass of a layer
+replaces the layer's output on the tape by its input.
 """
 
 from abc import ABC, abstractmethod
@@ -29,14 +29,14 @@ Gradients = list[Tensor | None]
 
 class Branch(ABC):
     """
-    One residual branch of a layer: a function of one stream `[B, L, E]` that is added to the other.
+    One residual branch of a layer: a function of one stream `[B, L, E]` that is added to the other stream.
 
-    The function is pure but for the dropout that it draws. What it finds on its way, such as a sorted order, it
-    returns; the backward pass gives it back, so that it is not found again.
+    The function is pure except for dropout. It returns intermediate results such as a sorted order, and the backward
+    pass reuses them.
 
     Args:
-        parameters: Those of the function that require gradients.
-        uses_rng: Whether it takes random numbers from the global generators.
+        parameters: Parameters of the function that require gradients.
+        uses_rng: Whether the function uses the global random number generators.
     """
 
     parameters: Sequence[Tensor]
@@ -44,38 +44,41 @@ class Branch(ABC):
 
     @abstractmethod
     def add(self, other: Tensor, stream: Tensor) -> tuple[Tensor, Any]:
-        """The other stream with the branch of `stream` added, differentiable, and what was found."""
+        """Add the branch of `stream` to the other stream, differentiably; return the sum and intermediate results."""
 
     @abstractmethod
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, Any]:
-        """The same without gradient; subtracted where the sign is -1."""
+        """Add the branch of `stream` without gradient, or subtract it if the sign is -1; return the same as `add`."""
 
     @abstractmethod
     def reverse_and_grad(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Any
     ) -> tuple[Tensor, Gradients]:
         """
-        Subtract the branch of `stream` from `total`, and propagate the gradient through it.
+        Subtract the branch of `stream` from `total`, and backpropagate through the branch.
 
         Args:
-            rest: Takes what is left of `total`, and may be `total`.
-            found: What was found in the forward pass.
+            total: The sum that the branch was added to.
+            stream: The input of the branch.
+            grad_total, grad_stream: Gradients of both, the latter without that of the branch.
+            rest: Receives the difference. May be `total` itself.
+            found: Intermediate results of the forward pass.
 
         Returns:
-            The gradient of `stream`, `grad_stream` included, and the gradients of the parameters.
+            The gradient of `stream`, including `grad_stream`, and the gradients of the parameters.
         """
 
 
 @dataclass
 class PositionWiseBranch(Branch):
     """
-    Acts on each position by itself.
+    A branch that acts on each position independently.
 
     Args:
-        function: From a chunk of positions to what is added there.
+        function: Maps a chunk of positions to the values that are added to them.
         parameters, uses_rng: See `Branch`.
-        chunk_size: Positions at a time; 0 for all.
-        recompute: Whether `add` keeps nothing but its inputs and computes each chunk once more in the backward pass.
+        chunk_size: Positions per chunk; 0 for all.
+        recompute: Whether `add` saves only its inputs and recomputes each chunk in the backward pass.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -111,14 +114,14 @@ class PositionWiseBranch(Branch):
 @dataclass
 class AttentionPart:
     """
-    What some heads add to a stream: `write(attend(read(stream)))`.
+    The contribution of some heads to a stream: `write(attend(read(stream)))`.
 
     Args:
-        read: From a chunk of positions of the stream to queries, keys and values there. Takes `values=False` where the
-            results themselves are not needed, but their gradients are.
-        attend: From those of all positions, and what it found before if it is run again, to the output of the heads
-            `[B, L, …]` and what it found. Uses no parameters.
-        write: From a chunk of positions of that output to what is added there.
+        read: Maps a chunk of positions of the stream to queries, keys and values. Called with `values=False` if only
+            the gradients of the results are needed.
+        attend: Maps queries, keys and values of all positions to the output of the heads `[B, L, …]` and intermediate
+            results. Also takes the intermediate results of an earlier run, or `None`. Uses no parameters.
+        write: Maps a chunk of positions of that output to the values that are added to them.
     """
 
     read: Callable[..., Sequence[Tensor]]
@@ -129,17 +132,17 @@ class AttentionPart:
 @dataclass
 class AttentionBranch(Branch):
     """
-    A sum over parts, which are computed one after the other.
+    A branch that is a sum over parts, computed one after the other.
 
-    Nothing as wide as the stream exists but the stream, its gradient and those of the other one: what reads from and
-    writes to them takes a chunk of positions at a time.
+    The only tensors as large as a stream are the streams and their gradients: parts read and write in chunks of
+    positions.
 
     Args:
         parts: See `AttentionPart`.
         parameters, uses_rng: See `Branch`.
-        chunk_size: Positions to be read or written at a time; 0 for all.
-        dropout: Makes, for one pass over the parts, the function that takes some positions of what one of them adds to
-            what is left of it; `None` where nothing is dropped.
+        chunk_size: Positions per chunk to read and write; 0 for all.
+        dropout: Creates a dropout function for one pass over the parts. This function takes the values that a part
+            adds at some positions, and those positions. `None` means no dropout.
     """
 
     parts: Sequence[AttentionPart]
@@ -177,7 +180,7 @@ class AttentionBranch(Branch):
         grad_sum, drop = torch.empty_like(grad_stream), self._drop()
         grads: Gradients = [None] * len(self.parameters)
         for part, of_part in zip(self.parts, found, strict=True):
-            # An adapter may draw random numbers as it reads, and is to draw them again.
+            # An adapter may draw random numbers in `read`, which the second call below must repeat.
             state = ReplayState(stream.device, generators=self.uses_rng)
             inputs = [x.requires_grad_() for x in map_chunks(part.read, stream, self.chunk_size)]
             with torch.enable_grad():
@@ -196,7 +199,7 @@ class AttentionBranch(Branch):
                 for at, _, grad in vjp_chunks(read, stream, grads_of, self.chunk_size, self.parameters, grads):
                     torch.add(grad_stream[:, at], grad, out=grad_sum[:, at])
             del grad_inputs, grads_of
-            # What the next part is taken from, and added to.
+            # The next part is subtracted from the rest, and adds to the gradient.
             total, grad_stream = rest, grad_sum
         return grad_sum, grads
 
@@ -218,7 +221,7 @@ def _at(tensors: Sequence[Tensor], positions: slice) -> Sequence[Tensor]:
 
 @dataclass
 class _Record:
-    """What the backward pass of a layer needs: its branches, the state under which they ran, and what they found."""
+    """The branches of a layer, the generator states under which they ran, and their intermediate results."""
 
     branches: tuple[Branch, Branch]
     states: tuple[ReplayState, ReplayState] | None = None
@@ -226,34 +229,42 @@ class _Record:
 
 
 class Tape:
-    """The pair of streams on which the backward pass of a stack stands, and the layers behind it."""
+    """The layers of a stack whose backward pass has not run yet, and the output of the last one of them."""
 
     def __init__(self) -> None:
         self._streams: Streams | None = None
-        # Whether nobody else has a hold of them, so that they may be written over.
+        # Whether there are no other references to the streams, so that they may be overwritten.
         self._private = False
         self._records: list[_Record] = []
 
     def push(self, record: _Record, streams: Streams) -> int:
-        """Put a layer and its output on the tape; returns the layer's place."""
+        """Append a layer and its output to the tape, and return the index of the layer."""
         self._records.append(record)
         self._streams, self._private = streams, False
         return len(self._records) - 1
 
     def share(self, streams: Streams) -> None:
-        """Stand on these streams, which equal the output of the last layer, so that it need not exist twice."""
+        """Replace the stored streams by equal ones that are kept elsewhere, so that only one copy exists."""
         if self._streams is not None:
             self._streams = streams
 
-    def rewind(self, place: int) -> tuple[_Record, Streams, bool]:
-        """Take the layer at `place` off the tape, with its output, and say whether that may be written over; layers
-        after it, which had no part in the loss, are inverted on the way."""
-        if self._streams is None or place >= len(self._records):
+    def rewind(self, index: int) -> tuple[_Record, Streams, bool]:
+        """
+        Remove the layer at `index` from the tape. Invert the layers after it, which did not contribute to the loss.
+
+        Returns:
+            The layer, its output, and whether the output may be overwritten.
+
+        Raises:
+            RuntimeError: If an earlier backward pass has removed the layer.
+        """
+        if self._streams is None or index >= len(self._records):
             raise RuntimeError(
                 "The activations of this reversible model were used up by an earlier backward pass. Run the forward "
-                "pass again, or build the model with `reversible=False` to go backward twice (`retain_graph=True`)."
+                "pass again, or build the model with `reversible=False` for several backward passes "
+                "(`retain_graph=True`)."
             )
-        while place < len(self._records) - 1:
+        while index < len(self._records) - 1:
             record = self._records.pop()
             with torch.no_grad():
                 self._streams, self._private = _invert(record, self._streams), True
@@ -261,7 +272,7 @@ class Tape:
         return self._records.pop(), streams, self._private
 
     def put_back(self, streams: Streams) -> None:
-        """Stand on these streams, of which nobody else knows, unless there is no layer left that could want them."""
+        """Store streams without other references as the output of the last layer, if any layers are left."""
         if self._records:
             self._streams, self._private = streams, True
 
@@ -270,16 +281,16 @@ def residual_layer(
     x1: Tensor, x2: Tensor, attention: Branch, feed_forward: Branch, tape: Tape | None
 ) -> tuple[Tensor, Tensor, Any]:
     """
-    One layer of two residual branches.
+    Compute one layer of two residual branches.
 
     Args:
-        x1, x2: The two streams `[B, L, E]`, in fp32 at least for the inversion to be accurate.
-        attention, feed_forward: The branches. Run again in the backward pass they must do what they did.
-        tape: Shared by the layers of one forward pass, in order; the backward pass then recomputes the input of each
-            layer from its output. `None` keeps activations.
+        x1, x2: The two streams `[B, L, E]`, at least in fp32 for an accurate inversion.
+        attention, feed_forward: The branches. A second run in the backward pass must reproduce the first one.
+        tape: The tape that the layers of one forward pass share; layers must run in order. The backward pass then
+            recomputes the input of each layer from its output. `None` saves activations.
 
     Returns:
-        The two streams after the layer, and what `attention` found.
+        The two streams after the layer, and the intermediate results of `attention`.
 
     Raises:
         RuntimeError: In a second backward pass through a tape, or in one with `create_graph=True`.
@@ -307,17 +318,17 @@ class _ReversibleLayer(torch.autograd.Function):
         feed_forward_state = ReplayState(x1.device, generators=feed_forward.uses_rng)
         y2, feed_forward_found = feed_forward.add_to(x2, y1)
         record.states, record.found = (attention_state, feed_forward_state), (found, feed_forward_found)
-        ctx.tape, ctx.place = tape, tape.push(record, (y1.detach(), y2.detach()))
+        ctx.tape, ctx.index = tape, tape.push(record, (y1.detach(), y2.detach()))
         return y1, y2
 
     @staticmethod
     def backward(ctx, grad_y1, grad_y2):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "A second derivative through a reversible layer is not supported (`create_graph=True`): build the "
+                "Second derivatives through a reversible layer (`create_graph=True`) are not supported: build the "
                 "model with `reversible=False`."
             )
-        record, (y1, y2), private = ctx.tape.rewind(ctx.place)
+        record, (y1, y2), private = ctx.tape.rewind(ctx.index)
         (attention, feed_forward), (found, feed_forward_found) = record.branches, record.found
         attention_state, feed_forward_state = record.states
         x2 = y2 if private else torch.empty_like(y2)
@@ -334,7 +345,7 @@ class _ReversibleLayer(torch.autograd.Function):
 
 
 def _invert(record: _Record, streams: Streams) -> Streams:
-    """The input of a layer, from its output."""
+    """Recompute the input of a layer from its output."""
     y1, y2 = streams
     (attention, feed_forward), (found, feed_forward_found) = record.branches, record.found
     attention_state, feed_forward_state = record.states

@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the kinds of attention share: what a call is given and returns, and projections of some of the heads."""
+"""Base class of the attention types, the inputs and results of their calls, and projections of groups of heads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,20 +24,20 @@ Weights = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class AttentionCall:
     """
-    What one call of attention is given, the same for all heads, in the forward pass and in its recomputation.
+    The inputs of one attention call that all heads share, in the forward pass and in its recomputation.
 
-    The fields that differ from layer to layer are set by `SelfAttention.begin`.
+    `SelfAttention.begin` sets the fields that differ between layers.
 
     Args:
-        batch_size, length, dtype, device: Of the hidden states `[B, L, E]`.
-        padding: `[B, L]`, True where there is padding.
-        num_hashes: Hash rounds, instead of the config's.
-        num_buckets: Factors of the number of buckets, instead of those that follow from the config and the length.
-        output_attentions: Whether attention weights are wanted too.
-        fills_cache: Whether keys, values and buckets are wanted too.
-        past: Cached tokens that come before these.
-        projections: Rotations that hash all heads, as `hashing.projections_of` gives them.
-        factors: Of the number of buckets that they hash into.
+        batch_size, length, dtype, device: Properties of the hidden states `[B, L, E]`.
+        padding: `[B, L]`, True for padding.
+        num_hashes: Number of hash rounds; overrides the config.
+        num_buckets: Factors of the number of buckets; overrides those that follow from the config and the length.
+        output_attentions: Whether to return attention weights.
+        fills_cache: Whether to return keys, values and buckets for the cache.
+        past: Cached tokens before the input.
+        projections: Rotations that hash all heads, as `hashing.projections_of` returns them.
+        factors: Factors of the number of buckets that they hash into.
         dropout_seed: Seed of the dropout of attention weights.
     """
 
@@ -57,7 +57,7 @@ class AttentionCall:
 
     @classmethod
     def on(cls, hidden_states: Tensor, **options: Any) -> "AttentionCall":
-        """A call on hidden states `[B, L, E]`."""
+        """Create a call on hidden states `[B, L, E]`."""
         batch_size, length, _ = hidden_states.shape
         return cls(batch_size, length, hidden_states.dtype, hidden_states.device, **options)
 
@@ -65,13 +65,13 @@ class AttentionCall:
 @dataclass(frozen=True)
 class Found:
     """
-    What attention of some heads found besides its output.
+    The results of attention of some heads in addition to its output.
 
     Args:
-        order: Sorted order of LSH attention, `[B, h, R, L]`; the recomputation takes it back.
-        key, value: `[B, n, h, D]`, where the call fills a cache.
-        buckets: `[B, h, R, n]`, likewise.
-        weights: Attention weights `[B, h, R, n, W]` before dropout and the positions of their keys, where wanted.
+        order: Sorted order of LSH attention, `[B, h, R, L]`; the recomputation reuses it.
+        key, value: `[B, n, h, D]`, if the call fills a cache.
+        buckets: `[B, h, R, n]`, if the call fills a cache.
+        weights: Attention weights `[B, h, R, n, W]` before dropout and the positions of their keys, if requested.
     """
 
     order: Tensor | None = None
@@ -82,7 +82,7 @@ class Found:
 
     @classmethod
     def join(cls, groups: Sequence["Found"]) -> "Found":
-        """That of all heads, from groups of heads."""
+        """Concatenate the results of groups of heads to those of all heads."""
         if len(groups) == 1:
             return groups[0]
         weights = None
@@ -103,9 +103,9 @@ def _join(parts: Sequence[Tensor | None], axis: int) -> Tensor | None:
 
 
 class SelfAttention(nn.Module):
-    """Attention of some kind: a subclass projects and attends, for all heads or for a group of them."""
+    """Base class of the attention types. A subclass projects and attends, for all heads or a group of them."""
 
-    # Names of the projections into the heads.
+    # Names of the modules that project hidden states to the heads.
     projections: tuple[str, ...] = ()
 
     def __init__(self, config: ReformerHfConfig):
@@ -114,49 +114,56 @@ class SelfAttention(nn.Module):
         self.num_heads, self.head_size = config.num_attention_heads, config.attention_head_size
         self.all_heads = slice(0, self.num_heads)
         self.dropout_rate = config.lsh_attention_probs_dropout_prob or 0.0
-        # What the cache layer of this attention is built for.
+        # The spec of this attention's cache layer.
         self.cache_spec = CacheSpec(None, self.num_heads, self.head_size)
         for name in self.projections:
             setattr(self, name, nn.Linear(config.hidden_size, self.num_heads * self.head_size, bias=False))
 
     @property
     def dropout(self) -> float:
-        """Rate at which attention weights are dropped in this mode."""
+        """Dropout rate of attention weights in the current mode."""
         return self.dropout_rate if self.training else 0.0
 
     def features(self, heads: slice) -> slice:
-        """Where some heads are among the features of all."""
+        """Return the range of the features of some heads among the features of all heads."""
         return slice(heads.start * self.head_size, heads.stop * self.head_size)
 
     def cache_spec_for(self, num_hashes: int | None) -> CacheSpec:
-        """What the cache layer is built for where the call gives the number of hash rounds."""
+        """Return the spec of the cache layer for a call with this number of hash rounds; `None` means the config's."""
         return self.cache_spec
 
     def begin(self, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
-        """The call of this layer; draws the seeds that it needs."""
+        """Complete a call with the fields of this layer, and draw the seeds that it needs."""
         past = cache_layer.past() if cache_layer is not None and cache_layer.is_initialized else None
         dropout_seed = draw_seed() if self.dropout else 0
         return replace(call, past=past, fills_cache=cache_layer is not None, dropout_seed=dropout_seed)
 
     def forward(self, hidden_states: Tensor, call: AttentionCall | None = None) -> Tensor:
-        """The output of all heads `[B, L, H * D]` for hidden states `[B, L, E]`."""
+        """Compute the output of all heads `[B, L, H * D]` for hidden states `[B, L, E]`."""
         call = self.begin(call or AttentionCall.on(hidden_states))
         return self.attend(self.project(hidden_states, self.all_heads), call, self.all_heads)[0].flatten(2)
 
     def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
         """
-        Each projection `[B, L, h, D]` of hidden states `[B, L, E]`, of some heads; any positions.
+        Project hidden states to some of the heads.
 
-        Without `values` it may be anything, computed at no cost, that gradients go through as they should.
+        Args:
+            hidden_states: `[B, L, E]` at any positions.
+            heads: The heads.
+            values: Whether the values of the projections are needed. If False, they are undefined and cost nothing to
+                compute, but their gradients are right.
+
+        Returns:
+            Each projection, `[B, L, h, D]`.
         """
         features = self.features(heads)
-        # One view for all, so that autograd sums their gradients in place.
+        # All projections share one view, so that autograd accumulates their gradients in place.
         rows = hidden_states.flatten(0, 1)
         shape = (*hidden_states.shape[:2], -1, self.head_size)
         return [project(getattr(self, name), rows, features, values).view(shape) for name in self.projections]
 
     def project_new(self, hidden_states: Tensor) -> list[Tensor]:
-        """What `project` gives for all heads, by calling the projections as modules: for few tokens."""
+        """Project few hidden states to all heads, by calling the projections as modules."""
         rows, shape = hidden_states.flatten(0, 1), (*hidden_states.shape[:2], -1, self.head_size)
         return [getattr(self, name)(rows).view(shape) for name in self.projections]
 
@@ -164,16 +171,25 @@ class SelfAttention(nn.Module):
         self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
     ) -> tuple[Tensor, Found]:
         """
-        Output `[B, L, h, D]` of what `project` gave for some heads, and what was found besides.
+        Attend with some of the heads.
 
-        A pure function, which the backward pass of a reversible layer runs again with what it `found`.
+        This is a pure function. The backward pass of a reversible layer recomputes it with the earlier `found`.
+
+        Args:
+            projected: The result of `project` for these heads.
+            call: The inputs that all heads share.
+            heads: The heads.
+            found: The additional results of the forward pass, to be reused in a recomputation.
+
+        Returns:
+            Output `[B, L, h, D]`, and the additional results.
         """
         raise NotImplementedError
 
     def attend_heads(
         self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None
     ) -> tuple[Tensor, Found]:
-        """`attend` with the heads side by side, `[B, L, h * D]`."""
+        """Call `attend` and concatenate the heads of the output, `[B, L, h * D]`."""
         out, found = self.attend(projected, call, heads, found)
         return out.flatten(2), found
 
@@ -187,9 +203,18 @@ class SelfAttention(nn.Module):
         heads: slice,
         found: Found,
     ) -> tuple[Tensor, Found]:
-        """`chunk_attention` of queries, keys and values, those of cached tokens first: output of the new tokens, and
-        what was `found` with the attention weights that the call wants."""
-        # Groups of heads drop nothing in common.
+        """
+        Compute `chunk_attention` of cached and new tokens.
+
+        Args:
+            inputs: Queries, keys and values, those of cached tokens first.
+            pattern, order, padding: As in `chunk_attention`.
+            call, heads, found: As in `attend`.
+
+        Returns:
+            Output of the new tokens, and `found` with the attention weights if the call requests them.
+        """
+        # Different groups of heads use different dropout masks.
         out = chunk_attention(*inputs, pattern, order, padding, self.dropout, call.dropout_seed + heads.start)
         weights = found.weights
         if call.output_attentions and weights is None:
@@ -203,22 +228,22 @@ class SelfAttention(nn.Module):
         return out, replace(found, weights=weights)
 
     def prefill(self, found: Found, call: AttentionCall, cache: Cache, layer_idx: int) -> None:
-        """Put what was found for all heads into the cache."""
+        """Write the keys, values and hashing results of all heads to the cache."""
         options = {"spec": self.cache_spec_for(call.num_hashes), "padding": call.padding}
         cache.update(found.key, found.value, layer_idx, **options, **self._hashing(found, call))
 
     def _hashing(self, found: Found, call: AttentionCall) -> dict[str, Any]:
-        """What the cache layer takes besides keys and values."""
+        """Return the arguments that the cache layer takes in addition to keys and values."""
         return {}
 
     def append(
         self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
     ) -> tuple[Tensor, Weights | None]:
         """
-        Put few new tokens `[B, n, E]` into the cache and attend to what they see there.
+        Append a few new tokens `[B, n, E]` to the cache and attend to the keys that they see there.
 
         Returns:
-            Output `[B, n, H * D]`, and attention weights where the call wants them.
+            Output `[B, n, H * D]`, and attention weights if the call requests them.
         """
         layer: Any = cache.layers[layer_idx]
         limit = layer.append_limit
@@ -243,7 +268,7 @@ class SelfAttention(nn.Module):
     def append_and_attend(
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
     ) -> tuple[Tensor, Weights | None]:
-        """`append` of projected tokens `[B, n, H, D]`, for a cache layer whose keys all tokens and heads share."""
+        """Append projected tokens `[B, n, H, D]` to a cache layer that returns the same keys for all tokens."""
         options = {"padding": call.padding, "with_positions": call.output_attentions}
         seen: Any = cache.update(key, value, layer_idx, **options)[0]
         out, weights = self.attend_to(query.transpose(1, 2), seen, call.output_attentions)
@@ -254,10 +279,15 @@ class SelfAttention(nn.Module):
 
     def attend_to(self, query: Tensor, seen: Seen, with_weights: bool) -> tuple[Tensor, Weights | None]:
         """
-        Attend to what a cache layer returned; few queries, in its layout `[B, H, n, D]` or `[B * H * n, 1, 1, D]`.
+        Attend to the keys that a cache layer returned.
+
+        Args:
+            query: A few queries in the layout of the keys, `[B, H, n, D]` or `[B * H * n, 1, 1, D]`.
+            seen: The result of the cache layer.
+            with_weights: Whether to return attention weights.
 
         Returns:
-            Output in the layout of the queries, and weights before dropout with the positions of their keys.
+            Output in the layout of the queries, and attention weights before dropout with the positions of their keys.
         """
         key, value = seen.key, seen.value
         if key.dtype != query.dtype:
@@ -277,10 +307,10 @@ class SelfAttention(nn.Module):
 
     def head_groups(self, call: AttentionCall, output: nn.Module) -> list[slice]:
         """
-        Heads to be computed at a time.
+        Split the heads into groups that are computed one after the other.
 
-        All at once where `output`, their projection back, or another projection is more than a plain linear layer: an
-        adapter, say, or one whose weights are brought in by a hook.
+        All heads form one group unless `output`, the output projection, and all other projections are plain linear
+        layers. An adapter is not, nor is a layer whose weights are loaded by a hook.
         """
         num_heads = self.num_heads
         size = parallel_heads(self.config, call.batch_size * call.length, call.device.type)
@@ -290,7 +320,7 @@ class SelfAttention(nn.Module):
 
 
 def _join_steps(steps: Sequence[Weights]) -> Weights:
-    """Attention weights `[B, H, R, n, W]` of consecutive tokens; those of fewer keys are padded."""
+    """Concatenate attention weights `[B, H, R, n, W]` of consecutive tokens, padded to the same number of keys."""
     width = max(weights.shape[-1] for weights, _ in steps)
     padded = [
         (pad(weights, (0, width - weights.shape[-1])), pad(positions, (0, width - positions.shape[-1]), value=-1))
@@ -301,31 +331,37 @@ def _join_steps(steps: Sequence[Weights]) -> Weights:
 
 
 def parallel_heads(config: ReformerHfConfig, positions: int, device_type: str) -> int:
-    """Heads to be computed at a time, given the positions of all rows of a batch: as many as the config says, or as a
-    device computes fastest."""
+    """
+    Return the number of heads per group: the config's or, by default, the number that is fastest on a device.
+
+    Args:
+        config: The config.
+        positions: Number of positions, summed over the batch.
+        device_type: Type of the device.
+    """
     suitable = max(policy_for(device_type).head_group_rows // max(positions, 1), 1)
     return min(config.num_parallel_heads or suitable, config.num_attention_heads)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a linear layer is nothing more, so that a part of its weight gives a part of its output."""
+    """Return whether a module is a plain linear layer, so that part of its weight computes part of its output."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is nn.Linear and not hooks and "forward" not in vars(module)
 
 
 def project(module: nn.Module, rows: Tensor, features: slice, values: bool) -> Tensor:
-    """Some of the features that a linear layer without bias gives of `[rows, E]`; its `forward` gives all."""
+    """Compute some of the output features of a linear layer without bias for `[rows, E]`."""
     if is_plain(module):
         weight = module.weight
         if features != slice(0, module.out_features):
             weight = weight[features]
         return linear(rows, weight) if values else _LinearWithoutValues.apply(rows, weight)
-    # `head_groups` asks for all.
+    # `head_groups` ensures that these are all features.
     return module(rows)
 
 
 class _LinearWithoutValues(torch.autograd.Function):
-    """The gradients of `linear(input, weight)`, without what it gives."""
+    """Compute the gradients of `linear(input, weight)` without its output."""
 
     @staticmethod
     def forward(ctx, input, weight):

@@ -201,7 +201,7 @@ def test_right_padding_refused_in_pieces():
     model = _model()
     attention_mask = torch.ones(2, 33, dtype=torch.long)
     attention_mask[1, 5:] = 0
-    with pytest.raises(ValueError, match="row 1 is padding alone, after tokens.*on the left"):
+    with pytest.raises(ValueError, match="row 1 is only padding, after tokens.*on the left"):
         model.generate(_ids(33, 2), attention_mask=attention_mask, max_new_tokens=3, prefill_chunk_size=10)
 
 
@@ -510,7 +510,7 @@ def test_refuses_too_many_tokens(num_beams):
     """The last token is not put in any more."""
     model = _model(torch.float32, max_position_embeddings=32)
     input_ids = _ids(28)
-    said = r"to (33|99) tokens long.*1 to 32 \(`max_position_embeddings`\): lower `max_new_tokens`"
+    said = r"to (33|99) tokens.*1 to 32 \(`max_position_embeddings`\): lower `max_new_tokens`"
     assert model.generate(input_ids, max_new_tokens=5, do_sample=False, num_beams=num_beams).shape == (1, 33)
     for options in ({"max_new_tokens": 6}, {"max_length": 100}):
         with pytest.raises(ValueError, match=said):

@@ -260,7 +260,7 @@ BAD_INPUTS = {
     "id-negative": ({"input_ids": torch.tensor([[1, -1]])}, r"`input_ids` holds -1.*\[0, 59\].*use the tokenizer"),
     "too-long": (
         {"input_ids": torch.ones(1, 257, dtype=torch.long)},
-        r"257 tokens long.* 1 to 256 \(`max_position_embeddings`\): cut the input",
+        r"257 tokens long.* 1 to 256 \(`max_position_embeddings`\): truncate the input",
     ),
     "embeds-too-long": ({"inputs_embeds": torch.ones(1, 257, 32)}, r"257 tokens long.*`max_position_embeddings`"),
     "empty": ({"input_ids": IDS[:, :0]}, r"0 tokens long.* takes 1 to 256"),
@@ -293,10 +293,10 @@ BAD_INPUTS = {
         r"`inputs_embeds` has shape \(2, 5, 31\).*\[B, L, 32\] \(`hidden_size`\)",
     ),
     "embeds-of-two-axes": ({"inputs_embeds": torch.ones(2, 32)}, r"`inputs_embeds` has shape \(2, 32\)"),
-    "no-rounds": ({"input_ids": IDS, "num_hashes": 0}, "`num_hashes` is 0.*at least 1; leave it None"),
+    "no-rounds": ({"input_ids": IDS, "num_hashes": 0}, "`num_hashes` is 0.*at least 1: leave it None"),
     "cache": (
         {"input_ids": IDS, "past_key_values": ()},
-        r"`cache` is a tuple.*make it with `DynamicCache\(config=model.config\)`",
+        r"`cache` is a tuple.*create it with `DynamicCache\(config=model.config\)`",
     ),
 }
 
