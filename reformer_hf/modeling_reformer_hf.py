@@ -10,18 +10,16 @@ Parameter names are those of the in-tree model, so that its checkpoints load wit
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
 from transformers import Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -47,80 +45,16 @@ from .local_attention import LocalSelfAttention
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
 from .lsh_attention import LSHSelfAttention
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
+from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
 from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape, residual_layer
 from .rng import SharedDropout, draw_seed
-from .self_attention import AttentionCall, Found, Weights
+from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, Weights
 from .stream_norm import StreamLayerNorm
 
 # Default LoRA targets: the projections to queries (`query_key` in LSH and full layers) and values.
 LORA_TARGETS = ["query_key", "query", "value"]
 
 SELF_ATTENTIONS = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "full": FullSelfAttention}
-
-
-@dataclass
-class ReformerHfModelOutput(ModelOutput):
-    """
-    Output of `ReformerHfModel`.
-
-    Args:
-        last_hidden_state (`[B, L, 2 * hidden_size]`): Both residual streams, concatenated and normalized.
-        hidden_states (*optional*): The second stream `[B, L, hidden_size]` before each layer and after the last one.
-        attentions (*optional*): For each layer, the attention weights `[B, H, R, L, W]` by hash round and index in the
-            query's window, before dropout. They sum to 1 over R and W, and have no gradient.
-        attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys of these weights,
-            -1 for masked keys.
-        cache (*optional*): The KV cache, including this input.
-    """
-
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    attention_positions: tuple[Tensor, ...] | None = None
-    cache: Cache | None = None
-
-
-@dataclass
-class ReformerHfCausalLMOutput(ModelOutput):
-    """
-    Output of `ReformerHfForCausalLM`.
-
-    Args:
-        loss (*optional*): Cross entropy of the next token, if labels were given.
-        logits (`[B, L, vocab_size]`): Scores of the next token.
-        hidden_states, attentions, attention_positions, cache (*optional*): As in `ReformerHfModelOutput`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    attention_positions: tuple[Tensor, ...] | None = None
-    cache: Cache | None = None
-
-
-class ReformerHfSelfOutput(nn.Module):
-    """Output projection of attention, from heads to the residual stream."""
-
-    def __init__(self, config: ReformerHfConfig):
-        super().__init__()
-        all_head_size = config.num_attention_heads * config.attention_head_size
-        self.dense = nn.Linear(all_head_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_states: Tensor, features: slice) -> Tensor:
-        """
-        Project the outputs of some heads.
-
-        Args:
-            hidden_states: Outputs of h heads, `[B, L, h * D]`.
-            features: Range of their features among those of all heads.
-
-        Returns:
-            Their contribution to the sum over all heads, `[B, L, E]`.
-        """
-        if features == slice(0, self.dense.in_features):
-            return self.dense(hidden_states)
-        return linear(hidden_states, self.dense.weight[:, features])
 
 
 class ReformerHfAttention(nn.Module):

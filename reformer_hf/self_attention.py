@@ -319,6 +319,30 @@ class SelfAttention(nn.Module):
         return [slice(first, min(first + size, num_heads)) for first in range(0, num_heads, size)]
 
 
+class ReformerHfSelfOutput(nn.Module):
+    """Output projection of attention, from heads to the residual stream."""
+
+    def __init__(self, config: ReformerHfConfig):
+        super().__init__()
+        all_head_size = config.num_attention_heads * config.attention_head_size
+        self.dense = nn.Linear(all_head_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, features: slice) -> Tensor:
+        """
+        Project the outputs of some heads.
+
+        Args:
+            hidden_states: Outputs of h heads, `[B, L, h * D]`.
+            features: Range of their features among those of all heads.
+
+        Returns:
+            Their contribution to the sum over all heads, `[B, L, E]`.
+        """
+        if features == slice(0, self.dense.in_features):
+            return self.dense(hidden_states)
+        return linear(hidden_states, self.dense.weight[:, features])
+
+
 def _join_steps(steps: Sequence[Weights]) -> Weights:
     """Concatenate attention weights `[B, H, R, n, W]` of consecutive tokens, padded to the same number of keys."""
     width = max(weights.shape[-1] for weights, _ in steps)

@@ -1,0 +1,49 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Outputs of the models."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class ReformerHfModelOutput(ModelOutput):
+    """
+    Output of `ReformerHfModel`.
+
+    Args:
+        last_hidden_state (`[B, L, 2 * hidden_size]`): Both residual streams, concatenated and normalized.
+        hidden_states (*optional*): The second stream `[B, L, hidden_size]` before each layer and after the last one.
+        attentions (*optional*): For each layer, the attention weights `[B, H, R, L, W]` by hash round and index in the
+            query's window, before dropout. They sum to 1 over R and W, and have no gradient.
+        attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys of these weights,
+            -1 for masked keys.
+        cache (*optional*): The KV cache, including this input.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    attention_positions: tuple[Tensor, ...] | None = None
+    cache: Cache | None = None
+
+
+@dataclass
+class ReformerHfCausalLMOutput(ModelOutput):
+    """
+    Output of `ReformerHfForCausalLM`.
+
+    Args:
+        loss (*optional*): Cross entropy of the next token, if labels were given.
+        logits (`[B, L, vocab_size]`): Scores of the next token.
+        hidden_states, attentions, attention_positions, cache (*optional*): As in `ReformerHfModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    attention_positions: tuple[Tensor, ...] | None = None
+    cache: Cache | None = None
