@@ -365,31 +365,6 @@ def test_fused_equals_plain_grid(kind, once, causal, side, shape):
     _assert_fused_equals_plain(_case(kind, causal, once, shape, side))
 
 
-def test_wrong_kernel_refused(monkeypatch):
-    """What was not tested, as kernels of other devices, is tried first."""
-    plain, log = attention_kernels._attend_plainly, []
-
-    class Kernel(attention_kernels._CpuKernel):
-        factor, error = 1.0, None
-
-        @classmethod
-        def attend(cls, *inputs):
-            if cls.error:
-                raise RuntimeError(cls.error)
-            out, lse = plain(*inputs)
-            return out * cls.factor, lse
-
-    monkeypatch.setattr(attention_kernels.logger, "warning_once", log.append)
-    trial = (Kernel, torch.device("cpu"), torch.float32, 32, 64, 16, 16)
-    assert attention_kernels._equals_plain(*trial) and not log
-    Kernel.factor = 1.1
-    assert not attention_kernels._equals_plain(*trial)
-    assert "not right" in log.pop()
-    Kernel.error = "no kernel image"
-    assert not attention_kernels._equals_plain(*trial)
-    assert "no kernel image" in log.pop()
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda():
