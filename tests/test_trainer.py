@@ -1,8 +1,6 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Details of `Trainer`: accumulation, evaluation, lengths, label smoothing, batch sizes that do not fit."""
 
-import gc
-
 import pytest
 import torch
 from datasets import Dataset
@@ -176,10 +174,8 @@ def test_auto_classes_of_transformers():
     assert type(ours) is ReformerHfForCausalLM
 
 
-def test_auto_find_batch_size(tmp_path, monkeypatch):
+def test_auto_find_batch_size(tmp_path):
     """A batch that does not fit becomes smaller until it does, and nothing of the failed one is left."""
-    # Accelerate collects garbage two dozen times, which takes seconds after a thousand tests.
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)
     sizes = []
 
     class Tight(Trainer):
