@@ -43,10 +43,12 @@ def save_outputs(causal_lm, model, tokenizer):
     with torch.no_grad():
         logits = causal_lm.eval()(input_ids).logits
         last_hidden_state = model.eval()(input_ids).last_hidden_state
+        generated = causal_lm.generate(input_ids, max_new_tokens=3, do_sample=False)
     modules = [type(x).__module__ for x in (causal_lm.config, causal_lm, model, tokenizer)]
     tokens = tokenizer("Пульхерия Александровна, née R.\\n")["input_ids"]
     found = {"logits": logits, "last_hidden_state": last_hidden_state, "modules": modules}
     found |= {"tokens": torch.tensor(tokens), "text": tokenizer.decode(tokens)}
+    found |= {"generated": generated, "fields": causal_lm.config.to_diff_dict()}
     torch.save(found, sys.argv[1])
 """
 
@@ -151,8 +153,9 @@ def test_push(hub, pushed):
 
 def _assert_equals(loaded, pushed, package):
     assert all(_is_home(module, package) for module in loaded["modules"]), loaded["modules"]
-    for name in ("logits", "last_hidden_state", "tokens"):
+    for name in ("logits", "last_hidden_state", "generated", "tokens"):
         assert torch.equal(loaded[name], pushed[name]), name
+    assert loaded["fields"] == pushed["fields"]
     assert loaded["text"] == pushed["text"] == "Пульхерия Александровна, née R.\n"
 
 
