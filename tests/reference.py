@@ -25,7 +25,7 @@ def key_counts(pattern: AttentionPattern, buckets: Sequence[Sequence[int]], padd
     """
     length = len(padding)
     counts = torch.zeros(length, length, dtype=torch.float64)
-    # The places of all rounds, one after the other: the position there, or None where the last chunk is not full.
+    # The slots of all rounds, one after the other: the position there, or None where the last chunk is not full.
     orders = [[i for *_, i in sorted(zip(padding, of_round, range(length), strict=True))] for of_round in buckets]
     slots_of_round = -(-pattern.padded_length(length) // pattern.chunk_length) * pattern.chunk_length
     rounds = [order + [None] * (slots_of_round - length) for order in orders]
@@ -50,17 +50,17 @@ def key_counts(pattern: AttentionPattern, buckets: Sequence[Sequence[int]], padd
 
 
 def _looked_at(pattern: AttentionPattern, slot: int, order: list, first_slot: int, ring: list) -> list:
-    """What stands in the places that the query at `slot` looks at."""
+    """The positions in the slots that the query at `slot` looks at."""
     chunk_length = pattern.chunk_length
     if pattern.window:
         behind, ahead = chunk_length * pattern.chunks_before, chunk_length * pattern.chunks_after
         return order[max(slot - behind, 0) : slot + ahead + 1]
     first_chunk = slot // chunk_length - pattern.chunks_before
     last_chunk = slot // chunk_length + pattern.chunks_after
-    places = range(first_chunk * chunk_length, (last_chunk + 1) * chunk_length)
+    slots = range(first_chunk * chunk_length, (last_chunk + 1) * chunk_length)
     if pattern.wraps:
-        return [ring[(first_slot + place) % len(ring)] for place in places]
-    return [order[place] for place in places if 0 <= place < len(order)]
+        return [ring[(first_slot + other) % len(ring)] for other in slots]
+    return [order[other] for other in slots if 0 <= other < len(order)]
 
 
 def dense_attention(
@@ -81,14 +81,14 @@ def dense_attention(
     """
     scores = torch.einsum("bihd,bjhd->bhij", query_BLHD, key_BLHD)
     counts = counts_BHLL.to(scores)
-    alone = counts.sum(-1) == 0
-    scores = scores.masked_fill(counts == 0, -torch.inf).masked_fill(alone[..., None], 0.0)
+    without_keys = counts.sum(-1) == 0
+    scores = scores.masked_fill(counts == 0, -torch.inf).masked_fill(without_keys[..., None], 0.0)
     # Counts enter as factors, so that a count is what it says and no logarithm of zero is met.
     weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach())
-    total = (counts * weights).sum(-1, keepdim=True).masked_fill(alone[..., None], 1.0)
+    total = (counts * weights).sum(-1, keepdim=True).masked_fill(without_keys[..., None], 1.0)
     kept = counts if kept_counts_BHLL is None else kept_counts_BHLL.to(scores)
     out = torch.einsum("bhij,bjhe->bihe", kept * weights / total, value_BLHE)
-    return torch.where(alone.transpose(1, 2)[..., None], value_BLHE, out) if own_value else out
+    return torch.where(without_keys.transpose(1, 2)[..., None], value_BLHE, out) if own_value else out
 
 
 def full_attention_counts(causal: bool, padding_BL: Tensor) -> Tensor:

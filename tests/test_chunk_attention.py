@@ -27,9 +27,9 @@ C = 8
 KINDS = ["bucket", "across", "window", "local", "local-sorted", "ring", "ring-far", "ring-local"]
 
 
-def _pattern(kind, causal, once=False, chunk_length=C):
+def _pattern(kind, causal, deduplicate=False, chunk_length=C):
     """The pattern of one kind of layer."""
-    fields = {"causal": causal, "deduplicate_keys": once, "chunks_after": 0 if causal else 1}
+    fields = {"causal": causal, "deduplicate_keys": deduplicate, "chunks_after": 0 if causal else 1}
     if kind.startswith("ring"):
         # Longer by some chunks than it need be, as where the chunk length of another layer is.
         fields["ring_multiple"] = 2 * chunk_length
@@ -126,20 +126,24 @@ class _Case:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _case(kind, causal, once=False, shape=(2, 37, 2, 8, 5, 2), side=None, dropout=0.0, chunk_length=C, factors=(4, 2)):
+def _case(
+    kind, causal, deduplicate=False, shape=(2, 37, 2, 8, 5, 2), side=None, dropout=0.0, chunk_length=C, factors=(4, 2)
+):
     """Random inputs `shape = (B, L, H, D, E, R)` that hash into buckets, and how often each query meets each key."""
-    return replace(_case_without_dropout(kind, causal, once, shape, side, chunk_length, factors), dropout=dropout)
+    return replace(
+        _case_without_dropout(kind, causal, deduplicate, shape, side, chunk_length, factors), dropout=dropout
+    )
 
 
 @lru_cache(maxsize=64)
-def _case_without_dropout(kind, causal, once, shape, side, chunk_length, factors):
+def _case_without_dropout(kind, causal, deduplicate, shape, side, chunk_length, factors):
     batch_size, length, num_heads, head_size, value_size, num_hashes = shape
     generator = torch.Generator().manual_seed(length)
     query, key, value = (
         torch.randn(batch_size, length, num_heads, size, generator=generator, dtype=torch.float32).double()
         for size in (head_size, head_size, value_size)
     )
-    pattern = _pattern(kind, causal, once, chunk_length)
+    pattern = _pattern(kind, causal, deduplicate, chunk_length)
     padding = _padding(batch_size, length, side)
     flags = torch.zeros(batch_size, length, dtype=torch.bool) if padding is None else padding
     local = "local" in kind
@@ -153,7 +157,7 @@ def _case_without_dropout(kind, causal, once, shape, side, chunk_length, factors
 
     def counts(b, h):
         if local and order is None:
-            # Padding keeps its place in the order of positions.
+            # Padding stays where it is in the order of positions.
             return key_counts(pattern, buckets[b, h].tolist(), [False] * length) * ~flags[b]
         return key_counts(pattern, buckets[b, h].tolist(), flags[b].tolist())
 
@@ -199,10 +203,11 @@ SHAPES = [
     (1, 257, 2, 8, 3, 2),
 ]
 SIDES = [None, "left", "right", "middle", "whole-row"]
-ONCE = ["bucket", "across", "window"]
-WITH_COUNTING = [(kind, once) for kind in KINDS for once in ((False, True) if kind in ONCE else (False,))]
-each_counting = pytest.mark.parametrize(
-    ("kind", "once"), WITH_COUNTING, ids=[f"{kind}{'-once' if once else ''}" for kind, once in WITH_COUNTING]
+PATTERNS = [(kind, False) for kind in KINDS] + [(kind, True) for kind in ("bucket", "across", "window")]
+each_pattern = pytest.mark.parametrize(
+    ("kind", "deduplicate"),
+    PATTERNS,
+    ids=[f"{kind}{'-deduplicated' if deduplicate else ''}" for kind, deduplicate in PATTERNS],
 )
 each_direction = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 
@@ -219,14 +224,14 @@ PINNED = [
 ]
 
 
-@each_counting
-def test_equals_oracle(kind, once):
+@each_pattern
+def test_equals_oracle(kind, deduplicate):
     for causal, (side, dropout, shared) in itertools.product((False, True), PINNED):
-        case = replace(_case(kind, causal, once, (3, 37, 2, 8, 5, 2), side, dropout), shared=shared)
+        case = replace(_case(kind, causal, deduplicate, (2, 37, 2, 8, 5, 3), side, dropout), shared=shared)
         _assert_equals_oracle(case, of=f"causal {causal}, padding {side}, dropout {dropout}, shared {shared}")
 
 
-_kinds = st.sampled_from(WITH_COUNTING)
+_kinds = st.sampled_from(PATTERNS)
 _shapes = st.tuples(
     st.integers(1, 3),
     st.integers(1, 70),
@@ -263,19 +268,19 @@ def test_random_cases_equal_oracle(kind, causal, shape, side, dropout, shared, c
 
 
 def test_dropout_changes_output():
-    for kind, once in WITH_COUNTING:
-        case = _case(kind, False, once, (2, 37, 2, 8, 5, 2), None, 0.3)
+    for kind, deduplicate in PATTERNS:
+        case = _case(kind, False, deduplicate, (2, 37, 2, 8, 5, 2), None, 0.3)
         whole = replace(case, dropout=0.0)
         for name, found in case.op().items():
-            assert relative_rms(found, whole.op()[name]) > 0.1, (kind, once, name)
+            assert relative_rms(found, whole.op()[name]) > 0.1, (kind, deduplicate, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 1000, 2, 16, 8, 4), (1, 1023, 4, 8, 8, 2)], ids=_shape_id)
 @each_direction
-@each_counting
-def test_equals_oracle_long(kind, once, causal, shape):
-    case = _case(kind, causal, once, shape, "middle", 0.3, chunk_length=16, factors=(8, 8))
+@each_pattern
+def test_equals_oracle_long(kind, deduplicate, causal, shape):
+    case = _case(kind, causal, deduplicate, shape, "middle", 0.3, chunk_length=16, factors=(8, 8))
     _assert_equals_oracle(case)
 
 
@@ -285,9 +290,9 @@ def test_equals_oracle_long(kind, once, causal, shape):
 @pytest.mark.parametrize("side", SIDES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 37, 3, 16, 16, 4)], ids=_shape_id)
 @each_direction
-@each_counting
-def test_equals_oracle_grid(kind, once, causal, shape, side, dropout, shared):
-    case = replace(_case(kind, causal, once, shape, side, dropout), shared=shared)
+@each_pattern
+def test_equals_oracle_grid(kind, deduplicate, causal, shape, side, dropout, shared):
+    case = replace(_case(kind, causal, deduplicate, shape, side, dropout), shared=shared)
     for chunks in (None, 1, 3, 30):
         with _tiles_of(chunks, case.pattern):
             for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
@@ -347,22 +352,22 @@ def _assert_fused_equals_plain(case):
             assert_close(found, expected[name], 1e-5, name)
 
 
-@each_counting
-def test_fused_equals_plain(kind, once):
-    """Rows that see only themselves included: the first ones, and all of a bucket of one."""
+@each_pattern
+def test_fused_equals_plain(kind, deduplicate):
+    """Queries without keys included: the first ones, and all of a bucket of one."""
     for causal, side in ((True, "whole-row"), (False, "left"), (True, None)):
-        _assert_fused_equals_plain(_case(kind, causal, once, FUSED_SHAPES[0], side))
-    _assert_fused_equals_plain(_case(kind, False, once, FUSED_SHAPES[1]))
-    _assert_fused_equals_plain(_case(kind, True, once, FUSED_SHAPES[2], "whole-row"))
+        _assert_fused_equals_plain(_case(kind, causal, deduplicate, FUSED_SHAPES[0], side))
+    _assert_fused_equals_plain(_case(kind, False, deduplicate, FUSED_SHAPES[1]))
+    _assert_fused_equals_plain(_case(kind, True, deduplicate, FUSED_SHAPES[2], "whole-row"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", FUSED_SHAPES, ids=_shape_id)
 @pytest.mark.parametrize("side", SIDES, ids=str)
 @each_direction
-@each_counting
-def test_fused_equals_plain_grid(kind, once, causal, side, shape):
-    _assert_fused_equals_plain(_case(kind, causal, once, shape, side))
+@each_pattern
+def test_fused_equals_plain_grid(kind, deduplicate, causal, side, shape):
+    _assert_fused_equals_plain(_case(kind, causal, deduplicate, shape, side))
 
 
 @pytest.mark.cuda
@@ -385,10 +390,10 @@ def test_shared_query_key_has_two_gradients():
     assert set(case.op()) == set(case.oracle()) == {"output", "grad of query", "grad of value"}
 
 
-@each_counting
-def test_small_tiles(kind, once):
+@each_pattern
+def test_small_tiles(kind, deduplicate):
     for causal, side in ((False, None), (True, "left")):
-        case = _case(kind, causal, once, (2, 45, 2, 8, 5, 2), side)
+        case = _case(kind, causal, deduplicate, (2, 45, 2, 8, 5, 2), side)
         expected = case.op()
         # One chunk; some chunks; some heads.
         for chunks in (1, 4, 20):
@@ -405,7 +410,7 @@ def test_small_tiles(kind, once):
     length=st.integers(1, 40),
     causal=st.booleans(),
     side=st.sampled_from([None, "left", "whole-row"]),
-    once=st.booleans(),
+    deduplicate=st.booleans(),
     num_hashes=st.integers(1, 3),
     chunks=st.sampled_from([None, 1]),
 )
@@ -416,11 +421,11 @@ def test_small_tiles(kind, once):
 @example(29, False, None, True, 3, 1)
 @example(32, True, "whole-row", False, 3, None)
 @example(32, False, "whole-row", True, 1, 1)
-def test_one_bucket_is_full_attention(length, causal, side, once, num_hashes, chunks):
+def test_one_bucket_is_full_attention(length, causal, side, deduplicate, num_hashes, chunks):
     """With a window as wide as the sequence."""
     case = _case("across", causal, False, (2, length, 2, 8, 5, 1), side)
     wide = math.ceil(length / C)
-    pattern = AttentionPattern(C, wide, 0 if causal else wide, causal, window=True, deduplicate_keys=once)
+    pattern = AttentionPattern(C, wide, 0 if causal else wide, causal, window=True, deduplicate_keys=deduplicate)
     buckets = torch.zeros(2, 2, num_hashes, length, dtype=torch.int32)
     padding = torch.zeros(2, length, dtype=torch.bool) if case.padding is None else case.padding
     case = replace(
@@ -435,7 +440,7 @@ def test_one_bucket_is_full_attention(length, causal, side, once, num_hashes, ch
 
 @each_direction
 def test_many_rounds_are_full_attention(causal):
-    """Each key once: every pair meets in some round at last, and then the result is exact."""
+    """Duplicates left out, every pair meets in some round at last, and then the result is exact."""
     length = 23
     full = full_attention_counts(causal, torch.zeros(2, length, dtype=torch.bool)).expand(-1, 2, -1, -1)
     errors = {}
@@ -478,10 +483,10 @@ def test_first_causal_position_takes_own_value():
     assert torch.equal(case.op()["output"][:, 0], case.value[:, 0])
 
 
-@each_counting
-def test_weights(kind, once):
+@each_pattern
+def test_weights(kind, deduplicate):
     for causal, side in itertools.product((False, True), (None, "left", "middle")):
-        _assert_weights(_case(kind, causal, once, (3, 37, 2, 8, 5, 2), side))
+        _assert_weights(_case(kind, causal, deduplicate, (3, 37, 2, 8, 5, 2), side))
 
 
 def _assert_weights(case):

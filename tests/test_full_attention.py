@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Full shared query-key attention against the dense definition: outputs, gradients, lone positions, weights."""
+"""Full shared query-key attention against the dense definition: outputs, gradients, queries without keys, weights."""
 
 import itertools
 
@@ -29,8 +29,8 @@ def _inputs(length, side, batch_size=3):
         return hidden_states, None
     padding = torch.zeros(batch_size, length, dtype=torch.bool)
     count = min(7, length - 1)
-    places = {"left": slice(0, count), "right": slice(length - count, None), "middle": slice(count, 2 * count)}
-    padding[1:, places.get(side, slice(0, 0))] = True
+    padded = {"left": slice(0, count), "right": slice(length - count, None), "middle": slice(count, 2 * count)}
+    padding[1:, padded.get(side, slice(0, 0))] = True
     if side == "whole-row":
         padding[-1] = True
     return hidden_states, padding
@@ -150,8 +150,8 @@ def _assert_weights(causal, side):
     assert_close(reproduced[real], out[real], 1e-12)
     counts = full_attention_counts(causal, ~real) > 0
     seen = _or_itself(counts)
-    places = torch.arange(23, dtype=torch.int32).expand_as(positions)
-    assert torch.equal(positions, torch.where(seen[:, :, None], places, -1))
+    own = torch.arange(23, dtype=torch.int32).expand_as(positions)
+    assert torch.equal(positions, torch.where(seen[:, :, None], own, -1))
     assert torch.equal(weights > 0, positions >= 0)
 
 

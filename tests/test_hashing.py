@@ -212,11 +212,11 @@ def test_order_unpacks_and_inverts(case):
     order = sort_by_bucket(*case)
     positions, starts = unpack_order(order)
     assert torch.equal(torch.where(starts, ~positions, positions), order)
-    places = invert_order(positions)
+    slots = invert_order(positions)
     everyone = torch.arange(order.shape[-1], dtype=torch.int32).expand_as(order)
-    assert torch.equal(positions.gather(-1, places.long()), everyone)
-    assert torch.equal(places.gather(-1, positions.long()), everyone)
-    assert torch.equal(invert_order(places), positions)
+    assert torch.equal(positions.gather(-1, slots.long()), everyone)
+    assert torch.equal(slots.gather(-1, positions.long()), everyone)
+    assert torch.equal(invert_order(slots), positions)
 
 
 def test_sort_copies_buckets():

@@ -43,10 +43,12 @@ def save_outputs(causal_lm, model, tokenizer):
     with torch.no_grad():
         logits = causal_lm.eval()(input_ids).logits
         last_hidden_state = model.eval()(input_ids).last_hidden_state
+        generated = causal_lm.generate(input_ids, max_new_tokens=3, do_sample=False)
     modules = [type(x).__module__ for x in (causal_lm.config, causal_lm, model, tokenizer)]
     tokens = tokenizer("Пульхерия Александровна, née R.\\n")["input_ids"]
     found = {"logits": logits, "last_hidden_state": last_hidden_state, "modules": modules}
     found |= {"tokens": torch.tensor(tokens), "text": tokenizer.decode(tokens)}
+    found |= {"generated": generated, "fields": causal_lm.config.to_diff_dict()}
     torch.save(found, sys.argv[1])
 """
 
@@ -92,7 +94,7 @@ for name, attempt in attempts.items():
         attempt()
     except Exception as error:
         errors[name] = [type(error).__name__, type(error.__cause__).__name__, str(error)]
-with open(sys.argv[1], "w") as file:
+with open(sys.argv[1] + ".json", "w") as file:
     json.dump(errors, file)
 """
 
@@ -149,17 +151,30 @@ def test_push(hub, pushed):
     }
 
 
-@pytest.mark.parametrize("package", [True, False], ids=["with-package", "without-package"])
-def test_loaded_equals_pushed(hub, pushed, tmp_path, package):
-    loaded = torch.load(_run(LOAD, hub, tmp_path, package))
+def _assert_equals(loaded, pushed, package):
     assert all(_is_home(module, package) for module in loaded["modules"]), loaded["modules"]
-    for name in ("logits", "last_hidden_state", "tokens"):
+    for name in ("logits", "last_hidden_state", "generated", "tokens"):
         assert torch.equal(loaded[name], pushed[name]), name
+    assert loaded["fields"] == pushed["fields"]
     assert loaded["text"] == pushed["text"] == "Пульхерия Александровна, née R.\n"
 
 
-def test_client_errors(hub, pushed, tmp_path):
-    errors = json.loads(_run(FAIL, hub, tmp_path).read_text())
+@pytest.fixture(scope="module")
+def results_with_package(hub, pushed, tmp_path_factory):
+    """One process that loads what was pushed and then tries what must fail."""
+    return _run(LOAD + FAIL, hub, tmp_path_factory.mktemp("loaded"))
+
+
+def test_load_with_package(pushed, results_with_package):
+    _assert_equals(torch.load(results_with_package), pushed, package=True)
+
+
+def test_load_without_package(hub, pushed, tmp_path):
+    _assert_equals(torch.load(_run(LOAD, hub, tmp_path, package=False)), pushed, package=False)
+
+
+def test_client_errors(hub, results_with_package):
+    errors = json.loads(results_with_package.with_suffix(".json").read_text())
     expected = {
         "repository": ("OSError", "RepositoryNotFoundError", "user/missing is not a local folder and is not a valid"),
         "revision": ("OSError", "RevisionNotFoundError", "missing is not a valid git identifier"),

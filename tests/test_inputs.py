@@ -15,14 +15,14 @@ from .helpers import assert_close, relative_rms, tiny_config
 
 CHUNK = {"lsh_pattern": "chunk"}
 ACROSS = {"lsh_pattern": "chunk", "lsh_across_buckets": True}
-ONCE = {"lsh_deduplicate_keys": True}
+DEDUPLICATE = {"lsh_deduplicate_keys": True}
 LAYERS = {
     "lsh": ["lsh"],
     "mixed": ["local", "lsh", "full"],
     "deep": ["full", "lsh", "local", "lsh", "lsh", "local"],
 }
 
-each_rule = pytest.mark.parametrize("rule", [{}, ONCE], ids=["duplicates", "once"])
+each_rule = pytest.mark.parametrize("rule", [{}, DEDUPLICATE], ids=["duplicates", "deduplicated"])
 each_layers = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 
 
@@ -69,7 +69,9 @@ def test_later_tokens_change_nothing(rule, layers):
         _assert_causal(length, rule, num_hashes, layers)
 
 
-@given(st.integers(2, 200), st.sampled_from([{}, ONCE]), st.integers(1, 4), st.sampled_from(list(LAYERS.values())))
+@given(
+    st.integers(2, 200), st.sampled_from([{}, DEDUPLICATE]), st.integers(1, 4), st.sampled_from(list(LAYERS.values()))
+)
 @settings(max_examples=settings().max_examples // 4)
 def test_later_tokens_change_nothing_at_any_length(length, rule, num_hashes, layers):
     _assert_causal(length, rule, num_hashes, layers)
@@ -88,7 +90,7 @@ def test_later_tokens_grid(length, rule, num_hashes, layers):
 @torch.no_grad()
 def test_prefix(layers):
     input_ids = _random_ids(2, 101)
-    for rule in ({}, ONCE):
+    for rule in ({}, DEDUPLICATE):
         model = _model(attn_layers=layers, **rule)
         whole = model(input_ids)[0]
         for length in (1, 2, 8, 9, 50, 100):
@@ -127,16 +129,16 @@ def test_deduplicate_keys(rule, fields):
     # [B, H, L, R * W], the keys of a query in order.
     positions = positions.transpose(2, 3).flatten(3).sort(-1).values
     twice = (positions[..., 1:] == positions[..., :-1]) & (positions[..., 1:] >= 0)
-    assert bool(twice.any()) == (rule != ONCE)
+    assert bool(twice.any()) == (rule != DEDUPLICATE)
 
 
 PATTERNS = {
     "window": {},
-    "window-once": ONCE,
+    "window-deduplicated": DEDUPLICATE,
     "bucket": CHUNK,
-    "bucket-once": {**CHUNK, **ONCE},
+    "bucket-deduplicated": {**CHUNK, **DEDUPLICATE},
     "across": ACROSS,
-    "across-once": {**ACROSS, **ONCE},
+    "across-deduplicated": {**ACROSS, **DEDUPLICATE},
 }
 BIDIRECTIONAL = {"is_decoder": False, "lsh_num_chunks_after": 1, "local_num_chunks_after": 1}
 each_direction = pytest.mark.parametrize("direction", [{}, BIDIRECTIONAL], ids=["causal", "bidirectional"])

@@ -27,9 +27,9 @@ from transformers.models.auto import modeling_auto
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
 
 from .helpers import random_model, tiny_config
-from .processes import ROOT, run_python
+from .processes import run_python
 from .test_flat_files import FLAT_FILES
-from .test_hub import WITH_PACKAGE, WITHOUT_PACKAGE
+from .test_hub import WITHOUT_PACKAGE
 
 TEXT = "Пульхерия Александровна, née R.\n"
 AXIAL_AND_TIED = {
@@ -66,10 +66,6 @@ def load(folder):
     return outputs, causal_lm, tokenizer
 
 outputs, causal_lm, tokenizer = load(saved)
-"""
-
-SAVE_RESULTS = """
-torch.save(outputs, results)
 """
 
 SAVE_AGAIN = """
@@ -381,18 +377,14 @@ def test_in_tree_folder(tmp_path):
             assert getattr(config, name) == value or getattr(config, name) == tuple(value), name
 
 
-def _run(script: str, saved: Path, folder: Path, package: bool):
-    """What `script` saved, run in a new process in `folder` with nothing cached."""
+def _run(saved: Path, folder: Path):
+    """What a new process without the package computes from `saved`, in `folder` with nothing cached."""
     dropped = ("HF_", "TRANSFORMERS_", "PYTHON")
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     env.update(HF_HOME=str(folder / "hf_home"), HF_MODULES_CACHE=str(folder / "modules"), HF_HUB_OFFLINE="1")
-    if package:
-        env["PYTHONPATH"] = str(ROOT)
-    script = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + LOAD + script
-    isolated = [] if package else ["-I"]
     ReformerHfByteTokenizer.from_pretrained(saved).save_pretrained(folder / "tokenizer")
     arguments = [saved, folder / "again", folder / "results", TEXT, folder / "tokenizer"]
-    run_python([*isolated, "-c", script, *arguments], folder, env)
+    run_python(["-I", "-c", WITHOUT_PACKAGE + LOAD + SAVE_AGAIN, *arguments], folder, env)
     return torch.load(folder / "results", weights_only=False)
 
 
@@ -410,15 +402,9 @@ def _assert_same(found, saved):
     assert torch.equal(found["generated"], model.generate(**inputs, max_new_tokens=3, do_sample=False))
 
 
-def test_process_with_package(saved, tmp_path):
-    found = _run(SAVE_RESULTS, saved, tmp_path, package=True)
-    assert all(module.startswith("reformer_hf.") for module in found["modules"]), found["modules"]
-    _assert_same(found, saved)
-
-
 def test_process_without_package(saved, tmp_path):
-    """The code in the folder is enough to load it, and to save a folder that loads again in all ways."""
-    found, found_again = _run(SAVE_AGAIN, saved, tmp_path, package=False)
+    """The code in the folder is enough to load it, and to save a folder that loads again (with it: `test_hub`)."""
+    found, found_again = _run(saved, tmp_path)
     for outputs, folder in ((found, "saved"), (found_again, "again")):
         for module in outputs["modules"]:
             assert module.startswith(f"transformers_modules.{folder}."), module

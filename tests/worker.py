@@ -106,7 +106,7 @@ class _StopAt(TrainerCallback):
 
 
 class _SpoilAt(TrainerCallback):
-    """A weight becomes infinite before a step, so that its loss is no number."""
+    """A weight becomes infinite before a step, so that its loss is not finite."""
 
     def __init__(self, step: int):
         self.step = step

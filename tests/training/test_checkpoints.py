@@ -12,7 +12,7 @@ from reformer_hf.training import find_corruption, last_intact_checkpoint
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """What `Trainer` writes, in small; an earlier one is beside it."""
+    """What `Trainer` writes, in small, next to an earlier one."""
     for step in (9, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()

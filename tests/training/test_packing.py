@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Documents cut into sequences: every token predicted once, files memory-mapped and whole, batches padded."""
+"""Documents cut into sequences: every token predicted once, files memory-mapped and intact, batches padded."""
 
 import subprocess
 import sys
