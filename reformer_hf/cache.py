@@ -287,6 +287,14 @@ class AttentionCacheLayer(CacheLayerMixin):
         states = torch.cat([key, value], dim=-1)
         return states if states.dtype == self.entries.dtype else states.to(self.entries.dtype)
 
+    def _write_entries(self, row: Any, key: Tensor, value: Tensor) -> None:
+        """Write keys and values to consecutive rows, those of many tokens without a concatenated copy."""
+        if key.shape[1] <= SLACK:
+            self._write_rows(self.entries, 1, row, self._as_entries(key, value))
+            return
+        self._write_rows(self.entries[..., : key.shape[-1]], 1, row, key)
+        self._write_rows(self.entries[..., key.shape[-1] :], 1, row, value)
+
     def _write_rows(self, buffer: Tensor, axis: int, row: Any, values: Tensor) -> None:
         """Write values into consecutive rows of a buffer."""
         buffer.narrow(axis, row, values.shape[axis]).copy_(values)

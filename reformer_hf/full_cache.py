@@ -42,7 +42,7 @@ class FullCacheLayer(AttentionCacheLayer):
         return Seen(seen_key, seen_value, bias, positions)
 
     def _write(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
-        self._write_rows(self.entries, 1, self.length, self._as_entries(key, value))
+        self._write_entries(self.length, key, value)
         if padding is not None:
             self._write_rows(self.padding, 1, self.length, padding)
 

@@ -49,8 +49,12 @@ class LocalCacheLayer(AttentionCacheLayer):
     def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
         num_new = key.shape[1]
         positions = self._new_positions(num_new)
+        if not self.has_padding:
+            # The ring keeps the last tokens.
+            first = max(num_new - self.ring_length, 0)
+            key, value, positions = key[:, first:], value[:, first:], positions[first:]
         indices, slots = self._indices_and_slots(positions, padding)
-        if num_new > self.ring_length:
+        if key.shape[1] > self.ring_length:
             # If two tokens share a slot, keep the later one.
             kept = indices >= indices[:, -1:] + 1 - self.ring_length
             slots = torch.where(kept, slots, self.ring_length)

@@ -151,7 +151,7 @@ class LSHCacheLayer(AttentionCacheLayer):
     def _write(self, key: Tensor, value: Tensor, buckets: Tensor) -> None:
         """Write new tokens with the buckets `[B, H, n, R]` to the next rows."""
         row = self._num_rows
-        self._write_rows(self.entries, 1, row, self._as_entries(key, value))
+        self._write_entries(row, key, value)
         self._write_rows(self.buckets, 2, row, buckets)
         if self.row_positions is not None:
             positions = self._new_positions(key.shape[1]).expand(*self.row_positions.shape[:2], -1)
