@@ -16,6 +16,9 @@ TOKENS_PER_RUN = 128
 # Largest number of tokens decoded after the context, in all runs together.
 MAX_NEW_TOKENS = 2048
 
+# The generated C++ code calls the kernels of a step without Python between them.
+COMPILE_OPTIONS = {"dynamic": False, "fullgraph": True, "options": {"cpp_wrapper": True}}
+
 # Takes a token `[1, 1]` and its position, and returns its logits.
 Step = Callable[[Tensor, int], Tensor]
 
@@ -30,7 +33,7 @@ def start_decoding(model: nn.Module, ids: Tensor, compiled: bool = False) -> Ste
         cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
-    forward = torch.compile(model.forward, dynamic=False, fullgraph=True) if compiled else model
+    forward = torch.compile(model.forward, **COMPILE_OPTIONS) if compiled else model
 
     def step(token: Tensor, position: int) -> Tensor:
         position_ids = torch.full_like(token, position)

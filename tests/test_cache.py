@@ -213,10 +213,10 @@ def test_random_operations(kind, static, prompt, operations):
 @torch.no_grad()
 def test_chunk_step_equals_last_row(pattern, static):
     """In one layer, where nothing comes before it that a new token could change."""
-    for kind, prompt in (("lsh", 3), ("lsh", 9), ("lsh", 50), ("local", 3), ("local", 8)):
+    for kind, prompt in (("lsh", 3), ("lsh", 50), ("local", 7)):
         model = random_model(torch.float64, attn_layers=[kind], num_hashes=3, **pattern)
         decoding = Decoding(model, _new_cache(model, static)).take(2).take(prompt - 2, padding=[0, prompt // 2, 1])
-        while decoding.length < 75:
+        while decoding.length < 65:
             decoding.take(1)
             last = decoding.expected()[:, -1]
             assert_close(decoding.logits[:, -1], last, 1e-12, f"{kind}, prompt {prompt}, length {decoding.length}")
@@ -232,7 +232,7 @@ def test_chunk_steps_of_several_tokens(pattern):
     assert_close(several.logits, one.logits, 1e-12)
 
 
-@each_kind
+@pytest.mark.parametrize("fields", [KINDS[kind] for kind in ("local", "lsh", "mixed")], ids=["local", "lsh", "mixed"])
 def test_drops_what_no_ring_holds(fields):
     """Small rings, and more tokens than they hold: the cache stops growing and the logits are right all the same."""
     model = random_model(
