@@ -49,7 +49,8 @@ class LSHCacheLayer(AttentionCacheLayer):
         # The result of `hashing.projections_of` for all heads, and the factors of N.
         self.projections: list[Tensor] = []
         self.factors: list[int] = []
-        self._signed: list[Tensor] = []
+        # The rotations that hash all tokens of this cache, in the form of `hashing.hash_few`.
+        self.rotations: list[Tensor] = []
         # Number of dropped tokens, and the length when tokens were last dropped.
         self._num_dropped = self._dropped_at = 0
         self._offsets: tuple[Tensor, Tensor] | None = None
@@ -66,11 +67,6 @@ class LSHCacheLayer(AttentionCacheLayer):
     @property
     def ring_length(self) -> int:
         return self.rings.shape[-1]
-
-    @property
-    def rotations(self) -> list[Tensor]:
-        """The rotations that hash all tokens of this cache, in the form of `hashing.hash_few`."""
-        return self._signed
 
     def _window_length(self) -> int:
         """Return W."""
@@ -117,7 +113,7 @@ class LSHCacheLayer(AttentionCacheLayer):
         """
         if not self.is_initialized:
             self.projections, self.factors = list(projections), list(factors)
-            self._signed = both_signs(projections, spec.num_hashes)
+            self.rotations = both_signs(projections, spec.num_hashes)
         super().prefill(spec, key, value, padding, **hashing)
 
     def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None, *, buckets: Tensor, order: Tensor) -> None:
