@@ -69,11 +69,13 @@ class SortedHeads:
         positions: Positions (int32).
         starts: True where a bucket begins.
         padding: True for padding; `None` if there is none.
+        document_starts: True where a document begins; `None` if there is one.
     """
 
     positions: Tensor
     starts: Tensor
     padding: Tensor | None
+    document_starts: Tensor | None = None
 
 
 @dataclass
@@ -91,14 +93,17 @@ class MaskMargins:
 
     Args:
         layout: The slots of the input.
+        pattern: Which keys a query sees. Its windows may be smaller than those of the layout.
         interval: The result of `is_interval` for the input.
         dtype: The dtype of masks, at least fp32.
         device: The device of masks.
     """
 
-    def __init__(self, layout: SlotLayout, interval: bool, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, layout: SlotLayout, pattern: AttentionPattern, interval: bool, dtype: torch.dtype, device: torch.device
+    ):
         self.layout = layout
-        self.pattern = layout.pattern
+        self.pattern = pattern
         self.interval = interval
         self.dtype = dtype
         self.device = device
@@ -107,18 +112,22 @@ class MaskMargins:
         """Yield the margins of some heads for each round: those of the pattern, and those of deduplication."""
         num_rounds = heads.positions.shape[1]
         deduplicates = self.pattern.deduplicate_keys and num_rounds > 1
-        seen = self.pattern.seen_slots(heads.starts) if self.interval or deduplicates else ()
+        has_documents = heads.document_starts is not None
+        needs_slots = self.interval or deduplicates or has_documents
+        seen = self.pattern.seen_slots(heads.starts, heads.document_starts) if needs_slots else ()
         before: list[_VisibleBefore] = []
         for round in range(num_rounds):
             seen_in_round = [slots[:, round] for slots in seen]
-            margins = [self._in_interval(*seen_in_round)] if self.interval else self._by_position(heads, round)
+            margins = [] if self.interval else self._by_position(heads, round)
+            if self.interval or has_documents:
+                margins.append(self._in_interval(*seen_in_round))
             yield margins + [self._not_visible_before(x, heads.positions[:, round]) for x in before]
             if deduplicates and round + 1 < num_rounds:
                 before.append(self._visible_in(heads.positions[:, round], *seen_in_round))
 
     def static_mask(self) -> Tensor:
         """Return the part of the mask that only depends on the index in the window, `[C, W]`, or `[1, 1]` if none."""
-        pattern = self.pattern
+        pattern = self.layout.pattern
         own = (
             torch.arange(pattern.chunk_length, device=self.device)[:, None]
             + pattern.chunk_length * pattern.chunks_before
@@ -134,7 +143,7 @@ class MaskMargins:
     def _in_interval(self, first: Tensor, last: Tensor) -> MaskMargin:
         """Return the margin of the keys from slot `first` to `last`, both `[g, L]` and indexed by the query's slot."""
         first = first - self._window_starts
-        if self.pattern.causal:
+        if self.pattern.causal and self.interval:
             # The static mask excludes the slots after the interval.
             return MaskMargin(self.layout.queries(self._scaled(first) - 0.5 * _UNIT), self._window_indices)
         middle, radius = self._middle_and_radius(first, last - self._window_starts)
@@ -164,12 +173,13 @@ class MaskMargins:
     def _window_starts(self) -> Tensor:
         """First slot of each query's window, `[L]`, indexed by slot; negative before the first slot of the round."""
         slots = torch.arange(self.layout.length, dtype=torch.int32, device=self.device)
-        return slots - slots % self.pattern.chunk_length - self.pattern.chunk_length * self.pattern.chunks_before
+        chunk_length, chunks_before = self.pattern.chunk_length, self.layout.pattern.chunks_before
+        return slots - slots % chunk_length - chunk_length * chunks_before
 
     @cached_property
     def _window_indices(self) -> Tensor:
         """Index of each key in its window, `[1, n, 1, W]`."""
-        indices = self._scaled(torch.arange(self.pattern.window_length, device=self.device))
+        indices = self._scaled(torch.arange(self.layout.pattern.window_length, device=self.device))
         return indices.expand(1, self.layout.num_chunks, 1, -1)
 
     def _visible_in(self, positions: Tensor, first: Tensor, last: Tensor) -> _VisibleBefore:

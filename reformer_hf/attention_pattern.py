@@ -88,7 +88,15 @@ class AttentionPattern:
             chunks_after=self.chunks_after * parts,
         )
 
-    def seen_slots(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+    def with_margin(self) -> "AttentionPattern":
+        """Return a pattern whose windows also hold the keys of queries whose chunks begin at any slot."""
+        if self.window:
+            return self
+        # Within a bucket, a causal query sees no later slots.
+        chunks_after = self.chunks_after + (0 if self.causal and self.same_bucket else 1)
+        return replace(self, chunks_before=self.chunks_before + 1, chunks_after=chunks_after)
+
+    def seen_slots(self, starts: Tensor, document_starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Return the first and the last slot that each query may see, both `[…, L]` and indexed by the query's own slot.
 
@@ -96,19 +104,30 @@ class AttentionPattern:
 
         Args:
             starts: `[…, L]`, True where a bucket begins.
+            document_starts: `[…, L]`, True where a document begins, if there are several. A query only sees its own
+                document, whose first slot begins a chunk.
         """
         slots = torch.arange(starts.shape[-1], dtype=torch.int32, device=starts.device)
-        own_chunk = slots - slots % self.chunk_length
+        origin = slots.new_zeros(()) if document_starts is None else _starts(document_starts, slots)
+        own_chunk = slots - (slots - origin) % self.chunk_length
         first = own_chunk - self.chunk_length * self.chunks_before
         last = own_chunk + self.chunk_length * (1 + self.chunks_after) - 1
         if self.window:
             first = slots - self.chunk_length * self.chunks_before
             last = slots + self.chunk_length * self.chunks_after
         if self.same_bucket or self.window:
-            first = torch.maximum(first, torch.where(starts, slots, 0).cummax(-1).values)
+            first = torch.maximum(first, _starts(starts, slots))
             # Within a bucket, slots are in the order of positions.
             last = slots if self.causal else torch.minimum(last, _ends(starts, slots))
+        elif document_starts is not None:
+            first = torch.maximum(first, origin)
+            last = torch.minimum(last, _ends(document_starts, slots))
         return first.clamp(min=0).expand(starts.shape), last.clamp(max=slots[-1]).expand(starts.shape)
+
+
+def _starts(starts: Tensor, slots: Tensor) -> Tensor:
+    """Return the first slot of each slot's bucket."""
+    return torch.where(starts, slots, 0).cummax(-1).values
 
 
 def _ends(starts: Tensor, slots: Tensor) -> Tensor:

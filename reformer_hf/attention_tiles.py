@@ -101,13 +101,23 @@ class Tiling:
             last, in its own bucket. `None` means one round with one bucket, in the order of positions.
         padding_BL: True for padding, which no query sees.
         query_BLHD: The queries, which give the shape, dtype and device.
+        documents: The order of packed documents, `[B, 1, 1, L]` as `Documents.sort` returns it. A query only sees its
+            own document, and the buckets of `order` are those of single documents. `None` means one document.
 
     Raises:
         ValueError: If the input has more positions than masks can represent exactly.
     """
 
-    def __init__(self, pattern: AttentionPattern, order: Tensor | None, padding_BL: Tensor | None, query_BLHD: Tensor):
-        self.pattern = pattern
+    def __init__(
+        self,
+        pattern: AttentionPattern,
+        order: Tensor | None,
+        padding_BL: Tensor | None,
+        query_BLHD: Tensor,
+        documents: Tensor | None = None,
+    ):
+        visible, self.pattern = pattern, pattern if documents is None else pattern.with_margin()
+        pattern = self.pattern
         self.batch_size, self.length, self.num_heads, _ = query_BLHD.shape
         self.device = query_BLHD.device
         self.mask_dtype = torch.promote_types(query_BLHD.dtype, torch.float32)
@@ -120,11 +130,12 @@ class Tiling:
         self.num_rounds = order.shape[2]
         self.num_rows = self.batch_size * self.length * self.num_heads
         self._order = order.expand(self.batch_size, self.num_heads, -1, -1)
+        self._document_starts = None if documents is None else unpack_order(documents[:, 0])[1]
         # An interval of visible slots contains no padding.
         self._padding_BL = None if interval else padding_BL
         self.has_key_everywhere = pattern.include_self and self._padding_BL is None
         self._layout = SlotLayout(pattern, self.length)
-        self._margins = MaskMargins(self._layout, interval, self.mask_dtype, self.device)
+        self._margins = MaskMargins(self._layout, visible, interval, self.mask_dtype, self.device)
         self._buffers = MaskBuffers(self._margins.static_mask())
         scores_per_head = pattern.chunk_length * pattern.window_length * self._layout.num_chunks
         tile_scores = policy_for(self.device).tile_scores
@@ -155,7 +166,9 @@ class Tiling:
         if self._padding_BL is not None:
             padding = self._padding_BL[batch_rows][:, None].expand(positions.shape).gather(-1, positions.long())
         first_rows = (batch_rows * self.length * self.num_heads + heads)[:, None]
-        for round, margins in enumerate(self._margins.of_rounds(SortedHeads(positions, starts, padding))):
+        document_starts = None if self._document_starts is None else self._document_starts[batch_rows]
+        sorted_heads = SortedHeads(positions, starts, padding, document_starts)
+        for round, margins in enumerate(self._margins.of_rounds(sorted_heads)):
             key_rows = first_rows + self.num_heads * self._layout.slots(positions, round, 0).long()
             yield from self._tiles_of_round(round, key_rows, margins)
 

@@ -30,6 +30,7 @@ def chunk_attention(
     padding_BL: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seed: int = 0,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """
     Attend within chunks, with one softmax over the keys of all rounds.
@@ -45,12 +46,14 @@ def chunk_attention(
         padding_BL: True for padding, which no query sees. Outputs of padding are undefined.
         dropout: Dropout rate of attention weights. Dropout does not apply to the value of a query without keys.
         dropout_seed: Seed of the dropout.
+        documents: The order of packed documents, see `attention_tiles.Tiling`.
 
     Returns:
         `[B, L, H, E]` in the dtype of the values. The output of a query without keys is its own value, or zero if
         `pattern.include_self` is True.
     """
-    return _ChunkAttention.apply(query_BLHD, key_BLHD, value_BLHE, pattern, order, padding_BL, dropout, dropout_seed)
+    options = (dropout, dropout_seed, documents)
+    return _ChunkAttention.apply(query_BLHD, key_BLHD, value_BLHE, pattern, order, padding_BL, *options)
 
 
 def chunk_attention_weights(
@@ -59,19 +62,21 @@ def chunk_attention_weights(
     pattern: AttentionPattern,
     order: Tensor | None = None,
     padding_BL: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
     Compute the attention weights of `chunk_attention` before dropout, and the positions of the keys.
 
     Args:
-        query_BLHD, key_BLHD, pattern, order, padding_BL: As in `chunk_attention`.
+        query_BLHD, key_BLHD, pattern, order, padding_BL, documents: As in `chunk_attention`.
 
     Returns:
         `weights` and `positions` (int32), both `[B, H, R, L, W]`, where W is the length of the window. The position is
         -1 for masked keys. The weights of a query sum to 1 over R and W.
     """
     with torch.no_grad(), torch.autocast(query_BLHD.device.type, enabled=False):
-        tiling = Tiling(pattern, order, padding_BL, query_BLHD)
+        tiling = Tiling(pattern, order, padding_BL, query_BLHD, documents)
+        pattern = tiling.pattern
         rows = _Rows.of(query_BLHD, key_BLHD, query_BLHD)
         _, lse = _forward(rows, tiling, None)
         size = (tiling.num_rounds, tiling.num_rows + 1, pattern.window_length)
@@ -102,28 +107,28 @@ class _ChunkAttention(torch.autograd.Function):
     """Save the inputs, the order, the merged output and the merged logsumexp, but no tensor of the scores' size."""
 
     @staticmethod
-    def forward(ctx, query, key, value, pattern, order, padding, dropout, dropout_seed):
+    def forward(ctx, query, key, value, pattern, order, padding, dropout, dropout_seed, documents):
         with torch.autocast(query.device.type, enabled=False):
-            tiling = Tiling(pattern.for_device(query.device), order, padding, query)
+            tiling = Tiling(pattern.for_device(query.device), order, padding, query, documents)
             drop = Dropout.of(dropout, dropout_seed, query.device)
             out, lse = _forward(_Rows.of(query, key, value), tiling, drop)
         out = out.view(value.shape)
-        ctx.save_for_backward(query, key, value, out, lse, order, padding)
+        ctx.save_for_backward(query, key, value, out, lse, order, padding, documents)
         ctx.pattern, ctx.dropout, ctx.dropout_seed = pattern, dropout, dropout_seed
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key, value, out, lse, order, padding = ctx.saved_tensors
+        query, key, value, out, lse, order, padding, documents = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
-            tiling = Tiling(ctx.pattern.for_device(query.device), order, padding, query)
+            tiling = Tiling(ctx.pattern.for_device(query.device), order, padding, query, documents)
             drop = Dropout.of(ctx.dropout, ctx.dropout_seed, query.device)
             grads = _backward(_Rows.of(query, key, value), _rows(out), lse, _rows(grad_out), tiling, drop)
         grads = [
             None if grad is None else grad.to(x.dtype).view(x.shape)
             for grad, x in zip(grads, (query, key, value), strict=True)
         ]
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 @dataclass

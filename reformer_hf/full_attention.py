@@ -27,16 +27,28 @@ class FullSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Found]:
         query, value = (x.transpose(1, 2) for x in projected)
         key = normalized_keys(query)
-        if self.is_causal and call.padding is None:
-            out = _causal_attention(query, key, value, self.dropout)
-        else:
-            out = _masked_attention(query, key, value, self._visible(query, call.padding), self.dropout)
+        out = self._attend_documents(query, key, value, call)
         if found is None:
-            weights = self._weights(query, key, call.padding) if call.output_attentions else None
+            weights = self._weights(query, key, call) if call.output_attentions else None
             found = Found(weights=weights)
             if call.fills_cache:
                 found = Found(key=key.transpose(1, 2), value=projected[1], weights=weights)
         return out.transpose(1, 2), found
+
+    def _attend_documents(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        if call.documents is None:
+            return self._attend_all(query, key, value, call.padding)
+        rows: list[list[Tensor]] = [[] for _ in range(call.batch_size)]
+        for row, start, stop in call.documents.spans:
+            at = (slice(row, row + 1), slice(None), slice(start, stop))
+            padding = None if call.padding is None else call.padding[row : row + 1, start:stop]
+            rows[row].append(self._attend_all(query[at], key[at], value[at], padding))
+        return torch.cat([torch.cat(row, dim=2) for row in rows])
+
+    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+        if self.is_causal and padding is None:
+            return _causal_attention(query, key, value, self.dropout)
+        return _masked_attention(query, key, value, self._visible(query, padding), self.dropout)
 
     def _append(
         self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
@@ -52,10 +64,14 @@ class FullSelfAttention(SelfAttention):
             visible = visible.tril()
         return visible if padding is None else visible & ~padding[:, None, None, :]
 
-    def _weights(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Weights:
+    def _weights(self, query: Tensor, key: Tensor, call: AttentionCall) -> Weights:
         """Compute attention weights and key positions `[B, H, 1, L, L]`, without gradient."""
         with torch.no_grad():
-            visible = _or_itself(self._visible(query, padding))
+            visible = self._visible(query, call.padding)
+            if call.documents is not None:
+                index = call.documents.index
+                visible = visible & (index[:, None, :, None] == index[:, None, None, :])
+            visible = _or_itself(visible)
             scores = torch.matmul(query, key.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
             weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
             positions = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)

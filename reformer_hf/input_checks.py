@@ -10,6 +10,7 @@ from transformers import Cache
 
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
+from .documents import Documents, starts_by_index, starts_by_length, starts_by_position
 
 # Up to this number, ids are compared faster in Python than by torch.
 _FEW_IDS = 16
@@ -23,9 +24,12 @@ def check_inputs(
     position_ids: Tensor | None,
     num_hashes: int | None,
     cache: Cache | None,
+    may_be_packed: bool = False,
 ) -> Tensor:
     """
     Check that the shapes of inputs match the config and each other.
+
+    If an input may hold several documents, its length is not checked: its positions have to be.
 
     Returns:
         `input_ids` or `inputs_embeds`, whichever is given.
@@ -42,7 +46,7 @@ def check_inputs(
         )
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     shape = tuple(inputs.shape[:2])
-    if not 1 <= shape[1] <= config.max_position_embeddings:
+    if shape[1] < 1 or (not may_be_packed and shape[1] > config.max_position_embeddings):
         raise ValueError(
             f"The input is {shape[1]} tokens long, but this model takes 1 to {config.max_position_embeddings} "
             "(`max_position_embeddings`): truncate the input, or train a model with more positions."
@@ -169,6 +173,53 @@ def check_last_tokens(cache: Cache, attention_mask: Tensor | None, inputs: Tenso
             f"The new input of row {rows[0]} is only padding, after tokens in `cache`, and has no last token to "
             "compute logits for: pad on the left (`padding_side='left'`), or set `prefill_chunk_size=None`."
         )
+
+
+def documents_of_call(
+    config: ReformerHfConfig,
+    inputs: Tensor,
+    position_ids: Tensor | None,
+    padding: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    cache: Cache | None,
+) -> Documents | None:
+    """
+    Return the packed documents of an input, or `None` if each row is one document.
+
+    They follow from `seq_idx`, from `cu_seq_lens`, or from `position_ids` that start again. This reads values, and so
+    waits for the device, if one of them is given.
+    """
+    shape = (inputs.shape[0], inputs.shape[1])
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != shape:
+            raise ValueError(f"`seq_idx` has shape {tuple(seq_idx.shape)}, but must be {shape}.")
+        starts = starts_by_index(seq_idx)
+    elif cu_seq_lens is not None:
+        ends = cu_seq_lens.tolist() if cu_seq_lens.dim() == 1 else []
+        if not ends or ends[0] != 0 or ends[-1] != shape[0] * shape[1] or ends != sorted(ends):
+            raise ValueError(
+                f"`cu_seq_lens_q` is {ends or tuple(cu_seq_lens.shape)}, but must hold ascending lengths from 0 to "
+                f"the {shape[0] * shape[1]} tokens of the input."
+            )
+        starts = starts_by_length(cu_seq_lens, shape)
+    elif position_ids is not None and shape[1] > 1 and not (cache is not None and torch.compiler.is_compiling()):
+        starts = starts_by_position(position_ids.expand(shape), padding)
+    else:
+        return None
+    documents = Documents.of(starts, padding)
+    if documents is not None and cache is not None:
+        raise ValueError(
+            "The input holds several documents in a row (positions start again), which a KV cache cannot continue: "
+            "generate for one document per row, or pass no `cache`."
+        )
+    if documents is not None and config.wrap_chunks:
+        raise ValueError(
+            "The input holds several documents in a row (positions start again), but with `wrap_chunks=True` "
+            "(in-tree) chunks of different documents see each other: give each document its own row, or set "
+            "`wrap_chunks=False`."
+        )
+    return documents
 
 
 def bucket_factors_of_call(config: ReformerHfConfig, num_buckets: int | Sequence[int] | None) -> list[int] | None:

@@ -57,8 +57,12 @@ class LocalSelfAttention(SelfAttention):
             # Cached tokens form no ring: new tokens see them and not, around the ring, other new tokens.
             pattern = replace(pattern, ring_multiple=None)
         pattern = pattern.for_length(inputs[0].shape[1])
+        if call.documents is not None:
+            # A document is a bucket.
+            pattern = replace(pattern, same_bucket=True)
         if found is None:
             order = None if last is None else _positions_with_last(last)
+            order = order if call.documents is None else call.document_order
             found = Found(order, key, value) if call.fills_cache else Found(order)
         return self.attend_in_chunks(inputs, pattern, found.order, padding, call, heads, found)
 

@@ -14,6 +14,7 @@ from .attention_kernels import normalized_keys
 from .attention_pattern import AttentionPattern
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
+from .documents import Documents
 from .hashing import bucket_factors, hash_by, hash_few, projections_of, random_rotations, sort_by_bucket
 from .rng import draw_seed
 from .self_attention import AttentionCall, Found, SelfAttention, Weights
@@ -48,10 +49,33 @@ class LSHSelfAttention(SelfAttention):
         if call.past is not None:
             hashing = {"projections": cache_layer.projections, "factors": cache_layer.factors}
             return replace(call, num_hashes=num_hashes, **hashing)
+        call = replace(call, num_hashes=num_hashes)
+        if call.documents is not None:
+            return replace(call, document_hashing=self._document_hashing(call, call.documents, hash_seed))
         factors = call.num_buckets or factors_of(self.config, call.length)
-        rotations = random_rotations(hash_seed, self.num_heads, self.head_size, num_hashes, list(factors))
-        projections = projections_of(rotations, list(factors), call.dtype, call.device)
-        return replace(call, num_hashes=num_hashes, projections=projections, factors=factors)
+        return replace(call, projections=self._draw_projections(call, hash_seed, factors), factors=factors)
+
+    def _draw_projections(self, call: AttentionCall, seed: int, factors: Sequence[int]) -> Sequence[Tensor]:
+        rotations = random_rotations(seed, self.num_heads, self.head_size, call.num_hashes, list(factors))
+        return projections_of(rotations, list(factors), call.dtype, call.device)
+
+    def _document_hashing(self, call: AttentionCall, documents: Documents, seed: int) -> Any:
+        """Return the field `document_hashing` of a call: each document has as many buckets as alone."""
+        groups: dict[tuple[int, ...], list] = {}
+        first_buckets, num_buckets = [], 0
+        for (row, start, stop), length in zip(documents.spans, documents.lengths, strict=True):
+            factors = tuple(call.num_buckets or factors_of(self.config, max(length, 1)))
+            groups.setdefault(factors, []).append((row, start, stop))
+            num_buckets = num_buckets if start else 0
+            first_buckets.append(num_buckets)
+            num_buckets += math.prod(factors)
+        repeats = torch.tensor([stop - start for _, start, stop in documents.spans])
+        first_bucket = torch.tensor(first_buckets, dtype=torch.int32).repeat_interleave(repeats).to(call.device)
+        hashing = [
+            (documents.flat_positions(spans), self._draw_projections(call, seed, factors))
+            for factors, spans in groups.items()
+        ]
+        return hashing, first_bucket.view(call.batch_size, call.length)
 
     def _hash_seed(self) -> int:
         if self.config.hash_seed is not None:
@@ -77,6 +101,8 @@ class LSHSelfAttention(SelfAttention):
         is_short = self.pattern.for_length(query.shape[1]) is not self.pattern
         if is_short and not call.fills_cache:
             return Found()
+        if call.document_hashing is not None:
+            return Found(order=sort_by_bucket(_hash_documents(query.detach(), call, heads), call.padding))
         projections = [projection[heads] for projection in call.projections]
         buckets = hash_by(projections, query.detach(), call.num_hashes)
         if not call.fills_cache:
@@ -114,6 +140,19 @@ class LSHSelfAttention(SelfAttention):
             values, positions = (x.view(shape).transpose(2, 3) for x in weights)
             weights = values, positions
         return out.view(batch_size, num_heads, num_new, head_size).transpose(1, 2).flatten(2), weights
+
+
+def _hash_documents(query: Tensor, call: AttentionCall, heads: slice) -> Tensor:
+    """Hash each document as if alone, and number the buckets of a row's documents consecutively, `[B, h, R, L]`."""
+    groups, first_bucket = call.document_hashing
+    batch_size, length, num_heads, _ = query.shape
+    rows = query.flatten(0, 1)
+    buckets = first_bucket.new_empty((batch_size * length, num_heads, call.num_hashes))
+    for positions, projections in groups:
+        vectors = rows.index_select(0, positions)[None]
+        hashed = hash_by([projection[heads] for projection in projections], vectors, call.num_hashes)
+        buckets.index_copy_(0, positions, hashed[0].permute(2, 0, 1))
+    return first_bucket[:, None, None] + buckets.view(batch_size, length, num_heads, -1).permute(0, 2, 3, 1)
 
 
 def factors_of(config: ReformerHfConfig, length: int) -> list[int]:

@@ -38,6 +38,7 @@ from .input_checks import (
     check_last_tokens,
     check_not_exporting,
     check_position_ids,
+    documents_of_call,
 )
 from .lm_head import ReformerHfLMHead, states_to_keep
 from .local_attention import LocalSelfAttention
@@ -284,6 +285,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> ReformerHfModelOutput:
         """
@@ -294,6 +297,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             attention_mask (`[B, L]`, *optional*): 1 for tokens, 0 for padding, on any side. With a cache that holds T
                 tokens, `[B, T + L]`, or `[B, L]` for the new tokens only.
             position_ids (`[B, L]`, *optional*): Positions. By default, tokens are counted from 0, without padding.
+                Where they do not increase, another document begins: packed documents do not see each other, and L may
+                exceed `max_position_embeddings`.
             inputs_embeds (`[B, L, E]`, *optional*): Word embeddings instead of `input_ids`.
             num_hashes (`int`, *optional*): Number of hash rounds for this call; overrides the config.
             num_buckets (`int` or `list[int]`, *optional*): Buckets per round for this call; overrides the config.
@@ -304,6 +309,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 effect on causal models in evaluation mode. Unlike in other models, the default `None` means False.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return these as well, see
                 `ReformerHfModelOutput`.
+            seq_idx (`[B, L]`, *optional*): Index of the packed document that each token belongs to.
+            cu_seq_lens_q (`[N + 1]`, *optional*): Cumulative lengths of packed documents, over all rows.
 
         Returns:
             `ReformerHfModelOutput`.
@@ -314,7 +321,11 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         check_not_exporting()
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
-        inputs = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)
+        packing = (seq_idx, cu_seq_lens_q)
+        may_be_packed = any(x is not None for x in (position_ids, *packing))
+        inputs = check_inputs(
+            self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache, may_be_packed
+        )
         factors = bucket_factors_of_call(self.config, num_buckets)
         checks_values = self.checks_values and not torch.compiler.is_compiling()
         if checks_values:
@@ -327,7 +338,11 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
             if not (checks_values and attention_mask.all()):
                 padding = ~attention_mask
-        if position_ids is None:
+        documents = documents_of_call(self.config, inputs, position_ids, padding, *packing, cache)
+        if position_ids is None and documents is not None:
+            position_ids = documents.positions(padding)
+            check_position_ids(self.config, position_ids)
+        elif position_ids is None:
             position_ids = self._position_ids(inputs, padding, cache)
             if checks_values and cache is not None:
                 check_position_ids(self.config, position_ids)
@@ -343,6 +358,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 num_hashes=num_hashes,
                 num_buckets=factors,
                 output_attentions=output_attentions,
+                documents=documents,
             )
             return self.encoder(hidden_states, call, cache, output_hidden_states)
 
@@ -442,7 +458,7 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
             logits_to_keep (`int` or `Tensor`, defaults to 0): Compute only the logits of that many last positions, or
                 of the positions in a tensor; 0 means all. A position of padding gets the logits of the last token
                 before it, if a number is given.
-            **kwargs: Arguments of the loss, such as `num_items_in_batch` and `shift_labels`.
+            **kwargs: Arguments of the loss, such as `num_items_in_batch` and `shift_labels`, and of packed documents.
 
         Returns:
             `ReformerHfCausalLMOutput`.
@@ -460,6 +476,8 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            seq_idx=kwargs.pop("seq_idx", None),
+            cu_seq_lens_q=kwargs.pop("cu_seq_lens_q", None),
             return_dict=True,
         )
         logits = loss = None

@@ -15,6 +15,7 @@ from .cache import CacheSpec, Past, Seen
 from .chunk_attention import chunk_attention, chunk_attention_weights
 from .configuration_reformer_hf import ReformerHfConfig
 from .device_policy import policy_for
+from .documents import Documents
 from .rng import draw_seed
 
 # Attention weights and the positions of their keys.
@@ -34,10 +35,14 @@ class AttentionCall:
         num_hashes: Number of hash rounds; overrides the config.
         num_buckets: Factors of the number of buckets; overrides those that follow from the config and the length.
         output_attentions: Whether to return attention weights.
+        documents: The documents of packed rows; `None` if each row is one document.
         fills_cache: Whether to return keys, values and buckets for the cache.
         past: Cached tokens before the input.
         projections: Rotations that hash all heads, as `hashing.projections_of` returns them.
+        document_hashing: For packed documents, the flat positions of those with the same number of buckets, with their
+            projections; and the first bucket of each position's document, `[B, L]`.
         factors: Factors of the number of buckets that they hash into.
+        document_order: The result of `Documents.sort`.
         dropout_seed: Seed of the dropout of attention weights.
     """
 
@@ -49,10 +54,13 @@ class AttentionCall:
     num_hashes: int | None = None
     num_buckets: Sequence[int] | None = None
     output_attentions: bool = False
+    documents: Documents | None = None
     fills_cache: bool = False
     past: Past | None = None
     projections: Sequence[Tensor] = ()
     factors: Sequence[int] = ()
+    document_hashing: tuple[Sequence[tuple[Tensor, Sequence[Tensor]]], Tensor] | None = None
+    document_order: Tensor | None = None
     dropout_seed: int = 0
 
     @classmethod
@@ -136,7 +144,8 @@ class SelfAttention(nn.Module):
         """Complete a call with the fields of this layer, and draw the seeds that it needs."""
         past = cache_layer.past() if cache_layer is not None and cache_layer.is_initialized else None
         dropout_seed = draw_seed() if self.dropout else 0
-        return replace(call, past=past, fills_cache=cache_layer is not None, dropout_seed=dropout_seed)
+        call = replace(call, past=past, fills_cache=cache_layer is not None, dropout_seed=dropout_seed)
+        return call if call.documents is None else replace(call, document_order=call.documents.sort(call.padding))
 
     def forward(
         self,
@@ -239,10 +248,11 @@ class SelfAttention(nn.Module):
             Output of the new tokens, and `found` with the attention weights if the call requests them.
         """
         # Different groups of heads use different dropout masks.
-        out = chunk_attention(*inputs, pattern, order, padding, self.dropout, call.dropout_seed + heads.start)
+        dropout, documents = (self.dropout, call.dropout_seed + heads.start), call.document_order
+        out = chunk_attention(*inputs, pattern, order, padding, *dropout, documents)
         weights = found.weights
         if call.output_attentions and weights is None:
-            weights = chunk_attention_weights(*inputs[:2], pattern, order, padding)
+            weights = chunk_attention_weights(*inputs[:2], pattern, order, padding, documents)
         if call.past is not None:
             num_cached = call.past.key.shape[1]
             out = out[:, num_cached:]
