@@ -30,6 +30,7 @@ def _byte_backend() -> Tokenizer:
     backend = Tokenizer(BPE(vocab=SPECIAL_TOKEN_IDS | BYTE_IDS, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKEN_IDS))
     return backend
 
 

@@ -36,6 +36,8 @@ def _loss(model, length=45):
 def test_adapter_gradients(lora_dropout):
     """With every base weight frozen, embeddings too, and dropout everywhere."""
     models = [_adapted(reversible, lora_dropout=lora_dropout, **DROPOUT) for reversible in (True, False)]
+    # As TRL does for gradient checkpointing.
+    models[0].enable_input_require_grads()
     for model in models:
         _loss(model).backward()
     reversible, plain = (dict(model.named_parameters()) for model in models)

@@ -93,6 +93,13 @@ def test_added_tokens(tmp_path):
         assert each.batch_decode([ids], skip_special_tokens=True) == ["üü"]
 
 
+def test_other_names_of_special_tokens():
+    tokenizer = ReformerHfByteTokenizer(eos_token="<|end|>", pad_token="<|end|>", bos_token=None)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (260, 260, None)
+    assert tokenizer("<s></s><|end|>")["input_ids"] == [258, 1, 260]
+    assert tokenizer.decode([258, 1, 260]) == "<s></s><|end|>"
+
+
 def test_byte_character_as_token():
     """As a token, it would stand for a byte of other characters as well."""
     tokenizer = ReformerHfByteTokenizer()
