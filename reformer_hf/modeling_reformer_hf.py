@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -50,6 +51,8 @@ from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape
 from .rng import SeededDropout, draw_seed, dropout
 from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, Weights
 from .stream_norm import StreamLayerNorm
+
+logger = logging.get_logger(__name__)
 
 # Default LoRA targets: the projections to queries (`query_key` in LSH and full layers) and values.
 LORA_TARGETS = ["query_key", "query", "value"]
@@ -243,13 +246,28 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ReformerHfLMHead):
             initialization.zeros_(module.bias)
 
-    def gradient_checkpointing_enable(self, *args, **kwargs):
-        """Raise a `ValueError`: reversible layers save no activations that gradient checkpointing could avoid."""
-        raise ValueError(
-            "`gradient_checkpointing` is True, but reversible layers already recompute activations, with memory that "
-            "does not grow with depth: leave it False. To save more memory, set `chunk_size_feed_forward` and "
-            "`chunk_size_lm_head`."
-        )
+    def activation_checkpointing_enable(self, *args, **kwargs):
+        """
+        Accept `gradient_checkpointing=True`, whatever its options: reversible layers already recompute activations.
+
+        With `reversible=False` in the config, the layers recompute them from now on, until
+        `activation_checkpointing_disable`. They compute the same function.
+        """
+        if self.config.reversible:
+            logger.warning_once(
+                "`gradient_checkpointing=True` has no effect: reversible layers already recompute activations. "
+                "To save more memory, set `chunk_size_feed_forward` and `chunk_size_lm_head`."
+            )
+        self._set_recomputation(True)
+
+    def activation_checkpointing_disable(self):
+        super().activation_checkpointing_disable()
+        self._set_recomputation(self.config.reversible)
+
+    def _set_recomputation(self, reversible: bool):
+        for module in self.modules():
+            if isinstance(module, ReformerHfEncoder):
+                module.reversible = reversible
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save the model as in Transformers, together with its code for `trust_remote_code=True`."""

@@ -23,11 +23,14 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(replacements)) for byte in range(256)]
 
 
+BYTE_IDS = {character: FIRST_BYTE_ID + byte for byte, character in enumerate(_byte_characters())}
+
+
 def _byte_backend() -> Tokenizer:
-    byte_ids = {character: FIRST_BYTE_ID + byte for byte, character in enumerate(_byte_characters())}
-    backend = Tokenizer(BPE(vocab=SPECIAL_TOKEN_IDS | byte_ids, merges=[]))
+    backend = Tokenizer(BPE(vocab=SPECIAL_TOKEN_IDS | BYTE_IDS, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKEN_IDS))
     return backend
 
 
@@ -43,17 +46,22 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
     | 258 | `<s>` |
     | 259 | `<mask>` |
 
-    Encoding is lossless: `decode(encode(text)) == text` for every text, including text that looks like a special
-    token, which is encoded as bytes. Insert special tokens by id, or encode trusted text with
-    `split_special_tokens=False`. Ids that are not valid UTF-8 decode to U+FFFD. `decode(…, errors="ignore")` omits
-    them, and `decode_bytes` returns the bytes unchanged.
+    Encoding is lossless: `decode(encode(text)) == text` for every text. Ids that are not valid UTF-8 decode to U+FFFD.
+    `decode(…, errors="ignore")` omits them, and `decode_bytes` returns the bytes unchanged.
+
+    As in other tokenizers, a special token in a text, such as `</s>` or a token of a chat template, is encoded as its
+    id. Encode untrusted text with `split_special_tokens=True`, so that it cannot end a document or a turn, and
+    untrusted messages with `apply_chat_template(…, sanitize_control_tokens=True)`.
 
     Args:
         add_bos_token (`bool`, defaults to `False`): Whether to begin each sequence with `<s>`.
         add_eos_token (`bool`, defaults to `False`): Whether to end each sequence with `</s>`.
-        split_special_tokens (`bool`, defaults to `True`): Whether to encode special tokens in a text as bytes instead
-            of as one id. Each call can override it.
+        split_special_tokens (`bool`, defaults to `False`): Whether to encode special tokens in a text as bytes. Each
+            call can override it.
         kwargs: Other arguments of `PreTrainedTokenizerFast`, such as `padding_side` or `model_max_length`.
+
+    Raises:
+        ValueError: If a saved vocabulary does not have the ids above.
 
     ```python
     >>> from reformer_hf import ReformerHfByteTokenizer
@@ -67,19 +75,47 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, **kwargs):
-        # The vocabulary is fixed. Added tokens are read by the base class.
-        for name in ("vocab", "merges"):
-            kwargs.pop(name, None)
-        self._tokenizer = _byte_backend()
+        if not (kwargs.get("tokenizer_file") or kwargs.get("tokenizer_object")):
+            kwargs["tokenizer_object"] = _byte_backend()
         defaults = {
             "pad_token": "<pad>",
             "eos_token": "</s>",
             "bos_token": "<s>",
             "mask_token": "<mask>",
-            "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
         }
         super().__init__(**{**defaults, **kwargs})
+        if not BYTE_IDS.items() <= self.get_vocab().items():
+            raise ValueError(
+                f"`{kwargs.get('tokenizer_file') or 'tokenizer_object'}` has other ids for bytes than the ids from "
+                f"{FIRST_BYTE_ID} to {LAST_BYTE_ID} of `{type(self).__name__}`: load it with "
+                "`PreTrainedTokenizerFast`."
+            )
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
+        """Load the saved file unchanged. Without `trust_remote_code`, Transformers only takes its vocabulary."""
+        return super().convert_to_native_format(trust_remote_code=True, **kwargs)
+
+    def _add_tokens(self, new_tokens, special_tokens=False) -> int:
+        for token in map(str, new_tokens):
+            if token in BYTE_IDS and not token.isascii():
+                raise ValueError(
+                    f"The token {token!r} cannot be added, because the vocabulary uses this character for the byte "
+                    f"{BYTE_IDS[token] - FIRST_BYTE_ID}: leave it out, or add a longer token."
+                )
+        return super()._add_tokens(new_tokens, special_tokens)
+
+    def train_new_from_iterator(self, *args, **kwargs) -> PreTrainedTokenizerFast:
+        """
+        Train a BPE tokenizer as in Transformers.
+
+        The new ids do not stand for bytes, so the new tokenizer is a plain fast one. Its tokens may span words, unless
+        you set `backend_tokenizer.pre_tokenizer` first.
+        """
+        options = {name: value for name, value in self.init_kwargs.items() if name != "auto_map"}
+        plain = PreTrainedTokenizerFast(**{**options, "tokenizer_object": self.backend_tokenizer})
+        return plain.train_new_from_iterator(*args, **kwargs)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Encode bytes, which need not be valid UTF-8, without special tokens."""
@@ -97,18 +133,19 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
         Decode ids, as in Transformers.
 
         `errors` has the meaning of `bytes.decode`: `"ignore"` omits invalid UTF-8, such as a truncated character,
-        instead of decoding it to U+FFFD.
+        instead of decoding it to U+FFFD. `clean_up_tokenization_spaces` has no effect.
         """
-        options = {**kwargs, "clean_up_tokenization_spaces": clean_up_tokenization_spaces}
-        if errors == "replace":
-            return super()._decode(token_ids, skip_special_tokens, **options)
-        ids = to_py_obj(token_ids)
+        # Not by the decoder of `tokenizers`, which maps characters of added tokens to bytes.
+        ids = to_py_obj(token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids)
+        added = self.added_tokens_decoder
+        skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
+        kept = (i for i in ([ids] if isinstance(ids, int) else ids) if i not in skipped)
         text = ""
-        for is_byte, run in groupby([ids] if isinstance(ids, int) else ids, self._is_byte):
+        for is_byte, run in groupby(kept, self._is_byte):
             if is_byte:
                 text += self.decode_bytes(list(run)).decode("utf-8", errors)
             else:
-                text += super()._decode(list(run), skip_special_tokens, **options)
+                text += "".join(added[i].content for i in run if i in added)
         return text
 
     @staticmethod

@@ -13,6 +13,11 @@ DROPOUT = {
     "lsh_attention_probs_dropout_prob": 0.1,
 }
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference over that of `expected`. Where that is zero, only zeros are close."""

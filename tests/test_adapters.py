@@ -3,12 +3,13 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.peft_utils import check_peft_version
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
 
-from .helpers import DROPOUT, assert_close, random_model, tiny_config
+from .helpers import CHATML, DROPOUT, assert_close, random_model, tiny_config
 
 peft = pytest.importorskip("peft")
 
@@ -35,6 +36,8 @@ def _loss(model, length=45):
 def test_adapter_gradients(lora_dropout):
     """With every base weight frozen, embeddings too, and dropout everywhere."""
     models = [_adapted(reversible, lora_dropout=lora_dropout, **DROPOUT) for reversible in (True, False)]
+    # As TRL does for gradient checkpointing.
+    models[0].enable_input_require_grads()
     for model in models:
         _loss(model).backward()
     reversible, plain = (dict(model.named_parameters()) for model in models)
@@ -92,35 +95,67 @@ def test_add_adapter_of_transformers():
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_sft_trainer(lora, tmp_path):
-    """Twenty steps with TRL's fused head, whose loss falls."""
+WORDS = ["cat", "dog", "owl", "fox"]
+
+
+def _sft(rows, tokenizer, model, folder, epochs=15, peft_config=None):
+    """Train with the defaults of TRL, bf16 and gradient checkpointing among them. Returns the trainer."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    torch.manual_seed(0)
-    model = ReformerHfForCausalLM(tiny_config(attn_layers=LAYERS, vocab_size=260, bos_token_id=258))
     args = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=20,
-        per_device_train_batch_size=2,
+        folder,
+        num_train_epochs=epochs,
         learning_rate=1e-2,
-        max_length=64,
-        logging_steps=1,
         save_strategy="no",
-        report_to=[],
         use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
         disable_tqdm=True,
     )
-    trainer = trl.SFTTrainer(
-        model,
-        args,
-        train_dataset=datasets.Dataset.from_dict({"text": [f"Line {i} says so." for i in range(16)]}),
-        processing_class=ReformerHfByteTokenizer(),
-        peft_config=peft.LoraConfig(r=4, target_modules=TARGETS) if lora else None,
-    )
+    assert args.bf16 and args.gradient_checkpointing
+    data = datasets.Dataset.from_list(rows * 16)
+    trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 20
-    assert losses[-1] < losses[0] - (0.02 if lora else 0.5)
+    return trainer
+
+
+def _completion(model, tokenizer, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    generated = model.eval().generate(**inputs, max_new_tokens=20, do_sample=False)
+    return tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :])
+
+
+def _sft_model():
+    torch.manual_seed(0)
+    return ReformerHfForCausalLM(tiny_config(vocab_size=260, bos_token_id=258))
+
+
+def test_sft_learns_to_stop(tmp_path):
+    """With data that do not name `</s>`: TRL appends it as text."""
+    tokenizer, model = ReformerHfByteTokenizer(), _sft_model()
+    _sft([{"text": f"{word} {word}"} for word in WORDS], tokenizer, model, tmp_path, epochs=8)
+    assert [_completion(model, tokenizer, f"{word} ") for word in WORDS] == [f"{word}</s>" for word in WORDS]
+
+
+@pytest.mark.slow
+def test_sft_chat(tmp_path):
+    tokenizer, model = ReformerHfByteTokenizer(chat_template=CHATML), _sft_model()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    chats = [[{"role": "user", "content": word}, {"role": "assistant", "content": f"{word} {word}"}] for word in WORDS]
+    _sft([{"messages": chat} for chat in chats], tokenizer, model, tmp_path).save_model()
+    loaded, tokenizer = ReformerHfForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for chat, word in zip(chats, WORDS, strict=True):
+        prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
+        assert _completion(loaded, tokenizer, prompt) == f"{word} {word}<|im_end|>"
+
+
+@pytest.mark.slow
+def test_sft_lora(tmp_path):
+    model = _sft_model()
+    model.save_pretrained(tmp_path / "base")
+    model = ReformerHfForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    rows = [{"text": f"{word} {word}"} for word in WORDS]
+    _sft(rows, ReformerHfByteTokenizer(), model, tmp_path / "adapter", peft_config=config).save_model()
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    for each in (loaded, loaded.merge_and_unload()):
+        assert [_completion(each, tokenizer, f"{word} ") for word in WORDS] == [f"{word}</s>" for word in WORDS]

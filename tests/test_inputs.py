@@ -325,8 +325,3 @@ def test_bad_models():
     for cls in (ReformerHfModel, ReformerHfForCausalLM):
         with pytest.raises(ValueError, match="`lsh_num_chunks_after` is 1.*set it to 0, or `is_decoder=False`"):
             cls(config)
-
-
-def test_gradient_checkpointing():
-    with pytest.raises(ValueError, match="`gradient_checkpointing` is True.*leave it False.*chunk_size_feed_forward"):
-        ReformerHfForCausalLM(tiny_config()).gradient_checkpointing_enable()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from transformers.models.auto import modeling_auto
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
 
 from .helpers import random_model, tiny_config
-from .processes import run_python
+from .processes import ROOT, run_python
 from .test_flat_files import FLAT_FILES
 from .test_hub import WITHOUT_PACKAGE
 
@@ -420,6 +421,16 @@ def test_process_without_package(saved, tmp_path):
             assert _json(path).items() <= _json(again / path.name).items()
         else:
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_readme(tmp_path):
+    """Each block on saving and loading runs in a process of its own."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme.partition("## Train")[0], re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        run_python(["-c", block], tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def _trained(folder, seed, steps, resume=None, **fields):

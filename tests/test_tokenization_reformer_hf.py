@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import reformer_hf
 from reformer_hf.tokenization_reformer_hf import ReformerHfByteTokenizer
+
+from .helpers import CHATML
 
 TOKENIZER = ReformerHfByteTokenizer()
 SPECIAL_TEXT = "<s>a</s> <pad> <mask>\0é\U0001f600"
@@ -36,7 +39,8 @@ def test_special_tokens_of_config():
 
 @given(st.text() | st.sampled_from([SPECIAL_TEXT, " a ,b . ", "\r\n\t", "e\u0301"]))
 def test_text_is_lossless(text):
-    input_ids = TOKENIZER(text)["input_ids"]
+    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
+    input_ids = TOKENIZER(text, split_special_tokens=True)["input_ids"]
     assert input_ids == TOKENIZER.encode_bytes(text.encode())
     assert TOKENIZER.decode(input_ids) == text
     assert TOKENIZER.decode(input_ids, skip_special_tokens=True) == text
@@ -62,11 +66,62 @@ def test_decode_bytes_skips_special_tokens():
 
 def test_special_tokens_in_text():
     text = "<s>a</s>"
-    assert TOKENIZER(text)["input_ids"] == TOKENIZER.encode_bytes(text.encode())
-    assert TOKENIZER(text, split_special_tokens=False)["input_ids"] == [258, ord("a") + 2, 1]
-    assert TOKENIZER(text)["input_ids"] == TOKENIZER.encode_bytes(text.encode())
+    assert TOKENIZER(text)["input_ids"] == [258, ord("a") + 2, 1]
+    assert TOKENIZER(text, split_special_tokens=True)["input_ids"] == TOKENIZER.encode_bytes(text.encode())
+    assert TOKENIZER(text)["input_ids"] == [258, ord("a") + 2, 1]
     assert TOKENIZER.decode([258, ord("a") + 2, 1]) == text
     assert TOKENIZER.decode([258, ord("a") + 2, 1], skip_special_tokens=True) == "a"
+
+
+def test_split_special_tokens(tmp_path):
+    ReformerHfByteTokenizer(split_special_tokens=True).save_pretrained(tmp_path)
+    for loaded in (ReformerHfByteTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded("</s>")["input_ids"] == loaded.encode_bytes(b"</s>")
+
+
+def test_added_tokens(tmp_path):
+    tokenizer = ReformerHfByteTokenizer()
+    added = ["<|é|>", "<two words>", "\U0001f600"]
+    assert tokenizer.add_special_tokens({"eos_token": added[0], "extra_special_tokens": added[1:]}) == 3
+    tokenizer.save_pretrained(tmp_path)
+    text = "ü".join(added)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert each.eos_token_id == 260
+        ids = each(text)["input_ids"]
+        assert ids == [260, 197, 190, 261, 197, 190, 262]
+        assert each.decode(ids) == each.decode(ids, errors="ignore") == text
+        assert each.batch_decode([ids], skip_special_tokens=True) == ["üü"]
+
+
+def test_other_names_of_special_tokens():
+    tokenizer = ReformerHfByteTokenizer(eos_token="<|end|>", pad_token="<|end|>", bos_token=None)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (260, 260, None)
+    assert tokenizer("<s></s><|end|>")["input_ids"] == [258, 1, 260]
+    assert tokenizer.decode([258, 1, 260]) == "<s></s><|end|>"
+
+
+def test_byte_character_as_token():
+    """As a token, it would stand for a byte of other characters as well."""
+    tokenizer = ReformerHfByteTokenizer()
+    with pytest.raises(ValueError, match="'ö' cannot be added.*byte 246: leave it out, or add a longer token"):
+        tokenizer.add_tokens(["ö"])
+    tokenizer.add_tokens(["öö", "a"])
+    assert tokenizer("aöö")["input_ids"] == [99, 260]
+
+
+def test_chat_template(tmp_path):
+    tokenizer = ReformerHfByteTokenizer(chat_template=CHATML)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "né<|im_end|>"}]
+    rendered = "<|im_start|>user\nné<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.decode(ids) == rendered
+    assert [i for i in ids if i >= 260] == [261, 260, 260, 261]
+    safe = tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
+    assert tokenizer.decode(safe["input_ids"]) == rendered
+    assert [i for i in safe["input_ids"] if i >= 260] == [261, 260, 261]
 
 
 def test_bos_and_eos(tmp_path):
@@ -115,6 +170,30 @@ def test_round_trip(tmp_path, auto_class):
     assert loaded.get_vocab() == saved.get_vocab()
     assert loaded.convert_tokens_to_ids("<extra>") == 260
     assert loaded(SPECIAL_TEXT) == saved(SPECIAL_TEXT)
+
+
+def test_changed_normalizer(tmp_path):
+    saved = ReformerHfByteTokenizer()
+    saved.backend_tokenizer.normalizer = normalizers.Lowercase()
+    saved.save_pretrained(tmp_path)
+    for loaded in (ReformerHfByteTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded.decode(loaded("NÉ")["input_ids"]) == "né"
+
+
+def test_retrained_tokenizer(tmp_path):
+    """It has other ids, so it is a plain fast tokenizer, which loads as saved next to a model and its code."""
+    TOKENIZER.save_pretrained(tmp_path)
+    retrained = AutoTokenizer.from_pretrained(tmp_path).train_new_from_iterator([["the cat sat"] * 100], 280)
+    ids = retrained("the cat</s>")["input_ids"]
+    assert type(retrained) is PreTrainedTokenizerFast
+    assert len(ids) < len(TOKENIZER("the cat</s>")["input_ids"]) and ids[-1] == retrained.eos_token_id
+    reformer_hf.ReformerHfConfig().save_pretrained(tmp_path)
+    retrained.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is PreTrainedTokenizerFast
+    assert loaded("the cat</s>")["input_ids"] == ids and loaded.decode(ids) == "the cat</s>"
+    with pytest.raises(ValueError, match="tokenizer.json` has other ids for bytes.*PreTrainedTokenizerFast"):
+        ReformerHfByteTokenizer.from_pretrained(tmp_path)
 
 
 def test_auto_tokenizer_with_model_config(tmp_path):

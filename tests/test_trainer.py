@@ -1,10 +1,13 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Details of `Trainer`: accumulation, evaluation, lengths, label smoothing, batch sizes that do not fit."""
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
 from reformer_hf import ReformerHfForCausalLM
 from reformer_hf.training import CausalCollator
@@ -149,6 +152,46 @@ def test_group_by_length(tmp_path):
     for first in range(5, 20, 5):
         group = seen[first : first + 5]
         assert group == sorted(group, reverse=True) and len(set(group)) > 1, seen
+
+
+def test_gradient_checkpointing(tmp_path, caplog):
+    """It changes no step, and says once that there is nothing to save."""
+    transformers_logging.warning_once.cache_clear()
+    expected = _trainer(tmp_path)
+    expected.train()
+    for _ in range(2):
+        trainer = _trainer(tmp_path, activation_checkpointing=True)
+        trainer.train()
+        assert _losses(trainer) == _losses(expected)
+    said = [record.message for record in caplog.records if "gradient_checkpointing" in record.message]
+    assert len(said) == 1 and "reversible layers already recompute activations" in said[0]
+
+
+def test_gradient_checkpointing_of_plain_layers(caplog):
+    """Layers that store activations recompute them, until it is disabled; frozen models can have input gradients."""
+    model = ReformerHfForCausalLM(tiny_config(reversible=False, attn_layers=["local"] * 12)).train()
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    ids = torch.randint(0, 60, (1, 200), generator=torch.Generator().manual_seed(0))
+
+    def step():
+        """Return the size of what the forward pass stores, and the loss."""
+        stored = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t.numel()) or t, lambda t: t):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        return sum(stored), loss
+
+    plain, expected = step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputed, loss = step()
+    assert recomputed < plain / 3
+    assert_close(loss, expected, 1e-6)
+    model.activation_checkpointing_disable()
+    assert step()[0] == plain
+    assert not caplog.records
 
 
 @each_head
