@@ -29,7 +29,7 @@ def kept_activations(config: ReformerHfConfig, positions: int) -> int:
 
 def recomputes_activations(config: ReformerHfConfig, positions: int, device: torch.device) -> bool:
     """
-    Return whether the backward pass recomputes activations: those of more than `config.max_kept_activations` bytes.
+    Return whether reversible layers recompute activations: those of more than `config.max_kept_activations` bytes.
 
     Args:
         config, positions: As in `kept_activations`.
@@ -38,4 +38,4 @@ def recomputes_activations(config: ReformerHfConfig, positions: int, device: tor
     limit = config.max_kept_activations
     if limit is None:
         limit = policy_for(device).kept_activations
-    return config.reversible and kept_activations(config, positions) > limit
+    return kept_activations(config, positions) > limit

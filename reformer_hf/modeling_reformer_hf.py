@@ -24,11 +24,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .activation_memory import recomputes_activations
 from .cache import CacheSpec
-from .chunked import suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .embeddings import AxialTables, ReformerHfEmbeddings
-from .feed_forward import ReformerHfFeedForward
-from .full_attention import FullSelfAttention
 from .full_cache import FullCacheLayer, StaticFullCacheLayer
 from .generation_reformer_hf import ReformerHfGenerationMixin
 from .input_checks import (
@@ -42,130 +39,19 @@ from .input_checks import (
     documents_of_call,
 )
 from .lm_head import ReformerHfLMHead, states_to_keep
-from .local_attention import LocalSelfAttention
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
-from .lsh_attention import LSHSelfAttention
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
 from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
-from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape, residual_layer
-from .rng import SeededDropout, draw_seed, dropout
-from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, Weights
+from .reformer_layer import ReformerHfLayer
+from .reversible import Tape
+from .rng import dropout
+from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
 
 logger = logging.get_logger(__name__)
 
 # Default LoRA targets: the projections to queries (`query_key` in LSH and full layers) and values.
 LORA_TARGETS = ["query_key", "query", "value"]
-
-SELF_ATTENTIONS = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "full": FullSelfAttention}
-
-
-class ReformerHfAttention(nn.Module):
-    """Layer norm, attention of the layer's type, output projection and dropout."""
-
-    def __init__(self, config: ReformerHfConfig, layer_idx: int):
-        super().__init__()
-        self.dropout = config.hidden_dropout_prob
-        self.layer_idx = layer_idx
-        self.layer_norm = StreamLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attention = SELF_ATTENTIONS[config.attn_layers[layer_idx]](config)
-        self.output = ReformerHfSelfOutput(config)
-
-    def forward(self, x2: Tensor, call: AttentionCall, cache: Cache | None = None) -> tuple[Tensor, Weights | None]:
-        """
-        Compute the branch that is added to the first stream.
-
-        Args:
-            x2: The second stream `[B, L, E]`.
-            call: The inputs of attention.
-            cache: KV cache of the earlier tokens, to which the new ones are added.
-
-        Returns:
-            The update `[B, L, E]`, and attention weights with the positions of their keys or `None`.
-        """
-        drop = self.draw_dropout()
-        heads, weights = self.self_attention(self.layer_norm(x2), call, cache, self.layer_idx)
-        added = self.output(heads)
-        return added if drop is None else drop(added), weights
-
-    def branch(self, call: AttentionCall, drop: SeededDropout | None) -> AttentionBranch:
-        """Return the same branch for a reversible layer: a sum over groups of heads, in chunks of positions."""
-        return AttentionBranch(
-            self,
-            parts=[self._part(call, heads) for heads in self.self_attention.head_groups(call, self.output.dense)],
-            uses_rng=self.training,
-            chunk_size=suitable_chunk_size(call.batch_size, call.length, call.device.type),
-            dropout=drop,
-        )
-
-    def _part(self, call: AttentionCall, heads: slice) -> AttentionPart:
-        self_attention, features = self.self_attention, self.self_attention.features(heads)
-        return AttentionPart(
-            read=lambda stream, values=True: self_attention.project(self.layer_norm(stream), heads, values),
-            attend=lambda projected, found: self_attention.attend_heads(projected, call, heads, found),
-            write=lambda hidden_states: self.output(hidden_states, features),
-        )
-
-    def draw_dropout(self) -> SeededDropout | None:
-        """Draw the seed of the dropout of one call; return `None` without dropout."""
-        return SeededDropout(self.dropout, draw_seed()) if self.training and self.dropout else None
-
-
-class ReformerHfLayer(nn.Module):
-    """A pair of residual branches. The layer is reversible if it is given a tape and gradients are needed."""
-
-    def __init__(self, config: ReformerHfConfig, layer_idx: int):
-        super().__init__()
-        self.attention = ReformerHfAttention(config, layer_idx)
-        self.feed_forward = ReformerHfFeedForward(config)
-
-    def forward(
-        self, x1: Tensor, x2: Tensor, call: AttentionCall, tape: Tape | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor, Weights | None]:
-        """
-        Compute both streams after the layer.
-
-        Args:
-            x1, x2: The streams `[B, L, E]`.
-            call: The inputs of attention.
-            tape: The tape that the layers of a reversible stack share; `None` saves activations.
-            cache: KV cache of the earlier tokens. The layer adds the new tokens to it.
-
-        Returns:
-            The streams after the layer, and attention weights with the positions of their keys or `None`.
-        """
-        cache_layer: Any = None if cache is None else cache.layers[self.attention.layer_idx]
-        appends = cache_layer is not None and cache_layer.can_append(call.length)
-        if appends or (tape is None and torch.is_grad_enabled()) or has_inner_hooks(self):
-            added, weights = self.attention(x2, call, cache)
-            y1 = x1 + added
-            return y1, x2 + self.feed_forward(y1), weights
-        drop = self.attention.draw_dropout()
-        call = self.attention.self_attention.begin(call, cache_layer)
-        branches = self.attention.branch(call, drop), self._feed_forward_branch(call)
-        y1, y2, found = residual_layer(x1, x2, *branches, tape)
-        found = Found.join(found)
-        if cache is not None:
-            self.attention.self_attention.prefill(found, call, cache, self.attention.layer_idx)
-        return y1, y2, found.weights
-
-    def _feed_forward_branch(self, call: AttentionCall) -> PositionWiseBranch:
-        suitable = suitable_chunk_size(call.batch_size, call.length, call.device.type)
-        chunk_size = self.feed_forward.chunk_size or suitable
-        return PositionWiseBranch(self.feed_forward, uses_rng=self.training, chunk_size=chunk_size)
-
-
-def has_inner_hooks(module: nn.Module) -> bool:
-    """
-    Return whether a module inside this one has hooks. They may change its output by tensors with gradients.
-
-    Such a layer calls each of its modules once, and saves activations.
-    """
-    return any(
-        inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks
-        for inner in module.modules()
-        if inner is not module
-    )
 
 
 class ReformerHfEncoder(nn.Module):
@@ -174,6 +60,7 @@ class ReformerHfEncoder(nn.Module):
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.config = config
+        self.reversible = config.reversible
         self.dropout = config.hidden_dropout_prob
         self.layers = nn.ModuleList(ReformerHfLayer(config, i) for i in range(len(config.attn_layers)))
         self.layer_norm = StreamLayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
@@ -187,7 +74,8 @@ class ReformerHfEncoder(nn.Module):
     ) -> ReformerHfModelOutput:
         """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
         x1 = x2 = hidden_states
-        recomputes = recomputes_activations(self.config, call.batch_size * call.length, call.device)
+        positions = call.batch_size * call.length
+        recomputes = self.reversible and recomputes_activations(self.config, positions, call.device)
         tape = Tape() if recomputes and torch.is_grad_enabled() else None
         all_hidden_states, all_weights = [x2], []
         for layer in self.layers:
@@ -255,8 +143,9 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         """
         if self.config.reversible:
             logger.warning_once(
-                "`gradient_checkpointing=True` has no effect: reversible layers already recompute activations. "
-                "To save more memory, set `chunk_size_feed_forward` and `chunk_size_lm_head`."
+                "`gradient_checkpointing=True` has no effect: reversible layers already recompute activations that "
+                "take more than `max_kept_activations` bytes. To save more memory, lower it, or set "
+                "`chunk_size_feed_forward` and `chunk_size_lm_head`."
             )
         self._set_recomputation(True)
 

@@ -104,8 +104,14 @@ BAD_FIELDS = [
     ({"num_buckets": [4, 3]}, ["`num_buckets`", "[4, 3]", "even", "None"]),
     ({"num_buckets": [1, 4]}, ["`num_buckets`", "[1, 4]", "even", "None"]),
     ({"num_buckets": []}, ["`num_buckets`", "[]", "even", "None"]),
-    ({"is_decoder": True, "local_num_chunks_after": 1}, ["`local_num_chunks_after`", "1", "causal", "set it to 0"]),
-    ({"is_decoder": True, "lsh_num_chunks_after": 2}, ["`lsh_num_chunks_after`", "2", "causal", "set it to 0"]),
+    (
+        {"is_decoder": True, "local_num_chunks_after": 1},
+        ["`local_num_chunks_after`", "1", "causal", "set it to None or 0"],
+    ),
+    (
+        {"is_decoder": True, "lsh_num_chunks_after": 2},
+        ["`lsh_num_chunks_after`", "2", "causal", "set it to None or 0"],
+    ),
     ({"local_num_chunks_before": -1}, ["`local_num_chunks_before`", "-1", "at least 0"]),
     ({"lsh_num_chunks_after": -1}, ["`lsh_num_chunks_after`", "-1", "at least 0"]),
     ({"local_attn_chunk_length": 0}, ["`local_attn_chunk_length`", "0", "at least 1"]),

@@ -91,7 +91,8 @@ def test_dropout_by_last_coordinate(axes):
         torch.manual_seed(0)
         found = embeddings.train()(position_ids)
         dropped = (found == 0).all(-1)
-        assert_close(found[~dropped], whole[~dropped] / 0.6, 1e-6)
+        # The rate is rounded to 16 bits.
+        assert_close(found[~dropped], whole[~dropped] / 0.6, 2e-5)
         last = position_ids[0] % embeddings.axes[-1]
         for coordinate in last.unique():
             column = dropped[:, last == coordinate]
@@ -111,7 +112,7 @@ def test_dropout_of_gradient():
     kept = (out != 0).any(-1)[0]
     out.sum().backward()
     per_column = kept.view(6, 10)[0] * 6 / 0.6
-    assert_close(embeddings.weights[1].grad[0], per_column[:, None].expand(10, 24), 1e-6)
+    assert_close(embeddings.weights[1].grad[0], per_column[:, None].expand(10, 24), 2e-5)
 
 
 def test_learned_positions():

@@ -52,7 +52,7 @@ def _assert_equals_definition(causal, side, length):
     tensors = {"hidden states": hidden_states, **dict(layer.named_parameters())}
     results = []
     for out in (
-        layer(hidden_states, AttentionCall.on(hidden_states, padding=padding)),
+        layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))[0],
         _definition(layer, hidden_states, padding),
     ):
         grads = torch.autograd.grad((out * weight).sum(), list(tensors.values()), allow_unused=True)
@@ -78,10 +78,10 @@ def test_padding_changes_nothing(causal):
     """Neither what stands at padding nor that it is there."""
     layer = _layer(causal)
     hidden_states, padding = _inputs(40, "left")
-    out = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
+    out, _ = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
     other = torch.where(padding[..., None], 100.0, hidden_states)
-    assert_close(layer(other, AttentionCall.on(other, padding=padding))[~padding], out[~padding], 1e-14)
-    assert_close(layer(hidden_states[1:, 7:]), out[1:, 7:], 1e-14)
+    assert_close(layer(other, AttentionCall.on(other, padding=padding))[0][~padding], out[~padding], 1e-14)
+    assert_close(layer(hidden_states[1:, 7:])[0], out[1:, 7:], 1e-14)
 
 
 def test_later_positions_change_nothing():
@@ -89,7 +89,7 @@ def test_later_positions_change_nothing():
     hidden_states, _ = _inputs(40, None)
     other = hidden_states.clone()
     other[:, 20:] += 1
-    assert_close(layer(other)[:, :20], layer(hidden_states)[:, :20], 1e-14)
+    assert_close(layer(other)[0][:, :20], layer(hidden_states)[0][:, :20], 1e-14)
 
 
 @each_direction
@@ -99,13 +99,13 @@ def test_dropout_keeps_own_values(causal):
     padding = torch.zeros(3, 9, dtype=torch.bool)
     # Row 0 holds one position that is not padding; row 1 begins at position 4.
     padding[0], padding[0, 5], padding[1, :4] = True, False, True
-    out = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
+    out, _ = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
     value = layer.value(hidden_states)
     assert torch.equal(out[0, 5], value[0, 5])
     if causal:
         assert torch.equal(out[1, 4], value[1, 4])
-        assert torch.equal(layer(hidden_states)[:, 0], value[:, 0])
-    whole = layer.eval()(hidden_states, AttentionCall.on(hidden_states, padding=padding))
+        assert torch.equal(layer(hidden_states)[0][:, 0], value[:, 0])
+    whole, _ = layer.eval()(hidden_states, AttentionCall.on(hidden_states, padding=padding))
     assert relative_rms(out[2], whole[2]) > 0.1
 
 
@@ -159,7 +159,7 @@ def test_padding_rows_finite():
     layer = _layer(causal=True).bfloat16()
     hidden_states, padding = _inputs(9, "whole-row")
     hidden_states = hidden_states.bfloat16().requires_grad_()
-    out = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
+    out, _ = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
     assert out.isfinite().all()
     for grad in torch.autograd.grad(out.sum(), [hidden_states, *layer.parameters()]):
         assert grad.isfinite().all()

@@ -82,14 +82,14 @@ def test_reversible_equals_plain_in_chunks(small_chunks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_reversible_equals_plain_in_chunks_under_autocast(dtype, small_chunks):
-    exact = _step(_model(1, torch.float32), padded=False)[1]
-    results = []
-    for reversible in (True, False):
-        with torch.autocast("cpu", dtype):
-            results.append(_step(_model(1, torch.float32, reversible=reversible), padded=False)[1])
-    for name, grad in exact.items():
-        noise = relative_rms(results[1][name], grad)
-        assert_close(results[0][name], grad, 2 * noise, name)
+    """Within the noise of the dtype: the sum over groups of heads rounds differently."""
+    grads = []
+    for reversible, autocast in ((True, True), (False, True), (False, False)):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            _, found = _step(_model(1, torch.float32, reversible=reversible), padded=False)
+        grads.append(torch.cat([grad.flatten() for grad in found.values()]))
+    reversible, plain, exact = grads
+    assert_close(reversible, exact, 1.5 * relative_rms(plain, exact))
 
 
 def test_attention_weights_of_all_groups():

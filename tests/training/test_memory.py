@@ -30,7 +30,7 @@ SIZES = {
     "is_decoder": True,
     "max_position_embeddings": 8192,
     "hidden_dropout_prob": 0.0,
-    "local_attention_probs_dropout_prob": 0.0,
+    "max_kept_activations": 0,
 }
 CONFIGS = {
     "lsh": {"attn_layers": ["lsh"] * 2, "num_hashes": 4},
