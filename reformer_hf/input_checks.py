@@ -42,9 +42,14 @@ def check_inputs(
         )
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     shape = tuple(inputs.shape[:2])
-    if not 1 <= shape[1] <= config.max_position_embeddings:
+    if shape[1] == 0:
         raise ValueError(
-            f"The input is {shape[1]} tokens long, but this model takes 1 to {config.max_position_embeddings} "
+            "The input is empty (0 tokens long), but needs at least one token: to generate from an empty prompt, "
+            "start with the token `bos_token_id`."
+        )
+    if shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"The input is {shape[1]} tokens long, but this model takes at most {config.max_position_embeddings} "
             "(`max_position_embeddings`): truncate the input, or train a model with more positions."
         )
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
@@ -117,7 +122,8 @@ def check_cache(
         names = f" of {[type(layer).__name__ for layer in layers]}" if layers else ""
         raise ValueError(
             f"`cache` is a {type(cache).__name__}{names}, but the layers of this model need {layer_types}: create it "
-            "with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`."
+            "with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`. "
+            "Adapters that consist of keys and values, such as prefix tuning, are not supported."
         )
     if torch.compiler.is_compiling():
         return
@@ -177,6 +183,31 @@ def bucket_factors_of_call(config: ReformerHfConfig, num_buckets: int | Sequence
         return None
     config.check_num_buckets(num_buckets)
     return [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
+
+
+def check_is_causal(config: ReformerHfConfig) -> None:
+    """Check that a causal language model is not built from a config, or a checkpoint, of bidirectional attention."""
+    if config.is_decoder:
+        return
+    saved = [name for name in config.architectures or () if not name.endswith(("ForCausalLM", "WithLMHead"))]
+    if saved:
+        raise ValueError(
+            f"The checkpoint is of `{saved[0]}`, which attends in both directions (`is_decoder` is False), but a "
+            "causal language model needs weights of causal attention: load the encoder with `ReformerHfModel`, or "
+            "train a causal model. (`is_decoder=True` would use weights that were trained for other attention.)"
+        )
+    raise ValueError(
+        "`is_decoder` is False, but a causal language model needs causal attention: set `is_decoder=True`."
+    )
+
+
+def check_not_in_tree_cache(kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` for the cache argument of the in-tree model. As in Llama, other names are ignored."""
+    if kwargs.get("past_buckets_states") is not None:
+        raise ValueError(
+            "`past_buckets_states` is the cache of the in-tree Reformer, which this model does not read: pass "
+            "`cache=DynamicCache(config=model.config)`, or `use_cache=True`, and then the returned `cache`."
+        )
 
 
 def check_not_exporting() -> None:

@@ -7,7 +7,6 @@ The Reformer (Kitaev, Kaiser, Levskaya 2020, arXiv 2001.04451) as Transformers m
 Parameter names are those of the in-tree model, so that its checkpoints load without conversion.
 """
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -36,11 +35,13 @@ from .input_checks import (
     check_cache,
     check_input_ids,
     check_inputs,
+    check_is_causal,
     check_last_tokens,
     check_not_exporting,
+    check_not_in_tree_cache,
     check_position_ids,
 )
-from .lm_head import ReformerHfLMHead, states_to_keep
+from .lm_head import ReformerHfLMHead, check_not_fused, states_to_keep
 from .local_attention import LocalSelfAttention
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
 from .lsh_attention import LSHSelfAttention
@@ -50,9 +51,6 @@ from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape
 from .rng import SharedDropout, draw_seed
 from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, Weights
 from .stream_norm import StreamLayerNorm
-
-# Default LoRA targets: the projections to queries (`query_key` in LSH and full layers) and values.
-LORA_TARGETS = ["query_key", "query", "value"]
 
 SELF_ATTENTIONS = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "full": FullSelfAttention}
 
@@ -214,9 +212,6 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     def __init__(self, config: ReformerHfConfig, *args, **kwargs):
         # Fields may have changed since the config was created.
         config.validate_reformer()
-        if "peft" in sys.modules:
-            mapping = sys.modules["peft"].utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-            mapping.setdefault(config.model_type, LORA_TARGETS)
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -298,6 +293,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
         check_not_exporting()
+        check_not_in_tree_cache(kwargs)
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
         inputs = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)
@@ -358,13 +354,12 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ReformerHfConfig):
-        if not config.is_decoder:
-            raise ValueError(
-                "`is_decoder` is False, but a causal language model needs causal attention: set `is_decoder=True`."
-            )
+        check_is_causal(config)
         super().__init__(config)
         self.reformer = ReformerHfModel(config)
         self.lm_head = ReformerHfLMHead(config)
+        if config.tie_word_embeddings:
+            self.register_forward_pre_hook(check_not_fused, with_kwargs=True)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -433,6 +428,7 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         Returns:
             `ReformerHfCausalLMOutput`.
         """
+        check_not_in_tree_cache(kwargs)
         if cache is not None and isinstance(logits_to_keep, int) and logits_to_keep > 0:
             check_last_tokens(cache, attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
         outputs = self.reformer(

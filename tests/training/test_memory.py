@@ -75,6 +75,37 @@ def test_depth_adds_gradients_alone():
     assert abs((peaks[1] - peaks[0]) - (gradients[1] - gradients[0])) < 0.01 * peaks[0], (peaks, gradients)
 
 
+def test_config_or_model():
+    """A model of the dtype gives what its config does; frozen weights take no gradients and optimizer state."""
+    config = ReformerHfConfig(**SIZES, attn_layers=["lsh"])
+    model = ReformerHfForCausalLM(config).to(torch.bfloat16)
+    expected = estimate_training_memory(config, 1024, dtype=torch.bfloat16)
+    assert estimate_training_memory(model, 1024) == expected
+    assert estimate_training_memory(config, 1024, dtype="bfloat16") == expected
+    assert estimate_training_memory(config, 1024).parameters == 2 * expected.parameters
+    model.reformer.requires_grad_(False)
+    frozen = estimate_training_memory(model, 1024)
+    head = sum(parameter.numel() for parameter in model.lm_head.parameters())
+    assert (frozen.parameters, frozen.gradients, frozen.optimizer) == (expected.parameters, 2 * head, 8 * head)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"length": 0}, "`length` is 0.*at least 1"),
+        ({"length": 8193}, "`length` is 8193.*at most 8192.*`max_position_embeddings`"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"num_hashes": 0}, "`num_hashes` is 0"),
+        ({"dtype": "bf16"}, "`dtype` is 'bf16'.*'bfloat16'"),
+        ({"config": {}}, "`config` is a dict.*`ReformerHfConfig`"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        estimate_training_memory(**{"config": ReformerHfConfig(**SIZES), "length": 1024, **arguments})
+
+
 def test_uncovered_models():
     for fields in ({"reversible": False}, {"attn_layers": ["full"]}):
         with pytest.raises(ValueError, match="reversible models of local and LSH layers"):
