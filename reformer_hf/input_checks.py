@@ -201,6 +201,18 @@ def check_is_causal(config: ReformerHfConfig) -> None:
     )
 
 
+def check_not_partitioned(config: ReformerHfConfig, parameter: Tensor) -> None:
+    """Raise a `ValueError` if DeepSpeed partitions the parameters that a recomputation in the backward pass needs."""
+    if not (config.reversible or config.chunk_size_feed_forward or config.chunk_size_lm_head):
+        return
+    if torch.is_grad_enabled() and hasattr(parameter, "ds_id"):
+        raise ValueError(
+            "The parameters are partitioned by DeepSpeed ZeRO-3, so reversible layers and chunks cannot recompute "
+            "activations: use ZeRO-2 or FSDP2, or set `reversible=False`, `chunk_size_feed_forward=0` and "
+            "`chunk_size_lm_head=0`."
+        )
+
+
 def check_not_in_tree_cache(kwargs: dict[str, Any]) -> None:
     """Raise a `ValueError` for the cache argument of the in-tree model. As in Llama, other names are ignored."""
     if kwargs.get("past_buckets_states") is not None:

@@ -39,6 +39,7 @@ from .input_checks import (
     check_last_tokens,
     check_not_exporting,
     check_not_in_tree_cache,
+    check_not_partitioned,
     check_position_ids,
 )
 from .lm_head import ReformerHfLMHead, check_not_fused, states_to_keep
@@ -294,6 +295,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         """
         check_not_exporting()
         check_not_in_tree_cache(kwargs)
+        check_not_partitioned(self.config, self.encoder.layer_norm.weight)
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
         inputs = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)

@@ -23,7 +23,8 @@ class StopOnNonFinite(TrainerCallback):
     Stop training before an optimizer step with non-finite gradients.
 
     The weights and the last checkpoint stay intact. A NaN loss has non-finite gradients too. With fp16 the callback
-    does nothing, because `GradScaler` skips such steps.
+    does nothing, because `GradScaler` skips such steps; with DeepSpeed it warns and does nothing, because DeepSpeed
+    has taken the step.
 
     Raises:
         `NonFiniteGradientsError`: If the norm of the gradients is infinite or NaN.
@@ -33,6 +34,11 @@ class StopOnNonFinite(TrainerCallback):
         if args.fp16:
             return
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not grads:
+            logger.warning_once(
+                "`StopOnNonFinite` finds no gradients (with DeepSpeed, for example) and checks nothing."
+            )
+            return
         norm = get_total_norm(grads)
         # Gradients may be sharded.
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
