@@ -36,7 +36,7 @@ class StopOnNonFinite(TrainerCallback):
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not grads:
             logger.warning_once(
-                "`StopOnNonFinite` finds no gradients (with DeepSpeed, for example) and checks nothing."
+                "`StopOnNonFinite` finds no gradients to check, for example with DeepSpeed."
             )
             return
         norm = get_total_norm(grads)
