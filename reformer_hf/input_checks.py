@@ -222,10 +222,15 @@ def check_not_in_tree_cache(kwargs: dict[str, Any]) -> None:
         )
 
 
-def check_not_exporting() -> None:
-    """Raise a `ValueError` under `torch.export`."""
+def check_not_transformed() -> None:
+    """Raise a `ValueError` under `torch.export` and the transforms of `torch.func`."""
     if torch.compiler.is_exporting():
         raise ValueError(
             "`torch.export` is not supported, because it would keep the sorted order of one input for all inputs: use "
             "`torch.compile`, or share the model as a folder (`save_pretrained`)."
+        )
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "The transforms of `torch.func` (`grad`, `vmap`, `jvp`) are not supported, because attention has its own "
+            "backward pass: use `backward()`, for gradients of single examples with batches of one."
         )

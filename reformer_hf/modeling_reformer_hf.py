@@ -37,9 +37,9 @@ from .input_checks import (
     check_inputs,
     check_is_causal,
     check_last_tokens,
-    check_not_exporting,
     check_not_in_tree_cache,
     check_not_partitioned,
+    check_not_transformed,
     check_position_ids,
 )
 from .lm_head import ReformerHfLMHead, check_not_fused, states_to_keep
@@ -126,6 +126,12 @@ class ReformerHfLayer(nn.Module):
             added, weights = self.attention.append(x2, call, cache)
             y1 = x1 + added
             return y1, x2 + self.feed_forward(y1), weights
+        return self._parallel(x1, x2, call, tape, cache)
+
+    @torch.compiler.disable(reason="Only decoding steps with a static cache are compiled: set `fullgraph=False`.")
+    def _parallel(self, x1: Tensor, x2: Tensor, call: AttentionCall, tape: Tape | None, cache: Cache | None):
+        """Compute the layer for all positions at once."""
+        cache_layer = None if cache is None else cache.layers[self.attention.layer_idx]
         call = self.attention.self_attention.begin(call, cache_layer)
         y1, y2, found = residual_layer(x1, x2, self.attention.branch(call), self.feed_forward_branch(call), tape)
         found = Found.join(found)
@@ -293,7 +299,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         Raises:
             ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
-        check_not_exporting()
+        check_not_transformed()
         check_not_in_tree_cache(kwargs)
         check_not_partitioned(self.config, self.encoder.layer_norm.weight)
         if cache is None and use_cache and self.config.is_decoder and not self.training:

@@ -342,6 +342,19 @@ def test_bidirectional_checkpoint(cls, tmp_path):
     assert not ReformerHfModel.from_pretrained(tmp_path).config.is_decoder
 
 
+@pytest.mark.parametrize("reversible", [True, False])
+def test_function_transforms(reversible):
+    model = _model(torch.float32, reversible=reversible)
+    parameters = dict(model.named_parameters())
+
+    def total(parameters):
+        return torch.func.functional_call(model, parameters, (IDS,))[0].square().sum()
+
+    with pytest.raises(ValueError, match="`torch.func`.*are not supported"):
+        torch.func.grad(total)(parameters)
+    total(parameters).backward()
+
+
 def test_bad_models():
     with pytest.raises(ValueError, match="`is_decoder` is False.*set `is_decoder=True`"):
         ReformerHfForCausalLM(tiny_config(is_decoder=False))

@@ -35,9 +35,7 @@ class StopOnNonFinite(TrainerCallback):
             return
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not grads:
-            logger.warning_once(
-                "`StopOnNonFinite` finds no gradients to check, for example with DeepSpeed."
-            )
+            logger.warning_once("`StopOnNonFinite` finds no gradients to check, for example with DeepSpeed.")
             return
         norm = get_total_norm(grads)
         # Gradients may be sharded.
