@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .device_policy import policy_for
 from .rng import ReplayState
@@ -29,28 +29,27 @@ def apply_chunked(
     hidden_states: Tensor,
     chunk_size: int,
     parameters: Sequence[Tensor] = (),
-    recompute: bool = True,
+    module: nn.Module | None = None,
 ) -> Tensor:
     """
     Apply `function` to `hidden_states` `[B, L, …]` in chunks of positions.
+
+    Only the input is saved for the backward pass, which recomputes each chunk with the same dropout.
 
     Args:
         function: A function that acts on each position independently.
         hidden_states: `[B, L, …]`.
         chunk_size: Positions per chunk; 0 applies `function` to the whole input.
         parameters: Parameters of `function` that may require gradients.
-        recompute: Whether to save only the input for the backward pass, which then recomputes each chunk with the same
-            dropout.
+        module: The module that `function` belongs to, whose mode the recomputation restores.
 
     Raises:
-        RuntimeError: In a backward pass with `create_graph=True`, if chunks are recomputed.
+        RuntimeError: In a backward pass with `create_graph=True`, if there are several chunks.
     """
     if chunk_size == 0 or chunk_size >= hidden_states.shape[1]:
         return function(hidden_states)
-    if not recompute:
-        return _in_chunks(function, hidden_states, chunk_size)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    return _Chunked.apply(function, chunk_size, hidden_states, *parameters)
+    return _Chunked.apply(function, module, chunk_size, hidden_states, *parameters)
 
 
 def map_chunks(function: Callable[[Tensor], Sequence[Tensor]], hidden_states: Tensor, chunk_size: int) -> list[Tensor]:
@@ -104,17 +103,13 @@ def _accumulate(sums: list[Tensor | None], new_grads: Sequence[Tensor | None]) -
             sums[i] = new if sums[i] is None else sums[i].add_(new)
 
 
-def _in_chunks(function: PositionWise, hidden_states: Tensor, chunk_size: int) -> Tensor:
-    return torch.cat([function(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
-
-
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, chunk_size, hidden_states, *parameters):
-        ctx.save_for_backward(hidden_states)
+    def forward(ctx, function, module, chunk_size, hidden_states, *parameters):
+        ctx.save_for_backward(hidden_states, *parameters)
         ctx.function, ctx.chunk_size, ctx.parameters = function, chunk_size, parameters
-        ctx.state = ReplayState(hidden_states.device)
-        return _in_chunks(function, hidden_states, chunk_size)
+        ctx.state = ReplayState(hidden_states.device, module=module)
+        return torch.cat([function(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -123,11 +118,12 @@ class _Chunked(torch.autograd.Function):
                 "Second derivatives through a chunked function (`create_graph=True`) are not supported: set "
                 "`chunk_size_feed_forward=0` and `chunk_size_lm_head=0`."
             )
-        (hidden_states,) = ctx.saved_tensors
+        # Saved parameters only serve autograd's check that they have not changed since.
+        hidden_states, parameters = ctx.saved_tensors[0], ctx.parameters
         grad = torch.empty_like(hidden_states)
-        grad_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
+        grad_parameters: list[Tensor | None] = [None] * len(parameters)
         inputs = (ctx.function, hidden_states, lambda at: (grad_out[:, at],), ctx.chunk_size)
         with ctx.state.replay():
-            for positions, _, grad_chunk in vjp_chunks(*inputs, ctx.parameters, grad_parameters):
+            for positions, _, grad_chunk in vjp_chunks(*inputs, parameters, grad_parameters):
                 grad[:, positions] = grad_chunk
-        return None, None, grad, *grad_parameters
+        return None, None, None, grad, *grad_parameters

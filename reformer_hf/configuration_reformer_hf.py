@@ -19,7 +19,10 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "axial_pos_shape": (64, 64),
     "axial_pos_embds_dim": (64, 192),
     "axial_norm_std": 1.0,
+    "local_num_chunks_after": 0,
     "lsh_num_chunks_before": 1,
+    "lsh_num_chunks_after": 0,
+    "local_attention_probs_dropout_prob": 0.05,
     "bos_token_id": None,
     "eos_token_id": 2,
     "num_attention_heads": 12,
@@ -59,10 +62,10 @@ class ReformerHfConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"relu"`): Activation function of the feed-forward layers.
         hidden_dropout_prob (`float`, defaults to 0.05): Dropout rate of the embeddings and of the outputs of attention
             and feed-forward.
-        local_attention_probs_dropout_prob (`float`, defaults to 0.05): Dropout rate of the attention weights of local
-            layers.
-        lsh_attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout rate of the attention weights of LSH and
-            full layers.
+        local_attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout rate of the attention weights of local
+            layers. The fused kernels have no such dropout: a rate above 0 makes training slower. The in-tree default
+            is 0.05.
+        lsh_attention_probs_dropout_prob (`float`, defaults to 0.0): The same for LSH and full layers.
         is_decoder (`bool`, defaults to `False`): Whether attention is causal.
         max_position_embeddings (`int`, defaults to 4096): Maximum sequence length.
         axial_pos_embds (`bool`, defaults to `True`): Whether to use axial position embeddings. `False` uses one
@@ -76,23 +79,24 @@ class ReformerHfConfig(PreTrainedConfig):
         local_attn_chunk_length (`int`, defaults to 64): Chunk length of local layers.
         local_num_chunks_before (`int`, defaults to 1): Number of chunks before its own that a query of a local layer
             sees.
-        local_num_chunks_after (`int`, defaults to 0): Number of chunks after its own that a query of a local layer
-            sees.
+        local_num_chunks_after (`int`, *optional*): Number of chunks after its own that a query of a local layer sees.
+            `None` means 0 if attention is causal, else `local_num_chunks_before`. The in-tree default is 0.
         lsh_attn_chunk_length (`int`, defaults to 64): Chunk length of LSH layers, in sorted order.
         lsh_num_chunks_before (`int`, *optional*): Number of chunks before that a query of an LSH layer sees, see
             `lsh_pattern`. `None` means 2 for the pattern `"window"` and 1 for `"chunk"`.
-        lsh_num_chunks_after (`int`, defaults to 0): Number of chunks after that a query of an LSH layer sees.
+        lsh_num_chunks_after (`int`, *optional*): Number of chunks after that a query of an LSH layer sees. `None`
+            means 0 if attention is causal, else as many as before. The in-tree default is 0.
         num_hashes (`int`, defaults to 1): Number of hash rounds. `forward(num_hashes=…)` overrides it for one call.
         num_buckets (`int` or `list[int]`, *optional*): Number of buckets per round: an even number, 1 (no hashing), or
             a list of even factors. `None` derives it from the sequence length of each call, including padding (in
-            `generate`, from the planned length), and never writes it to the config: buckets as long as the window, or,
-            for the pattern `"chunk"`, buckets of half a chunk by the in-tree formula.
+            `generate`, from the planned length), and never writes it to the config: buckets as long as the window to
+            both sides, or, for the pattern `"chunk"`, buckets of half a chunk by the in-tree formula.
         hash_seed (`int`, *optional*): Seed of the hash rotations. `None` means 0 in `eval()` mode, and in `train()`
             mode a seed drawn from torch's global generator for each layer and call.
         lsh_pattern (`str`, defaults to `"window"`): Which keys a query sees in one round. `"chunk"` means its own
             chunk of the sorted order and the chunks around it (the paper, in-tree). `"window"` means the
             `lsh_attn_chunk_length * lsh_num_chunks_before` preceding positions of its own bucket and, if attention is
-            bidirectional, the next `lsh_attn_chunk_length * lsh_num_chunks_after` positions. With `"window"`, later
+            bidirectional, the next `lsh_attn_chunk_length * lsh_num_chunks_after` ones. With `"window"`, later
             tokens never change earlier outputs of a causal model.
         lsh_across_buckets (`bool`, defaults to `False`): For the pattern `"chunk"`, whether a query sees keys of all
             buckets in its chunks (in-tree) or only keys of its own bucket (equation 2 of the paper).
@@ -103,8 +107,11 @@ class ReformerHfConfig(PreTrainedConfig):
             padded to a multiple of every chunk length. (If a query reaches further than the ring is long, it sees keys
             of the ring again, where the in-tree model uses the query's own chunk.) Requires the pattern `"chunk"`
             across buckets without deduplication.
-        reversible (`bool`, defaults to `True`): Whether the backward pass recomputes the activations of a layer from
-            its output. `False` stores them and computes the same function.
+        reversible (`bool`, defaults to `True`): Whether the backward pass may recompute the activations of a layer
+            from its output, see `max_kept_activations`. `False` always keeps them. Both compute the same function.
+        max_kept_activations (`int`, *optional*): A training step whose activations take at most this many bytes keeps
+            them, which is faster. Longer inputs recompute them, with memory that does not grow with the number of
+            layers. 0 always recomputes, and `None` selects a number for the device.
         num_parallel_heads (`int`, *optional*): Number of heads that attention computes at a time, including their
             projections. A small number reduces memory for queries, keys and values. `None` selects a number for the
             device. (`n_parallel_heads` in trax)
@@ -153,11 +160,11 @@ class ReformerHfConfig(PreTrainedConfig):
     axial_norm_std: float | int = 0.02
     local_attn_chunk_length: int | None = 64
     local_num_chunks_before: int = 1
-    local_num_chunks_after: int = 0
-    local_attention_probs_dropout_prob: float | int = 0.05
+    local_num_chunks_after: int | None = None
+    local_attention_probs_dropout_prob: float | int = 0.0
     lsh_attn_chunk_length: int | None = 64
     lsh_num_chunks_before: int | None = None
-    lsh_num_chunks_after: int | None = 0
+    lsh_num_chunks_after: int | None = None
     lsh_attention_probs_dropout_prob: float | int | None = 0.0
     num_hashes: int = 1
     num_buckets: int | list[int] | tuple[int, ...] | None = None
@@ -167,6 +174,7 @@ class ReformerHfConfig(PreTrainedConfig):
     lsh_deduplicate_keys: bool = False
     wrap_chunks: bool = False
     reversible: bool = True
+    max_kept_activations: int | None = None
     num_parallel_heads: int | None = None
     chunk_size_lm_head: int = 0
     tie_word_embeddings: bool = False
@@ -237,6 +245,24 @@ class ReformerHfConfig(PreTrainedConfig):
         """Return the chunk length of `"local"` or `"lsh"` layers."""
         return getattr(self, f"{layer_type}_attn_chunk_length")
 
+    def chunks_before(self, layer_type: str) -> int:
+        """Return the number of chunks before its own that a query of `"local"` or `"lsh"` layers sees."""
+        return getattr(self, f"{layer_type}_num_chunks_before")
+
+    def chunks_after(self, layer_type: str) -> int:
+        """Return the number of chunks after its own that a query of `"local"` or `"lsh"` layers sees."""
+        chunks_after = getattr(self, f"{layer_type}_num_chunks_after")
+        if chunks_after is None:
+            return 0 if self.is_decoder else self.chunks_before(layer_type)
+        return chunks_after
+
+    @property
+    def ring(self) -> dict[str, Any]:
+        """Fields of `AttentionPattern` for the rings of `wrap_chunks`; empty without it."""
+        if not self.wrap_chunks:
+            return {}
+        return {"ring_multiple": math.lcm(*self.chunk_lengths), "ring_min_length": min(self.chunk_lengths)}
+
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
@@ -303,6 +329,11 @@ class ReformerHfConfig(PreTrainedConfig):
                 f"`num_parallel_heads` is {self.num_parallel_heads}, but must be at least 1, or None to select a "
                 "number for the device."
             )
+        if self.max_kept_activations is not None and self.max_kept_activations < 0:
+            raise ValueError(
+                f"`max_kept_activations` is {self.max_kept_activations}, but must be at least 0 (bytes), or None to "
+                "select a number for the device."
+            )
         for name in ("chunk_size_feed_forward", "chunk_size_lm_head"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1, or 0 for all positions.")
@@ -351,13 +382,13 @@ class ReformerHfConfig(PreTrainedConfig):
             chunk_length = self.chunk_length(kind)
             if chunk_length is None or chunk_length < 1:
                 raise ValueError(f"`{kind}_attn_chunk_length` is {chunk_length}, but {kind} layers need at least 1.")
-            for name in (f"{kind}_num_chunks_before", f"{kind}_num_chunks_after"):
-                if getattr(self, name) is None or getattr(self, name) < 0:
-                    raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 0.")
-            if self.is_decoder and getattr(self, f"{kind}_num_chunks_after") > 0:
+            for side, number in (("before", self.chunks_before(kind)), ("after", self.chunks_after(kind))):
+                if number is None or number < 0:
+                    raise ValueError(f"`{kind}_num_chunks_{side}` is {number}, but must be at least 0.")
+            if self.is_decoder and self.chunks_after(kind) > 0:
                 raise ValueError(
-                    f"`{kind}_num_chunks_after` is {getattr(self, f'{kind}_num_chunks_after')}, but a causal model "
-                    "(`is_decoder=True`) sees no later positions: set it to 0, or `is_decoder=False`."
+                    f"`{kind}_num_chunks_after` is {self.chunks_after(kind)}, but a causal model (`is_decoder=True`) "
+                    "sees no later positions: set it to None or 0, or `is_decoder=False`."
                 )
         if self.lsh_pattern not in LSH_PATTERNS:
             raise ValueError(f"`lsh_pattern` is {self.lsh_pattern!r}, but must be one of {list(LSH_PATTERNS)}.")

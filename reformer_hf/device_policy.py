@@ -48,6 +48,7 @@ class DevicePolicy:
             chunk fit into the cache of a CPU, or saturate a GPU.
         head_group_rows: Rows (batch size times positions times heads) per group of heads in attention. The queries,
             keys and values of a group fit into the cache of a CPU, or saturate a GPU.
+        kept_activations: Bytes of activations that a training step keeps instead of recomputing them.
         window_chunk_length: Shortest chunk of queries that runs at full speed in the `window` pattern; longer chunks
             are halved. `None` keeps the chunks of the pattern.
         argmax_by_pooling: Whether hashing computes its argmax by max pooling. On a CPU, max pooling is vectorized and
@@ -61,6 +62,7 @@ class DevicePolicy:
     hash_tile_elements: int
     chunk_positions: int
     head_group_rows: int
+    kept_activations: int
     window_chunk_length: int | None
     argmax_by_pooling: bool
     pin_uploads: bool
@@ -72,6 +74,7 @@ CPU = DevicePolicy(
     hash_tile_elements=1 << 19,
     chunk_positions=1 << 10,
     head_group_rows=1 << 15,
+    kept_activations=1 << 29,
     window_chunk_length=32,
     argmax_by_pooling=True,
     pin_uploads=False,
@@ -83,6 +86,7 @@ CUDA = DevicePolicy(
     hash_tile_elements=1 << 26,
     chunk_positions=1 << 16,
     head_group_rows=1 << 20,
+    kept_activations=1 << 31,
     window_chunk_length=None,
     argmax_by_pooling=False,
     pin_uploads=True,

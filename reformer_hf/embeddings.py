@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, embedding
+from torch.nn.functional import embedding
 
 from .configuration_reformer_hf import ReformerHfConfig
+from .rng import dropout
 
 
 class AxialTables(nn.ParameterList):
@@ -71,7 +72,8 @@ class PositionEmbeddings(nn.Module):
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """Return the embeddings `[B, L, E]` of positions `[B, L]`."""
-        return dropout(self.embedding(position_ids), self.dropout, training=self.training)
+        embeddings = self.embedding(position_ids)
+        return dropout(embeddings, self.dropout) if self.training else embeddings
 
 
 class ReformerHfEmbeddings(nn.Module):

@@ -2,10 +2,11 @@
 """The position-wise feed-forward layer, with the parameter names of the in-tree model."""
 
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 from transformers.activations import ACT2FN
 
+from .chunked import apply_chunked
 from .configuration_reformer_hf import ReformerHfConfig
+from .rng import dropout
 from .stream_norm import StreamLayerNorm
 
 
@@ -30,9 +31,11 @@ class ReformerHfFeedForward(nn.Module):
         self.output = _Dense(config.feed_forward_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the update `[B, L, E]` of the second residual stream. The caller splits positions into chunks."""
+        """Return the update `[B, L, E]` of the second residual stream, in chunks of `chunk_size_feed_forward`."""
+        return apply_chunked(self._update, hidden_states, self.chunk_size, list(self.parameters()), self)
+
+    def _update(self, hidden_states: Tensor) -> Tensor:
         rows = self.dense.dense(self.layer_norm(hidden_states).flatten(0, 1))
-        if not self.training:
-            return self.output.dense(self.activation(rows)).view(hidden_states.shape)
-        rows = self.activation(dropout(rows, self.dropout))
-        return dropout(self.output.dense(rows), self.dropout).view(hidden_states.shape)
+        rate = self.dropout if self.training else 0.0
+        rows = self.activation(dropout(rows, rate))
+        return dropout(self.output.dense(rows), rate).view(hidden_states.shape)

@@ -15,6 +15,13 @@ from .configuration_reformer_hf import ReformerHfConfig
 _FEW_IDS = 16
 
 
+def check_call(config: ReformerHfConfig, kwargs: dict[str, Any], parameter: Tensor) -> None:
+    """Check that the model supports how it is called, apart from its inputs; `parameter` is one of the model."""
+    _check_not_transformed()
+    check_not_in_tree_cache(kwargs)
+    _check_not_partitioned(config, parameter)
+
+
 def check_inputs(
     config: ReformerHfConfig,
     input_ids: Tensor | None,
@@ -201,7 +208,7 @@ def check_is_causal(config: ReformerHfConfig) -> None:
     )
 
 
-def check_not_partitioned(config: ReformerHfConfig, parameter: Tensor) -> None:
+def _check_not_partitioned(config: ReformerHfConfig, parameter: Tensor) -> None:
     """Raise a `ValueError` if DeepSpeed partitions the parameters that a recomputation in the backward pass needs."""
     if not (config.reversible or config.chunk_size_feed_forward or config.chunk_size_lm_head):
         return
@@ -222,7 +229,7 @@ def check_not_in_tree_cache(kwargs: dict[str, Any]) -> None:
         )
 
 
-def check_not_transformed() -> None:
+def _check_not_transformed() -> None:
     """Raise a `ValueError` under `torch.export` and the transforms of `torch.func`."""
     if torch.compiler.is_exporting():
         raise ValueError(

@@ -26,12 +26,11 @@ class LocalSelfAttention(SelfAttention):
         super().__init__(config)
         self.pattern = AttentionPattern(
             chunk_length=config.local_attn_chunk_length,
-            chunks_before=config.local_num_chunks_before,
-            chunks_after=config.local_num_chunks_after,
+            chunks_before=config.chunks_before("local"),
+            chunks_after=config.chunks_after("local"),
             causal=config.is_decoder,
             include_self=True,
-            ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
-            ring_min_length=min(config.chunk_lengths),
+            **config.ring,
         )
         self.cache_spec = CacheSpec(self.pattern, self.num_heads, self.head_size)
         self.dropout_rate = config.local_attention_probs_dropout_prob

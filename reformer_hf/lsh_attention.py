@@ -28,14 +28,13 @@ class LSHSelfAttention(SelfAttention):
         super().__init__(config)
         self.pattern = AttentionPattern(
             chunk_length=config.lsh_attn_chunk_length,
-            chunks_before=config.lsh_num_chunks_before,
-            chunks_after=config.lsh_num_chunks_after,
+            chunks_before=config.chunks_before("lsh"),
+            chunks_after=config.chunks_after("lsh"),
             causal=config.is_decoder,
             same_bucket=not config.lsh_across_buckets,
             window=config.lsh_pattern == "window",
             deduplicate_keys=config.lsh_deduplicate_keys,
-            ring_multiple=math.lcm(*config.chunk_lengths) if config.wrap_chunks else None,
-            ring_min_length=min(config.chunk_lengths),
+            **config.ring,
         )
         self.cache_spec = CacheSpec(self.pattern, self.num_heads, self.head_size, config.num_hashes)
 
@@ -119,7 +118,7 @@ class LSHSelfAttention(SelfAttention):
 
 def factors_of(config: ReformerHfConfig, length: int) -> list[int]:
     """Return the factors of the number of buckets for an input of this length."""
-    window_length = config.lsh_attn_chunk_length * config.lsh_num_chunks_before
+    window_length = config.lsh_attn_chunk_length * (config.chunks_before("lsh") + config.chunks_after("lsh"))
     return bucket_factors(
         config.num_buckets,
         config.padded_length(length),

@@ -9,12 +9,10 @@ Parameter names are those of the in-tree model, so that its checkpoints load wit
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 from transformers import Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -22,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
+from .activation_memory import recomputes_activations
 from .cache import CacheSpec
 from .chunked import suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
@@ -33,13 +32,12 @@ from .generation_reformer_hf import ReformerHfGenerationMixin
 from .input_checks import (
     bucket_factors_of_call,
     check_cache,
+    check_call,
     check_input_ids,
     check_inputs,
     check_is_causal,
     check_last_tokens,
     check_not_in_tree_cache,
-    check_not_partitioned,
-    check_not_transformed,
     check_position_ids,
 )
 from .lm_head import ReformerHfLMHead, check_not_fused, states_to_keep
@@ -49,7 +47,7 @@ from .lsh_attention import LSHSelfAttention
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
 from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
 from .reversible import AttentionBranch, AttentionPart, PositionWiseBranch, Tape, residual_layer
-from .rng import SharedDropout, draw_seed
+from .rng import SeededDropout, draw_seed, dropout
 from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, Weights
 from .stream_norm import StreamLayerNorm
 
@@ -67,15 +65,31 @@ class ReformerHfAttention(nn.Module):
         self.self_attention = SELF_ATTENTIONS[config.attn_layers[layer_idx]](config)
         self.output = ReformerHfSelfOutput(config)
 
-    def branch(self, call: AttentionCall) -> AttentionBranch:
-        """Return the branch that reads the second stream and is added to the first: a sum over groups of heads."""
-        drops = self.training and self.dropout > 0
+    def forward(self, x2: Tensor, call: AttentionCall, cache: Cache | None = None) -> tuple[Tensor, Weights | None]:
+        """
+        Compute the branch that is added to the first stream.
+
+        Args:
+            x2: The second stream `[B, L, E]`.
+            call: The inputs of attention.
+            cache: KV cache of the earlier tokens, to which the new ones are added.
+
+        Returns:
+            The update `[B, L, E]`, and attention weights with the positions of their keys or `None`.
+        """
+        drop = self.draw_dropout()
+        heads, weights = self.self_attention(self.layer_norm(x2), call, cache, self.layer_idx)
+        added = self.output(heads)
+        return added if drop is None else drop(added), weights
+
+    def branch(self, call: AttentionCall, drop: SeededDropout | None) -> AttentionBranch:
+        """Return the same branch for a reversible layer: a sum over groups of heads, in chunks of positions."""
         return AttentionBranch(
+            self,
             parts=[self._part(call, heads) for heads in self.self_attention.head_groups(call, self.output.dense)],
-            parameters=trainable_parameters(self),
             uses_rng=self.training,
             chunk_size=suitable_chunk_size(call.batch_size, call.length, call.device.type),
-            dropout=partial(SharedDropout, self.dropout, draw_seed()) if drops else None,
+            dropout=drop,
         )
 
     def _part(self, call: AttentionCall, heads: slice) -> AttentionPart:
@@ -86,16 +100,9 @@ class ReformerHfAttention(nn.Module):
             write=lambda hidden_states: self.output(hidden_states, features),
         )
 
-    def append(self, x2: Tensor, call: AttentionCall, cache: Cache) -> tuple[Tensor, Weights | None]:
-        """
-        Compute the branch for a few new tokens `[B, n, E]`, which are appended to the cache.
-
-        Returns:
-            The update of the first stream `[B, n, E]`, and attention weights if the call requests them.
-        """
-        heads, weights = self.self_attention.append(self.layer_norm(x2), call, cache, self.layer_idx)
-        added = self.output.dense(heads)
-        return dropout(added, self.dropout) if self.training else added, weights
+    def draw_dropout(self) -> SeededDropout | None:
+        """Draw the seed of the dropout of one call; return `None` without dropout."""
+        return SeededDropout(self.dropout, draw_seed()) if self.training and self.dropout else None
 
 
 class ReformerHfLayer(nn.Module):
@@ -122,38 +129,37 @@ class ReformerHfLayer(nn.Module):
             The streams after the layer, and attention weights with the positions of their keys or `None`.
         """
         cache_layer: Any = None if cache is None else cache.layers[self.attention.layer_idx]
-        if cache_layer is not None and cache_layer.can_append(call.length):
-            added, weights = self.attention.append(x2, call, cache)
+        appends = cache_layer is not None and cache_layer.can_append(call.length)
+        if appends or (tape is None and torch.is_grad_enabled()) or has_inner_hooks(self):
+            added, weights = self.attention(x2, call, cache)
             y1 = x1 + added
             return y1, x2 + self.feed_forward(y1), weights
-        return self._parallel(x1, x2, call, tape, cache)
-
-    @torch.compiler.disable(reason="Only decoding steps with a static cache are compiled: set `fullgraph=False`.")
-    def _parallel(self, x1: Tensor, x2: Tensor, call: AttentionCall, tape: Tape | None, cache: Cache | None):
-        """Compute the layer for all positions at once."""
-        cache_layer = None if cache is None else cache.layers[self.attention.layer_idx]
+        drop = self.attention.draw_dropout()
         call = self.attention.self_attention.begin(call, cache_layer)
-        y1, y2, found = residual_layer(x1, x2, self.attention.branch(call), self.feed_forward_branch(call), tape)
+        branches = self.attention.branch(call, drop), self._feed_forward_branch(call)
+        y1, y2, found = residual_layer(x1, x2, *branches, tape)
         found = Found.join(found)
         if cache is not None:
             self.attention.self_attention.prefill(found, call, cache, self.attention.layer_idx)
         return y1, y2, found.weights
 
-    def feed_forward_branch(self, call: AttentionCall) -> PositionWiseBranch:
-        """Return the branch that is added to the second stream, computed in chunks of positions."""
-        chunk_size = self.feed_forward.chunk_size
-        return PositionWiseBranch(
-            self.feed_forward,
-            trainable_parameters(self.feed_forward),
-            uses_rng=self.training,
-            chunk_size=chunk_size or suitable_chunk_size(call.batch_size, call.length, call.device.type),
-            recompute=chunk_size > 0,
-        )
+    def _feed_forward_branch(self, call: AttentionCall) -> PositionWiseBranch:
+        suitable = suitable_chunk_size(call.batch_size, call.length, call.device.type)
+        chunk_size = self.feed_forward.chunk_size or suitable
+        return PositionWiseBranch(self.feed_forward, uses_rng=self.training, chunk_size=chunk_size)
 
 
-def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a module that require gradients."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+def has_inner_hooks(module: nn.Module) -> bool:
+    """
+    Return whether a module inside this one has hooks. They may change its output by tensors with gradients.
+
+    Such a layer calls each of its modules once, and saves activations.
+    """
+    return any(
+        inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks
+        for inner in module.modules()
+        if inner is not module
+    )
 
 
 class ReformerHfEncoder(nn.Module):
@@ -161,7 +167,7 @@ class ReformerHfEncoder(nn.Module):
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
-        self.reversible = config.reversible
+        self.config = config
         self.dropout = config.hidden_dropout_prob
         self.layers = nn.ModuleList(ReformerHfLayer(config, i) for i in range(len(config.attn_layers)))
         self.layer_norm = StreamLayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
@@ -175,7 +181,8 @@ class ReformerHfEncoder(nn.Module):
     ) -> ReformerHfModelOutput:
         """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
         x1 = x2 = hidden_states
-        tape = Tape() if self.reversible and torch.is_grad_enabled() else None
+        recomputes = recomputes_activations(self.config, call.batch_size * call.length, call.device)
+        tape = Tape() if recomputes and torch.is_grad_enabled() else None
         all_hidden_states, all_weights = [x2], []
         for layer in self.layers:
             x1, x2, weights = layer(x1, x2, call, tape, cache)
@@ -186,7 +193,7 @@ class ReformerHfEncoder(nn.Module):
         if tape is not None:
             # The layer norm saves the concatenated streams for its backward pass.
             width = x1.shape[-1]
-            tape.share((streams.detach()[..., :width], streams.detach()[..., width:]))
+            tape.share(x1, x2, (streams.detach()[..., :width], streams.detach()[..., width:]))
         del x1, x2
         hidden_states = self.layer_norm(streams)
         with_weights = call.output_attentions
@@ -299,9 +306,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         Raises:
             ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
-        check_not_transformed()
-        check_not_in_tree_cache(kwargs)
-        check_not_partitioned(self.config, self.encoder.layer_norm.weight)
+        check_call(self.config, kwargs, self.encoder.layer_norm.weight)
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
         inputs = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)
@@ -325,16 +330,29 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        layers: Sequence[Any] = () if cache is None else cache.layers
+        appends = cache is not None and all(layer.can_append(inputs.shape[1]) for layer in layers)
+        encode = self._encode if appends else self._encode_uncompiled
         with torch.no_grad() if cache is not None and torch.is_grad_enabled() else nullcontext():
-            hidden_states = self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds)
-            call = AttentionCall.on(
-                hidden_states,
+            return encode(
+                (input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
+                cache,
+                output_hidden_states,
                 padding=padding,
                 num_hashes=num_hashes,
                 num_buckets=factors,
                 output_attentions=output_attentions,
             )
-            return self.encoder(hidden_states, call, cache, output_hidden_states)
+
+    def _encode(
+        self, inputs: tuple, cache: Cache | None, output_hidden_states: bool, **options
+    ) -> ReformerHfModelOutput:
+        hidden_states = self.embeddings(*inputs)
+        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), cache, output_hidden_states)
+
+    @torch.compiler.disable(reason="Only decoding steps with a static cache are compiled: set `fullgraph=False`.")
+    def _encode_uncompiled(self, *args, **options) -> ReformerHfModelOutput:
+        return self._encode(*args, **options)
 
     def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
         """Count tokens from those in the cache on, `[B or 1, L]`; padding has the position of the token before it."""

@@ -6,22 +6,23 @@ Reversible residual layers (Gomez et al. 2017; Kitaev et al. 2020, section 3).
     y2 = x2 + feed_forward(y1)     x1 = y1 - attention(x2)
 
 Each layer is one autograd function whose inputs include its parameters, so that tools with hooks on modules and
-parameters (DDP, FSDP2, adapters) work as for any other layer. Layers do not save their inputs. The layers share a
-tape, which holds a single pair of streams: at first the output of the last layer. The backward pass of a layer
-replaces the layer's output on the tape by its input.
+parameters (DDP, FSDP2, adapters) work as for any other layer. Layers do not save their inputs. Consecutive layers form
+a segment, which holds a single pair of streams: at first the output of its last layer. The backward pass of a layer
+replaces the layer's output in the segment by its input. A layer whose inputs are not the outputs of the layer before,
+because a hook or a wrapper changed them, begins a new segment.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .chunked import apply_chunked, chunks_of, map_chunks, vjp_chunks
-from .rng import ReplayState
+from .chunked import chunks_of, map_chunks, vjp_chunks
+from .rng import ReplayState, SeededDropout
 
 Streams = tuple[Tensor, Tensor]
 Gradients = list[Tensor | None]
@@ -35,20 +36,27 @@ class Branch(ABC):
     pass reuses them.
 
     Args:
-        parameters: Parameters of the function that require gradients.
+        module: The module that computes the function, with all of its parameters.
         uses_rng: Whether the function uses the global random number generators.
+        parameters: Parameters of the module that require gradients.
     """
 
-    parameters: Sequence[Tensor]
+    module: nn.Module
     uses_rng: bool
-
-    @abstractmethod
-    def add(self, other: Tensor, stream: Tensor) -> tuple[Tensor, Any]:
-        """Add the branch of `stream` to the other stream, differentiably; return the sum and intermediate results."""
+    parameters: list[Tensor]
 
     @abstractmethod
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, Any]:
-        """Add the branch of `stream` without gradient, or subtract it if the sign is -1; return the same as `add`."""
+        """
+        Add the branch of `stream` to the other stream, or subtract it if the sign is -1, without gradient.
+
+        Returns:
+            The sum, and intermediate results.
+        """
+
+    def replay_state(self, device: torch.device) -> ReplayState:
+        """Capture what the function depends on besides its input."""
+        return ReplayState(device, generators=self.uses_rng, module=self.module)
 
     @abstractmethod
     def reverse_and_grad(
@@ -75,26 +83,23 @@ class PositionWiseBranch(Branch):
     A branch that acts on each position independently.
 
     Args:
-        function: Maps a chunk of positions to the values that are added to them.
-        parameters, uses_rng: See `Branch`.
+        module: Maps a chunk of positions to the values that are added to them.
+        uses_rng, parameters: See `Branch`.
         chunk_size: Positions per chunk; 0 for all.
-        recompute: Whether `add` saves only its inputs and recomputes each chunk in the backward pass.
     """
 
-    function: Callable[[Tensor], Tensor]
-    parameters: Sequence[Tensor]
+    module: nn.Module
     uses_rng: bool = False
     chunk_size: int = 0
-    recompute: bool = False
+    parameters: list[Tensor] = field(init=False)
 
-    def add(self, other: Tensor, stream: Tensor) -> tuple[Tensor, None]:
-        added = apply_chunked(self.function, stream, self.chunk_size, self.parameters, self.recompute)
-        return other + added, None
+    def __post_init__(self) -> None:
+        self.parameters = trainable_parameters(self.module)
 
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, None]:
         out = torch.empty_like(other)
         for positions in chunks_of(stream, self.chunk_size):
-            torch.add(other[:, positions], self.function(stream[:, positions]), alpha=sign, out=out[:, positions])
+            torch.add(other[:, positions], self.module(stream[:, positions]), alpha=sign, out=out[:, positions])
         return out, None
 
     def reverse_and_grad(
@@ -103,7 +108,7 @@ class PositionWiseBranch(Branch):
         grad_sum = torch.empty_like(grad_stream)
         grads: Gradients = [None] * len(self.parameters)
         chunks = vjp_chunks(
-            self.function, stream, lambda at: (grad_total[:, at],), self.chunk_size, self.parameters, grads
+            self.module, stream, lambda at: (grad_total[:, at],), self.chunk_size, self.parameters, grads
         )
         for positions, (added,), grad in chunks:
             torch.sub(total[:, positions], added, out=rest[:, positions])
@@ -138,33 +143,26 @@ class AttentionBranch(Branch):
     positions.
 
     Args:
+        module, uses_rng, parameters: See `Branch`.
         parts: See `AttentionPart`.
-        parameters, uses_rng: See `Branch`.
         chunk_size: Positions per chunk to read and write; 0 for all.
-        dropout: Creates a dropout function for one pass over the parts. This function takes the values that a part
-            adds at some positions, and those positions. `None` means no dropout.
+        dropout: Dropout of the sum over the parts; `None` for none.
     """
 
+    module: nn.Module
     parts: Sequence[AttentionPart]
-    parameters: Sequence[Tensor]
     uses_rng: bool = False
     chunk_size: int = 0
-    dropout: Callable[[], Callable[[Tensor, slice], Tensor]] | None = None
+    dropout: SeededDropout | None = None
+    parameters: list[Tensor] = field(init=False)
 
-    def add(self, other: Tensor, stream: Tensor) -> tuple[Tensor, list]:
-        chunks, drop, found = list(chunks_of(stream, self.chunk_size)), self._drop(), []
-        for part in self.parts:
-            inputs = zip(*(part.read(stream[:, at]) for at in chunks), strict=True)
-            heads, of_part = part.attend([torch.cat(x, dim=1) for x in inputs], None)
-            added = torch.cat([drop(part.write(heads[:, at]), at) for at in chunks], dim=1)
-            other = other + added
-            found.append(of_part)
-        return other, found
+    def __post_init__(self) -> None:
+        self.parameters = trainable_parameters(self.module)
 
     def add_to(
         self, other: Tensor, stream: Tensor, sign: int = 1, found: Sequence | None = None
     ) -> tuple[Tensor, list]:
-        out, drop, found_now = torch.empty_like(other), self._drop(), []
+        out, drop, found_now = torch.empty_like(other), self._drop(stream), []
         for part, of_part in zip(self.parts, found or [None] * len(self.parts), strict=True):
             heads, of_part = part.attend(map_chunks(part.read, stream, self.chunk_size), of_part)
             for at in chunks_of(stream, self.chunk_size):
@@ -177,7 +175,7 @@ class AttentionBranch(Branch):
     def reverse_and_grad(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Sequence
     ) -> tuple[Tensor, Gradients]:
-        grad_sum, drop = torch.empty_like(grad_stream), self._drop()
+        grad_sum, drop = torch.empty_like(grad_stream), self._drop(stream)
         grads: Gradients = [None] * len(self.parameters)
         for part, of_part in zip(self.parts, found, strict=True):
             # An adapter may draw random numbers in `read`, which the second call below must repeat.
@@ -203,8 +201,13 @@ class AttentionBranch(Branch):
             total, grad_stream = rest, grad_sum
         return grad_sum, grads
 
-    def _drop(self) -> Callable[[Tensor, slice], Tensor]:
-        return _drop_nothing if self.dropout is None else self.dropout()
+    def _drop(self, stream: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        return _drop_nothing if self.dropout is None else self.dropout.of(stream)
+
+
+def trainable_parameters(module: nn.Module) -> list[Tensor]:
+    """Return the parameters of a module that require gradients."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _drop_nothing(added: Tensor, at: slice) -> Tensor:
@@ -221,42 +224,49 @@ def _at(tensors: Sequence[Tensor], positions: slice) -> Sequence[Tensor]:
 
 @dataclass
 class _Record:
-    """The branches of a layer, the generator states under which they ran, and their intermediate results."""
+    """The branches of a layer, the state under which each of them ran, and their intermediate results."""
 
     branches: tuple[Branch, Branch]
     states: tuple[ReplayState, ReplayState] | None = None
     found: tuple[Any, Any] = (None, None)
 
 
-class Tape:
-    """The layers of a stack whose backward pass has not run yet, and the output of the last one of them."""
+class _Segment:
+    """Consecutive layers whose backward pass has not run yet, and the output of the last one of them."""
 
     def __init__(self) -> None:
         self._streams: Streams | None = None
+        self._versions: list[int] = []
         # Whether there are no other references to the streams, so that they may be overwritten.
         self._private = False
         self._records: list[_Record] = []
 
     def push(self, record: _Record, streams: Streams) -> int:
-        """Append a layer and its output to the tape, and return the index of the layer."""
+        """Append a layer and its output to the segment, and return the index of the layer."""
         self._records.append(record)
-        self._streams, self._private = streams, False
+        self._set_streams(streams, private=False)
         return len(self._records) - 1
 
+    def ends_with(self, x1: Tensor, x2: Tensor) -> bool:
+        """Return whether these are the streams at the end of the segment, in the same memory and unchanged."""
+        if self._streams is None or not all(_same_memory(x, y) for x, y in zip((x1, x2), self._streams, strict=True)):
+            return False
+        self._check_versions()
+        return True
+
     def share(self, streams: Streams) -> None:
-        """Replace the stored streams by equal ones that are kept elsewhere, so that only one copy exists."""
-        if self._streams is not None:
-            self._streams = streams
+        """Replace the streams by equal ones that are kept elsewhere, so that only one copy exists."""
+        self._set_streams(streams, private=False)
 
     def rewind(self, index: int) -> tuple[_Record, Streams, bool]:
         """
-        Remove the layer at `index` from the tape. Invert the layers after it, which did not contribute to the loss.
+        Remove the layer at `index` from the segment. Invert the layers after it, which did not contribute to the loss.
 
         Returns:
             The layer, its output, and whether the output may be overwritten.
 
         Raises:
-            RuntimeError: If an earlier backward pass has removed the layer.
+            RuntimeError: If an earlier backward pass has removed the layer, or if its output was changed in place.
         """
         if self._streams is None or index >= len(self._records):
             raise RuntimeError(
@@ -264,61 +274,94 @@ class Tape:
                 "pass again, or build the model with `reversible=False` for several backward passes "
                 "(`retain_graph=True`)."
             )
+        self._check_versions()
         while index < len(self._records) - 1:
             record = self._records.pop()
             with torch.no_grad():
-                self._streams, self._private = _invert(record, self._streams), True
+                self._set_streams(_invert(record, self._streams), private=True)
         streams, self._streams = self._streams, None
         return self._records.pop(), streams, self._private
 
     def put_back(self, streams: Streams) -> None:
         """Store streams without other references as the output of the last layer, if any layers are left."""
         if self._records:
-            self._streams, self._private = streams, True
+            self._set_streams(streams, private=True)
+
+    def _set_streams(self, streams: Streams, private: bool) -> None:
+        self._streams, self._private = streams, private
+        self._versions = [stream._version for stream in streams]
+
+    def _check_versions(self) -> None:
+        if self._streams is not None and [stream._version for stream in self._streams] != self._versions:
+            raise RuntimeError(
+                "The output of a reversible layer was changed in place, which the backward pass needs: return a "
+                "changed copy instead (such as `hidden_states + vector`), or build the model with `reversible=False`."
+            )
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+class Tape:
+    """The segments of reversible layers of one forward pass."""
+
+    def __init__(self) -> None:
+        self._segment: _Segment | None = None
+
+    def segment_after(self, x1: Tensor, x2: Tensor) -> _Segment:
+        """Return the segment for a layer with these inputs: the last one if it ends with them, else a new one."""
+        if self._segment is None or not self._segment.ends_with(x1, x2):
+            self._segment = _Segment()
+        return self._segment
+
+    def share(self, x1: Tensor, x2: Tensor, streams: Streams) -> None:
+        """Let the last segment, if it ends with `x1` and `x2`, hold equal streams that are kept elsewhere instead."""
+        if self._segment is not None and self._segment.ends_with(x1, x2):
+            self._segment.share(streams)
 
 
 def residual_layer(
     x1: Tensor, x2: Tensor, attention: Branch, feed_forward: Branch, tape: Tape | None
 ) -> tuple[Tensor, Tensor, Any]:
     """
-    Compute one layer of two residual branches.
+    Compute one layer of two residual branches. The backward pass recomputes its input from its output.
 
     Args:
         x1, x2: The two streams `[B, L, E]`, at least in fp32 for an accurate inversion.
         attention, feed_forward: The branches. A second run in the backward pass must reproduce the first one.
-        tape: The tape that the layers of one forward pass share; layers must run in order. The backward pass then
-            recomputes the input of each layer from its output. `None` saves activations.
+        tape: The tape that the layers of one forward pass share. Not needed without gradient.
 
     Returns:
         The two streams after the layer, and the intermediate results of `attention`.
 
     Raises:
-        RuntimeError: In a second backward pass through a tape, or in one with `create_graph=True`.
+        RuntimeError: In a second backward pass through the layer, or in one with `create_graph=True`, or if one of the
+            streams after the layer was changed in place.
     """
     needs_grad = x1.requires_grad or x2.requires_grad or attention.parameters or feed_forward.parameters
-    if not (torch.is_grad_enabled() and needs_grad):
+    if tape is None or not (torch.is_grad_enabled() and needs_grad):
         y1, found = attention.add_to(x1, x2)
         y2, _ = feed_forward.add_to(x2, y1)
-    elif tape is None:
-        y1, found = attention.add(x1, x2)
-        y2, _ = feed_forward.add(x2, y1)
-    else:
-        record = _Record((attention, feed_forward))
-        y1, y2 = _ReversibleLayer.apply(record, tape, x1, x2, *attention.parameters, *feed_forward.parameters)
-        found = record.found[0]
-    return y1, y2, found
+        return y1, y2, found
+    record = _Record((attention, feed_forward))
+    parameters = (*attention.parameters, *feed_forward.parameters)
+    y1, y2 = _ReversibleLayer.apply(record, tape.segment_after(x1, x2), x1, x2, *parameters)
+    return y1, y2, record.found[0]
 
 
 class _ReversibleLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, record, tape, x1, x2, *parameters):
+    def forward(ctx, record, segment, x1, x2, *parameters):
         attention, feed_forward = record.branches
-        attention_state = ReplayState(x1.device, generators=attention.uses_rng)
+        attention_state = attention.replay_state(x1.device)
         y1, found = attention.add_to(x1, x2)
-        feed_forward_state = ReplayState(x1.device, generators=feed_forward.uses_rng)
+        feed_forward_state = feed_forward.replay_state(x1.device)
         y2, feed_forward_found = feed_forward.add_to(x2, y1)
         record.states, record.found = (attention_state, feed_forward_state), (found, feed_forward_found)
-        ctx.tape, ctx.index = tape, tape.push(record, (y1.detach(), y2.detach()))
+        # For autograd's check that parameters have not changed since.
+        ctx.save_for_backward(*parameters)
+        ctx.segment, ctx.index = segment, segment.push(record, (y1.detach(), y2.detach()))
         return y1, y2
 
     @staticmethod
@@ -328,7 +371,8 @@ class _ReversibleLayer(torch.autograd.Function):
                 "Second derivatives through a reversible layer (`create_graph=True`) are not supported: build the "
                 "model with `reversible=False`."
             )
-        record, (y1, y2), private = ctx.tape.rewind(ctx.index)
+        _ = ctx.saved_tensors
+        record, (y1, y2), private = ctx.segment.rewind(ctx.index)
         (attention, feed_forward), (found, feed_forward_found) = record.branches, record.found
         attention_state, feed_forward_state = record.states
         x2 = y2 if private else torch.empty_like(y2)
@@ -340,7 +384,7 @@ class _ReversibleLayer(torch.autograd.Function):
         x1 = y1 if private else torch.empty_like(y1)
         with attention_state.replay():
             grad_x2, attention_grads = attention.reverse_and_grad(y1, x2, grad_x1, grad_y2, rest=x1, found=found)
-        ctx.tape.put_back((x1, x2))
+        ctx.segment.put_back((x1, x2))
         return None, None, grad_x1, grad_x2, *attention_grads, *feed_forward_grads
 
 

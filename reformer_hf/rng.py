@@ -1,11 +1,17 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Random number generator states, autocast settings and dropout seeds, for exact recomputation."""
+"""Dropout, and the state to replay in a recomputation: of generators, autocast and modules."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# A module with its mode, and a module's parameters or buffers with the name and value of one of them.
+_Mode = tuple[nn.Module, bool]
+_Held = tuple[dict[str, Any], str, Tensor | None]
 
 
 def draw_seed() -> int:
@@ -13,11 +19,44 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
+# Resolution of dropout rates: one random number of 64 bits decides for four elements.
+_LEVELS = 1 << 16
+
+
+def keep_mask(like: Tensor, rate: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """
+    Draw a dropout mask, several times faster than by `bernoulli_`.
+
+    Args:
+        like: A tensor of the shape and on the device of the mask.
+        rate: Dropout rate, rounded to a multiple of 2^-16.
+        generator: A generator; `None` uses the global one of the device.
+
+    Returns:
+        The mask, True for elements to keep, and the factor to scale them by.
+    """
+    dropped = min(round(rate * _LEVELS), _LEVELS - 1)
+    drawn = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
+    levels = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
+    return (levels >= dropped - _LEVELS // 2).view(like.shape), _LEVELS / (_LEVELS - dropped)
+
+
+def dropout(tensor: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
+    """Apply dropout, with the global random number generator of the device unless one is given."""
+    if not rate:
+        return tensor
+    keep, scale = keep_mask(tensor, rate, generator)
+    if tensor.dtype.itemsize < 4:
+        # The scale would lose digits.
+        return tensor * keep * scale
+    return tensor * keep.to(tensor.dtype).mul_(scale)
+
+
 class Dropout:
     """Dropout factors for a sequence of tensors, reproducible from a seed."""
 
     def __init__(self, rate: float, seed: int, device: torch.device):
-        self._keep_rate = 1.0 - rate
+        self._rate = rate
         self._generator = torch.Generator(device).manual_seed(seed)
 
     @classmethod
@@ -27,40 +66,41 @@ class Dropout:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the factors of the next tensor: zero, or the inverse of the keep rate."""
-        keep = torch.empty_like(tensor).bernoulli_(self._keep_rate, generator=self._generator)
-        return keep.div_(self._keep_rate)
+        keep, scale = keep_mask(tensor, self._rate, self._generator)
+        return keep.to(tensor.dtype).mul_(scale)
 
 
-class SharedDropout:
-    """
-    Dropout of a sum of tensors, computed in chunks of positions: all summands share one dropout mask.
+@dataclass(frozen=True)
+class SeededDropout:
+    """Dropout of a tensor that is computed in chunks of positions and as a sum: all summands share one mask."""
 
-    Create one object for each pass over the tensors. The same seed gives the same mask.
-    """
+    rate: float
+    seed: int
 
-    def __init__(self, rate: float, seed: int):
-        self._rate, self._seed = rate, seed
-        self._kept: dict[int, Tensor] = {}
+    def of(self, tensor: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """Return a function that applies the dropout of `[B, L, …]` to a summand at some positions."""
+        generator = torch.Generator(tensor.device).manual_seed(self.seed)
+        keep, scale = keep_mask(tensor, self.rate, generator)
+        return lambda summand, positions: torch.mul(summand, keep[:, positions]).mul_(scale)
 
-    def __call__(self, tensor: Tensor, positions: slice) -> Tensor:
-        """Apply dropout to the given positions `[B, …]` of one summand."""
-        if positions.start not in self._kept:
-            generator = torch.Generator(tensor.device).manual_seed(self._seed + positions.start)
-            kept = torch.empty_like(tensor, dtype=torch.bool)
-            self._kept[positions.start] = kept.bernoulli_(1.0 - self._rate, generator=generator)
-        return torch.mul(tensor, self._kept[positions.start]) / (1.0 - self._rate)
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Apply the dropout to all positions."""
+        return dropout(tensor, self.rate, torch.Generator(tensor.device).manual_seed(self.seed))
 
 
 class ReplayState:
     """
-    Capture the generator states of the CPU and of `device`, and the autocast settings.
+    Capture what a computation depends on besides its inputs: generator states, autocast settings, and the modes,
+    parameters and buffers of a module.
 
     Args:
         device: Device of the computation to replay.
-        generators: Whether to capture the generator states. Not needed if the computation draws no random numbers.
+        generators: Whether to capture the generator states of the CPU and of `device`. Not needed if the computation
+            draws no random numbers.
+        module: The module that the computation uses.
     """
 
-    def __init__(self, device: torch.device, generators: bool = True):
+    def __init__(self, device: torch.device, generators: bool = True, module: nn.Module | None = None):
         self._cpu_state = torch.get_rng_state() if generators else None
         self._device_state = None
         if generators and device.type != "cpu":
@@ -71,11 +111,21 @@ class ReplayState:
             for device_type in dict.fromkeys(("cpu", device.type))
             if torch.amp.is_autocast_available(device_type)
         ]
+        modules = [] if module is None else list(module.modules())
+        self._modes = [(each, each.training) for each in modules]
+        # `torch.func.functional_call` replaces the tensors of a module during its forward pass only.
+        self._tensors = [
+            (tensors, name, tensor)
+            for each in modules
+            for tensors in (each._parameters, each._buffers)
+            for name, tensor in tensors.items()
+        ]
 
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Run the body under the captured state, then restore the current state."""
         with ExitStack() as stack:
+            stack.callback(self._swap_module_state(self._modes, self._tensors))
             if self._cpu_state is not None:
                 devices = [] if self._device_state is None else [self._device]
                 stack.enter_context(torch.random.fork_rng(devices, device_type=self._device.type))
@@ -85,3 +135,23 @@ class ReplayState:
             for device_type, enabled, dtype in self._autocasts:
                 stack.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype))
             yield
+
+    @staticmethod
+    def _swap_module_state(modes: Sequence[_Mode], tensors: Sequence[_Held]) -> Callable[[], None]:
+        """Set modes, parameters and buffers where they differ, and return a function that restores them."""
+        old_modes = [(module, module.training) for module, mode in modes if module.training != mode]
+        old_tensors = [(held, name, held.get(name)) for held, name, tensor in tensors if held.get(name) is not tensor]
+
+        def restore() -> None:
+            for module, mode in old_modes:
+                module.training = mode
+            for held, name, tensor in old_tensors:
+                held[name] = tensor
+
+        if old_modes:
+            for module, mode in modes:
+                module.training = mode
+        if old_tensors:
+            for held, name, tensor in tensors:
+                held[name] = tensor
+        return restore

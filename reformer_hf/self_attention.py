@@ -138,10 +138,34 @@ class SelfAttention(nn.Module):
         dropout_seed = draw_seed() if self.dropout else 0
         return replace(call, past=past, fills_cache=cache_layer is not None, dropout_seed=dropout_seed)
 
-    def forward(self, hidden_states: Tensor, call: AttentionCall | None = None) -> Tensor:
-        """Compute the output of all heads `[B, L, H * D]` for hidden states `[B, L, E]`."""
-        call = self.begin(call or AttentionCall.on(hidden_states))
-        return self.attend(self.project(hidden_states, self.all_heads), call, self.all_heads)[0].flatten(2)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        call: AttentionCall | None = None,
+        cache: Cache | None = None,
+        layer_idx: int = 0,
+    ) -> tuple[Tensor, Weights | None]:
+        """
+        Compute the output of all heads.
+
+        Args:
+            hidden_states: `[B, L, E]`.
+            call: The inputs that all heads share.
+            cache, layer_idx: KV cache of the earlier tokens, to which the new ones are added, and the index of its
+                layer.
+
+        Returns:
+            Output `[B, L, H * D]`, and attention weights if the call requests them.
+        """
+        call = call or AttentionCall.on(hidden_states)
+        cache_layer: Any = None if cache is None else cache.layers[layer_idx]
+        if cache is not None and cache_layer.can_append(call.length):
+            return self.append(hidden_states, call, cache, layer_idx)
+        call = self.begin(call, cache_layer)
+        out, found = self.attend_heads(self.project(hidden_states, self.all_heads), call, self.all_heads)
+        if cache is not None:
+            self.prefill(found, call, cache, layer_idx)
+        return out, found.weights
 
     def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
         """
@@ -187,7 +211,7 @@ class SelfAttention(nn.Module):
         raise NotImplementedError
 
     def attend_heads(
-        self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None
+        self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
     ) -> tuple[Tensor, Found]:
         """Call `attend` and concatenate the heads of the output, `[B, L, h * D]`."""
         out, found = self.attend(projected, call, heads, found)
@@ -327,18 +351,18 @@ class ReformerHfSelfOutput(nn.Module):
         all_head_size = config.num_attention_heads * config.attention_head_size
         self.dense = nn.Linear(all_head_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, features: slice) -> Tensor:
+    def forward(self, hidden_states: Tensor, features: slice | None = None) -> Tensor:
         """
         Project the outputs of some heads.
 
         Args:
             hidden_states: Outputs of h heads, `[B, L, h * D]`.
-            features: Range of their features among those of all heads.
+            features: Range of their features among those of all heads; `None` for all heads.
 
         Returns:
             Their contribution to the sum over all heads, `[B, L, E]`.
         """
-        if features == slice(0, self.dense.in_features):
+        if features is None or features == slice(0, self.dense.in_features):
             return self.dense(hidden_states)
         return linear(hidden_states, self.dense.weight[:, features])
 

@@ -29,7 +29,7 @@ def assert_close(actual: Tensor, expected: Tensor, limit: float, name: str = "ou
 
 
 def tiny_config(**fields) -> ReformerHfConfig:
-    """A causal model of three kinds of layers that runs in milliseconds."""
+    """A causal model of three kinds of layers that runs in milliseconds, and recomputes activations."""
     defaults = {
         "attn_layers": ["local", "lsh", "full"],
         "hidden_size": 32,
@@ -47,6 +47,7 @@ def tiny_config(**fields) -> ReformerHfConfig:
         "hidden_dropout_prob": 0.0,
         "local_attention_probs_dropout_prob": 0.0,
         "lsh_attention_probs_dropout_prob": 0.0,
+        "max_kept_activations": 0,
     }
     return ReformerHfConfig(**{**defaults, **fields})
 

@@ -60,9 +60,9 @@ def test_training(reversible, count_compilations):
         if seed == 1:
             warm = count_compilations()
     assert count_compilations() == warm > 0
-    # Only the layers are left out. The functions around them are traced to there, and then from there on.
+    # One for the encoder, counted again in each function around it; nothing else is left out.
     breaks = torch._dynamo.utils.counters["graph_break"]
-    assert all("torch.compiler.disable" in reason for reason in breaks) and sum(breaks.values()) <= 8
+    assert all("torch.compiler.disable" in reason for reason in breaks) and sum(breaks.values()) <= 6
 
 
 def test_whole_graph(count_compilations):

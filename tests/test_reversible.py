@@ -7,6 +7,7 @@ import torch
 from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
 
 from .helpers import DROPOUT, assert_close, gradients, tiny_config
+from .policies import set_policy
 
 DEEP = ["local", "lsh", "full"] * 4
 
@@ -62,10 +63,12 @@ class _FreshBackward(torch.autograd.Function):
         return None, torch.autograd.grad(out, x, grad_out)[0]
 
 
-def test_gradcheck_of_the_stack():
+def test_gradcheck_of_the_stack(monkeypatch):
+    """With dropout everywhere, groups of heads, and chunks of positions."""
+    set_policy(monkeypatch, chunk_positions=4)
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "attention_head_size": 4, "feed_forward_size": 8, "vocab_size": 11}
-    model = ReformerHfModel(tiny_config(**sizes, **DROPOUT, hash_seed=1)).double().train()
+    model = ReformerHfModel(tiny_config(**sizes, **DROPOUT, hash_seed=1, num_parallel_heads=1)).double().train()
     # Well above the noise of a numerical derivative.
     for name, parameter in model.named_parameters():
         if "layer_norm" not in name:

@@ -1,0 +1,41 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Memory of the activations that a training step keeps, and the rule that decides whether to recompute them."""
+
+import torch
+
+from .configuration_reformer_hf import ReformerHfConfig
+from .device_policy import policy_for
+
+# Projections that an attention layer of each type keeps, together with its output.
+_KEPT_PER_HEAD = {"local": 4, "lsh": 3, "full": 4}
+
+
+def kept_activations(config: ReformerHfConfig, positions: int) -> int:
+    """
+    Estimate the bytes of activations that a training step keeps for all layers, in fp32 and without attention weights.
+
+    Args:
+        config: The config.
+        positions: Number of positions, summed over the batch.
+    """
+    # The inputs of both layer norms, their outputs, and the outputs of the activation function, with dropout factors
+    # of both branches and of the activation function.
+    dropout = 1 if config.hidden_dropout_prob else 0
+    of_layer = (4 + 2 * dropout) * config.hidden_size + (1 + dropout) * config.feed_forward_size
+    of_heads = config.num_attention_heads * config.attention_head_size
+    of_attention = sum(_KEPT_PER_HEAD[layer_type] * of_heads for layer_type in config.attn_layers)
+    return 4 * positions * (len(config.attn_layers) * of_layer + of_attention)
+
+
+def recomputes_activations(config: ReformerHfConfig, positions: int, device: torch.device) -> bool:
+    """
+    Return whether the backward pass recomputes activations: those of more than `config.max_kept_activations` bytes.
+
+    Args:
+        config, positions: As in `kept_activations`.
+        device: The device of the activations.
+    """
+    limit = config.max_kept_activations
+    if limit is None:
+        limit = policy_for(device).kept_activations
+    return config.reversible and kept_activations(config, positions) > limit

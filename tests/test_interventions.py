@@ -1,0 +1,227 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Hooks, wrappers and replaced parameters on a reversible model give the gradients of the plain one."""
+
+import pytest
+import torch
+from torch import nn
+
+from reformer_hf import ReformerHfForCausalLM
+
+from .helpers import DROPOUT, assert_close, random_model, tiny_config
+
+LAYERS = ["local", "lsh", "full", "local", "lsh"]
+
+
+class _Steered(nn.Module):
+    """A layer after which a trainable vector is added to the second stream."""
+
+    def __init__(self, layer, vector):
+        super().__init__()
+        self.layer, self.vector = layer, nn.Parameter(vector.data)
+
+    def forward(self, *args):
+        y1, y2, weights = self.layer(*args)
+        return y1, y2 + self.vector, weights
+
+
+class _Skipped(nn.Module):
+    def forward(self, x1, x2, *args):
+        return x1, x2, None
+
+
+def _add_to_output(layers, vector):
+    layers[2].register_forward_hook(lambda module, args, out: (out[0], out[1] + vector, out[2]))
+
+
+def _add_to_input(layers, vector):
+    layers[2].register_forward_pre_hook(lambda module, args: (args[0] + vector, *args[1:]))
+
+
+def _wrap(layers, vector):
+    layers[2] = _Steered(layers[2], vector)
+
+
+def _skip(layers, vector):
+    layers[2] = _Skipped()
+
+
+def _undo(layers, vector):
+    """The layer runs, and its output is thrown away."""
+    layers[2].register_forward_hook(lambda module, args, out: (*args[:2], out[2]))
+
+
+def _two(layers, vector):
+    _add_to_output(layers, vector)
+    layers[3].register_forward_pre_hook(lambda module, args: (args[0], args[1] * vector.exp(), *args[2:]))
+
+
+def _after_the_last(layers, vector):
+    layers[4].register_forward_hook(lambda module, args, out: (out[0] + vector, *out[1:]))
+
+
+def _inside(name):
+    def intervene(layers, vector):
+        """A trainable vector inside the layer, which is none of its parameters."""
+
+        def hook(module, args, out):
+            return (out[0] + vector[: out[0].shape[-1]], *out[1:]) if isinstance(out, tuple) else out + vector
+
+        layers[1].get_submodule(name).register_forward_hook(hook)
+
+    return intervene
+
+
+INTERVENTIONS = {
+    "output": _add_to_output,
+    "input": _add_to_input,
+    "wrapper": _wrap,
+    "skipped": _skip,
+    "undone": _undo,
+    "two": _two,
+    "last": _after_the_last,
+    **{
+        name: _inside(name)
+        for name in (
+            "attention",
+            "attention.self_attention",
+            "attention.layer_norm",
+            "attention.output",
+            "feed_forward",
+            "feed_forward.output.dense",
+        )
+    },
+}
+
+
+def _step(intervene, reversible, between=lambda model: None, dtype=torch.float64, **fields):
+    """Return the loss and all gradients of a model under an intervention."""
+    fields = {"attn_layers": LAYERS, "hash_seed": 0, **DROPOUT, **fields}
+    model = random_model(dtype, reversible=reversible, **fields).train()
+    vector = nn.Parameter(0.5 * torch.randn(32, dtype=dtype, generator=torch.Generator().manual_seed(3)))
+    intervene(model.reformer.encoder.layers, vector)
+    torch.manual_seed(1)
+    input_ids = torch.randint(0, 60, (2, 77))
+    torch.manual_seed(2)
+    loss = model(input_ids, labels=input_ids).loss
+    between(model)
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in [*model.named_parameters(), ("vector", vector)]}
+    return loss, {name: grad for name, grad in grads.items() if grad is not None and grad.any()}
+
+
+def _assert_same(found, expected, limit=1e-10):
+    (loss, grads), (plain_loss, plain_grads) = found, expected
+    assert_close(loss, plain_loss, 1e-6)
+    assert grads.keys() == plain_grads.keys()
+    for name, grad in grads.items():
+        assert_close(grad, plain_grads[name], limit, name)
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_intervention(name):
+    _assert_same(*(_step(INTERVENTIONS[name], reversible) for reversible in (True, False)))
+
+
+def test_observing_hook_begins_no_segment():
+    """Neither a hook that returns nothing nor an identity function between layers costs memory."""
+    tapes = []
+
+    def observe(layers, vector):
+        layers[1].register_forward_hook(lambda module, args, out: None)
+        layers[2].register_forward_pre_hook(lambda module, args: (args[0].view_as(args[0]), *args[1:]))
+        layers[4].register_forward_pre_hook(lambda module, args: tapes.append((args[3], args[3]._segment)))
+        layers[4].register_forward_hook(lambda module, args, out: tapes.append((args[3], args[3]._segment)))
+
+    _step(observe, reversible=True)
+    (tape, before), (_, after) = tapes
+    assert before is after and len(LAYERS) >= 5
+
+
+def test_in_place_hook_is_refused():
+    def intervene(layers, vector):
+        layers[2].register_forward_hook(lambda module, args, out: (out[1].add_(vector.detach()), None)[1])
+
+    with pytest.raises(RuntimeError, match="changed in place.*return a changed copy.*reversible=False"):
+        _step(intervene, reversible=True)
+
+
+def test_hooks_inside_a_layer_fire_once():
+    """In a parallel pass, in training, and in each step of decoding, with what the module returns."""
+    model = random_model(attn_layers=["lsh", "local"])
+    fired = []
+    for name, module in model.reformer.encoder.layers[0].named_modules():
+        if name:
+            module.register_forward_hook(lambda module, args, out, name=name: fired.append(name))
+    names = {name for name, module in model.reformer.encoder.layers[0].named_modules() if name}
+    names -= {"feed_forward.dense", "feed_forward.output"}
+    input_ids = torch.randint(0, 60, (1, 20))
+    for call in (
+        lambda: model(input_ids),
+        lambda: model.train()(input_ids, labels=input_ids).loss.backward(),
+        lambda: model.eval().generate(input_ids, max_new_tokens=2, do_sample=False, eos_token_id=None),
+    ):
+        fired.clear()
+        call()
+        times = {name: fired.count(name) for name in names}
+        assert set(times.values()) in ({1}, {2}), times
+
+
+def _switch_mode(model):
+    model.eval()
+
+
+@pytest.mark.parametrize("chunk_size", [0, 10], ids=["whole", "chunks"])
+@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
+def test_eval_before_backward(reversible, chunk_size):
+    """The mode is part of what is recomputed."""
+    fields = {"chunk_size_feed_forward": chunk_size, "chunk_size_lm_head": chunk_size}
+    results = [
+        _step(lambda layers, vector: None, reversible, between, **fields)
+        for between in (_switch_mode, lambda model: None)
+    ]
+    _assert_same(*results, limit=1e-12)
+
+
+def test_replaced_parameters():
+    """`functional_call` replaces parameters during the forward pass only."""
+    grads = []
+    for reversible in (True, False):
+        model = random_model(torch.float64, attn_layers=LAYERS, hash_seed=0, reversible=reversible, **DROPOUT).train()
+        scale = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
+        replaced = {name: (scale * parameter.detach()) for name, parameter in model.named_parameters()}
+        input_ids = torch.arange(40)[None]
+        torch.manual_seed(2)
+        output = torch.func.functional_call(model, replaced, kwargs={"input_ids": input_ids, "labels": input_ids})
+        grads.append(torch.autograd.grad(output.loss, [scale, *replaced.values()], materialize_grads=True))
+        assert all(parameter.grad is None for parameter in model.parameters())
+    for name, grad, expected in zip(["scale", *replaced], *grads, strict=True):
+        assert expected.any(), name
+        assert_close(grad, expected, 1e-10, name)
+
+
+def test_changed_parameters_are_refused():
+    """As in any other model: an optimizer step between forward and backward pass."""
+
+    def step(model):
+        with torch.no_grad():
+            model.reformer.encoder.layers[0].attention.output.dense.weight.mul_(2)
+
+    for reversible in (True, False):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            _step(lambda layers, vector: None, reversible, step)
+
+
+def test_short_inputs_keep_activations():
+    """By default. The limit is a number of bytes, and 0 always recomputes."""
+    graphs = []
+    for fields in ({"max_kept_activations": None}, {"max_kept_activations": 0}):
+        torch.manual_seed(0)
+        model = ReformerHfForCausalLM(tiny_config(**fields)).train()
+        loss = model(torch.arange(40)[None], labels=torch.arange(40)[None]).loss
+        nodes, names = [loss.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            names.add(type(node).__name__)
+            nodes += [after for after, _ in node.next_functions if after is not None]
+        graphs.append("_ReversibleLayerBackward" in names)
+    assert graphs == [False, True]
