@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..activation_memory import kept_activations, recomputes_activations
 from ..chunked import suitable_chunk_size
 from ..configuration_reformer_hf import ReformerHfConfig
 from ..device_policy import policy_for
@@ -27,6 +28,7 @@ class MemoryEstimate:
         feed_forward (`int`): Temporary tensors of the backward pass of one feed-forward layer, including the streams.
         last_layer (`int`): Additional tensors of the last layer: its output, which is not overwritten, and the
             gradients of the head.
+        activations (`int`): Activations of all layers, if the step keeps them (`max_kept_activations` of the config).
     """
 
     parameters: int
@@ -37,6 +39,7 @@ class MemoryEstimate:
     attention: int
     feed_forward: int
     last_layer: int
+    activations: int
 
     @property
     def total(self) -> int:
@@ -49,7 +52,7 @@ class MemoryEstimate:
         `gradients`.
         """
         layer = max(self.attention, self.feed_forward)
-        start = self.sort_orders + max(self.head, layer + self.last_layer)
+        start = self.sort_orders + self.activations + max(self.head, layer + self.last_layer)
         return self.parameters + self.optimizer + max(start, layer + self.gradients)
 
 
@@ -64,6 +67,8 @@ def estimate_training_memory(
 ) -> MemoryEstimate:
     """
     Estimate the peak memory of a training step of `ReformerHfForCausalLM`, without dropout and padding.
+
+    For a step that keeps activations (`max_kept_activations` of the config) the estimate is an upper bound.
 
     Args:
         config (`ReformerHfConfig` or `ReformerHfForCausalLM`): A config or model with `reversible=True` and without
@@ -114,6 +119,7 @@ def estimate_training_memory(
         rounds=num_hashes,
         device=device,
     )
+    recomputes = recomputes_activations(config, shape.positions, torch.device(device))
     if model is None:
         with torch.device("meta"):
             model = ReformerHfForCausalLM(config)
@@ -127,6 +133,7 @@ def estimate_training_memory(
         attention=max(shape.attention(kind) for kind in set(config.attn_layers)),
         feed_forward=shape.feed_forward,
         last_layer=2 * shape.stream + (2 * config.hidden_size + 1) * config.vocab_size * shape.size,
+        activations=0 if recomputes else kept_activations(config, shape.positions) * shape.wide // 4,
     )
 
 

@@ -29,6 +29,8 @@ def _peak(config, length, batch_size, dtype=torch.float32) -> int:
 SIZES = {
     "is_decoder": True,
     "max_position_embeddings": 8192,
+    # Activations are recomputed at any length.
+    "max_kept_activations": 0,
     "hidden_dropout_prob": 0.0,
     "local_attention_probs_dropout_prob": 0.0,
 }
@@ -55,6 +57,14 @@ def _assert_near(name, batch_size, length):
 def test_estimate_is_near(name):
     """The estimate is of what grows with the length: at this one, little else counts for these configs."""
     _assert_near(name, 2, 1000)
+
+
+def test_kept_activations():
+    """Short steps keep activations by default. The estimate is then an upper bound."""
+    config = ReformerHfConfig(**{**CONFIGS["deep"], **SIZES, "max_kept_activations": None})
+    estimate = estimate_training_memory(config, 1000, 2, optimizer_bytes=0)
+    assert 0.7 < _peak(config, 1000, 2) / (estimate.total - estimate.parameters) < 1
+    assert estimate_training_memory(config, 8192).activations == 0
 
 
 @pytest.mark.slow
