@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .peft_defaults import register_peft_defaults
+
 ATTENTION_LAYER_TYPES = ("local", "lsh", "full")
 LSH_PATTERNS = ("chunk", "window")
 
@@ -49,7 +51,8 @@ class ReformerHfConfig(PreTrainedConfig):
 
     Args:
         vocab_size (`int`, defaults to 260): Vocabulary size. The default is that of `ReformerHfByteTokenizer`.
-        hidden_size (`int`, defaults to 256): Width of one residual stream. The encoder output is twice as wide.
+        hidden_size (`int`, defaults to 256): Width of one residual stream, of word embeddings and of `hidden_states`.
+            The encoder output `last_hidden_state` is twice as wide (`config.output_size`).
         attn_layers (`list[str]`): Type of each layer: `"local"`, `"lsh"` or `"full"`. `"full"` is exact attention with
             shared queries and keys, quadratic in the sequence length.
         num_attention_heads (`int`, defaults to 4): Number of attention heads.
@@ -132,7 +135,7 @@ class ReformerHfConfig(PreTrainedConfig):
     ```"""
 
     model_type = "reformer_hf"
-    keys_to_ignore_at_inference = ["attentions", "hidden_states", "cache"]
+    keys_to_ignore_at_inference = ["attentions", "attention_positions", "hidden_states", "cache"]
     base_model_fsdp_plan = {
         "embeddings": "free_full_weight",
         "encoder.layers.*": "free_full_weight",
@@ -181,8 +184,14 @@ class ReformerHfConfig(PreTrainedConfig):
     bos_token_id: int | None = 258
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("num_hidden_layers", None)
+        num_hidden_layers = kwargs.pop("num_hidden_layers", None)
         self.attn_layers = tuple(self.attn_layers)
+        if num_hidden_layers not in (None, len(self.attn_layers)):
+            raise ValueError(
+                f"`num_hidden_layers` is {num_hidden_layers}, but `attn_layers` has {len(self.attn_layers)} entries: "
+                "give one entry for each layer, such as `attn_layers=['local', 'lsh'] * 6`, "
+                "and leave `num_hidden_layers` out."
+            )
         if self.attention_head_size is None:
             self.attention_head_size = self._divided_head_size()
         if self.lsh_num_chunks_before is None:
@@ -203,6 +212,11 @@ class ReformerHfConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Number of layers, the length of `attn_layers`."""
         return len(self.attn_layers)
+
+    @property
+    def output_size(self) -> int:
+        """Width of the encoder output, which concatenates both residual streams: `2 * hidden_size`."""
+        return 2 * self.hidden_size
 
     @property
     def layer_types(self) -> list[str]:
@@ -258,9 +272,14 @@ class ReformerHfConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = cls._adopt_in_tree(config_dict)
         # Apply overrides before the config is built, so that derived fields and checks use them.
-        fields = cls.__dataclass_fields__.keys() & kwargs.keys() - {"dtype"}
+        fields = (cls.__dataclass_fields__.keys() | {"num_hidden_layers"}) & kwargs.keys() - {"dtype"}
         config_dict.update({name: kwargs.pop(name) for name in fields})
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as in Transformers. PEFT calls this before it looks up the default target modules."""
+        register_peft_defaults(self.model_type)
+        return super().to_dict()
 
     @classmethod
     def _adopt_in_tree(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -268,6 +287,8 @@ class ReformerHfConfig(PreTrainedConfig):
         if config_dict.get("model_type") != "reformer":
             return dict(config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
+        # The in-tree config ignores it.
+        adopted.pop("num_hidden_layers", None)
         if adopted.get("axial_pos_embds", True):
             # The in-tree config allows more positions than the axes hold and fails only in `forward`.
             num_positions = math.prod(adopted["axial_pos_shape"])
@@ -351,8 +372,9 @@ class ReformerHfConfig(PreTrainedConfig):
         if math.prod(shape) < self.max_position_embeddings:
             raise ValueError(
                 f"`axial_pos_shape` {shape} holds {math.prod(shape)} positions, fewer than `max_position_embeddings` "
-                f"({self.max_position_embeddings}): enlarge an axis, for instance to "
-                f"{_balanced_factors(self.max_position_embeddings)}, or lower `max_position_embeddings`."
+                f"({self.max_position_embeddings}): enlarge the first axis, to "
+                f"{(math.ceil(self.max_position_embeddings / math.prod(shape[1:])), *shape[1:])}, or lower "
+                "`max_position_embeddings`. Any other axis would move the positions of a trained model."
             )
 
     def _check_attention(self):
@@ -370,10 +392,12 @@ class ReformerHfConfig(PreTrainedConfig):
                 )
         if self.lsh_pattern not in LSH_PATTERNS:
             raise ValueError(f"`lsh_pattern` is {self.lsh_pattern!r}, but must be one of {list(LSH_PATTERNS)}.")
-        if self.lsh_pattern == "window" and self.lsh_across_buckets:
+        chunk_only = [name for name in ("lsh_across_buckets", "wrap_chunks") if getattr(self, name)]
+        if self.lsh_pattern == "window" and chunk_only:
             raise ValueError(
-                "`lsh_across_buckets` is True, but a query of the pattern 'window' sees only its own bucket: set it "
-                "to False, or `lsh_pattern='chunk'`."
+                f"`lsh_pattern` is 'window' and {' and '.join(f'`{name}` is True' for name in chunk_only)}, but a "
+                "query of this pattern sees only keys of its own bucket: set "
+                f"{', '.join(f'`{name}=False`' for name in chunk_only)}, or `lsh_pattern='chunk'`."
             )
         if self.lsh_pattern == "window" and "lsh" in self.attn_layers and self.lsh_num_chunks_before < 1:
             raise ValueError(

@@ -16,6 +16,13 @@ from .documents import Documents, starts_by_index, starts_by_length, starts_by_p
 _FEW_IDS = 16
 
 
+def check_call(config: ReformerHfConfig, kwargs: dict[str, Any], parameter: Tensor) -> None:
+    """Check that the model supports how it is called, apart from its inputs; `parameter` is one of the model."""
+    _check_not_transformed()
+    check_not_in_tree_cache(kwargs)
+    _check_not_partitioned(config, parameter)
+
+
 def check_inputs(
     config: ReformerHfConfig,
     input_ids: Tensor | None,
@@ -46,9 +53,14 @@ def check_inputs(
         )
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     shape = tuple(inputs.shape[:2])
-    if shape[1] < 1 or (not may_be_packed and shape[1] > config.max_position_embeddings):
+    if shape[1] == 0:
         raise ValueError(
-            f"The input is {shape[1]} tokens long, but this model takes 1 to {config.max_position_embeddings} "
+            "The input is empty (0 tokens long), but needs at least one token: to generate from an empty prompt, "
+            "start with the token `bos_token_id`."
+        )
+    if shape[1] > config.max_position_embeddings and not may_be_packed:
+        raise ValueError(
+            f"The input is {shape[1]} tokens long, but this model takes at most {config.max_position_embeddings} "
             "(`max_position_embeddings`): truncate the input, or train a model with more positions."
         )
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
@@ -121,7 +133,8 @@ def check_cache(
         names = f" of {[type(layer).__name__ for layer in layers]}" if layers else ""
         raise ValueError(
             f"`cache` is a {type(cache).__name__}{names}, but the layers of this model need {layer_types}: create it "
-            "with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`."
+            "with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=…)`. "
+            "Adapters that consist of keys and values, such as prefix tuning, are not supported."
         )
     if torch.compiler.is_compiling():
         return
@@ -230,10 +243,52 @@ def bucket_factors_of_call(config: ReformerHfConfig, num_buckets: int | Sequence
     return [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
 
 
-def check_not_exporting() -> None:
-    """Raise a `ValueError` under `torch.export`."""
+def check_is_causal(config: ReformerHfConfig) -> None:
+    """Check that a causal language model is not built from a config, or a checkpoint, of bidirectional attention."""
+    if config.is_decoder:
+        return
+    saved = [name for name in config.architectures or () if not name.endswith(("ForCausalLM", "WithLMHead"))]
+    if saved:
+        raise ValueError(
+            f"The checkpoint is of `{saved[0]}`, which attends in both directions (`is_decoder` is False), but a "
+            "causal language model needs weights of causal attention: load the encoder with `ReformerHfModel`, or "
+            "train a causal model. (`is_decoder=True` would use weights that were trained for other attention.)"
+        )
+    raise ValueError(
+        "`is_decoder` is False, but a causal language model needs causal attention: set `is_decoder=True`."
+    )
+
+
+def _check_not_partitioned(config: ReformerHfConfig, parameter: Tensor) -> None:
+    """Raise a `ValueError` if DeepSpeed partitions the parameters that a recomputation in the backward pass needs."""
+    if not (config.reversible or config.chunk_size_feed_forward or config.chunk_size_lm_head):
+        return
+    if torch.is_grad_enabled() and hasattr(parameter, "ds_id"):
+        raise ValueError(
+            "The parameters are partitioned by DeepSpeed ZeRO-3, so reversible layers and chunks cannot recompute "
+            "activations: use ZeRO-2 or FSDP2, or set `reversible=False`, `chunk_size_feed_forward=0` and "
+            "`chunk_size_lm_head=0`."
+        )
+
+
+def check_not_in_tree_cache(kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` for the cache argument of the in-tree model. As in Llama, other names are ignored."""
+    if kwargs.get("past_buckets_states") is not None:
+        raise ValueError(
+            "`past_buckets_states` is the cache of the in-tree Reformer, which this model does not read: pass "
+            "`cache=DynamicCache(config=model.config)`, or `use_cache=True`, and then the returned `cache`."
+        )
+
+
+def _check_not_transformed() -> None:
+    """Raise a `ValueError` under `torch.export` and the transforms of `torch.func`."""
     if torch.compiler.is_exporting():
         raise ValueError(
             "`torch.export` is not supported, because it would keep the sorted order of one input for all inputs: use "
             "`torch.compile`, or share the model as a folder (`save_pretrained`)."
+        )
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "The transforms of `torch.func` (`grad`, `vmap`, `jvp`) are not supported, because attention has its own "
+            "backward pass: use `backward()`, for gradients of single examples with batches of one."
         )

@@ -1,6 +1,8 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """The LM head: logits, and the cross entropy of the next token without storing the logits of all positions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
@@ -85,6 +87,15 @@ class ReformerHfLMHead(nn.Module):
         elif torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(hidden_states.device)
         return self(hidden_states, targets) / num_items_in_batch
+
+
+def check_not_fused(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if TRL would multiply the concatenated streams by tied weights; a forward pre-hook."""
+    if kwargs.get("fused_lm_head"):
+        raise ValueError(
+            "`tie_word_embeddings` is True, but the fused LM head of TRL needs a head as wide as the encoder output, "
+            "`2 * hidden_size`: train a model with `tie_word_embeddings=False`, or use `Trainer`."
+        )
 
 
 def states_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor, attention_mask: Tensor | None) -> Tensor:

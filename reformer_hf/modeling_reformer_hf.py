@@ -7,7 +7,6 @@ The Reformer (Kitaev, Kaiser, Levskaya 2020, arXiv 2001.04451) as Transformers m
 Parameter names are those of the in-tree model, so that its checkpoints load without conversion.
 """
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -31,14 +30,16 @@ from .generation_reformer_hf import ReformerHfGenerationMixin
 from .input_checks import (
     bucket_factors_of_call,
     check_cache,
+    check_call,
     check_input_ids,
     check_inputs,
+    check_is_causal,
     check_last_tokens,
-    check_not_exporting,
+    check_not_in_tree_cache,
     check_position_ids,
     documents_of_call,
 )
-from .lm_head import ReformerHfLMHead, states_to_keep
+from .lm_head import ReformerHfLMHead, check_not_fused, states_to_keep
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
 from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
@@ -49,9 +50,6 @@ from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
 
 logger = logging.get_logger(__name__)
-
-# Default LoRA targets: the projections to queries (`query_key` in LSH and full layers) and values.
-LORA_TARGETS = ["query_key", "query", "value"]
 
 
 class ReformerHfEncoder(nn.Module):
@@ -120,9 +118,6 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     def __init__(self, config: ReformerHfConfig, *args, **kwargs):
         # Fields may have changed since the config was created.
         config.validate_reformer()
-        if "peft" in sys.modules:
-            mapping = sys.modules["peft"].utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-            mapping.setdefault(config.model_type, LORA_TARGETS)
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -225,7 +220,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         Raises:
             ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
-        check_not_exporting()
+        check_call(self.config, kwargs, self.encoder.layer_norm.weight)
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
         packing = (seq_idx, cu_seq_lens_q)
@@ -257,17 +252,30 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        layers: Sequence[Any] = () if cache is None else cache.layers
+        appends = cache is not None and all(layer.can_append(inputs.shape[1]) for layer in layers)
+        encode = self._encode if appends else self._encode_uncompiled
         with torch.no_grad() if cache is not None and torch.is_grad_enabled() else nullcontext():
-            hidden_states = self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds)
-            call = AttentionCall.on(
-                hidden_states,
+            return encode(
+                (input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
+                cache,
+                output_hidden_states,
                 padding=padding,
                 num_hashes=num_hashes,
                 num_buckets=factors,
                 output_attentions=output_attentions,
                 documents=documents,
             )
-            return self.encoder(hidden_states, call, cache, output_hidden_states)
+
+    def _encode(
+        self, inputs: tuple, cache: Cache | None, output_hidden_states: bool, **options
+    ) -> ReformerHfModelOutput:
+        hidden_states = self.embeddings(*inputs)
+        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), cache, output_hidden_states)
+
+    @torch.compiler.disable(reason="Only decoding steps with a static cache are compiled: set `fullgraph=False`.")
+    def _encode_uncompiled(self, *args, **options) -> ReformerHfModelOutput:
+        return self._encode(*args, **options)
 
     def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
         """Count tokens from those in the cache on, `[B or 1, L]`; padding has the position of the token before it."""
@@ -295,13 +303,12 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ReformerHfConfig):
-        if not config.is_decoder:
-            raise ValueError(
-                "`is_decoder` is False, but a causal language model needs causal attention: set `is_decoder=True`."
-            )
+        check_is_causal(config)
         super().__init__(config)
         self.reformer = ReformerHfModel(config)
         self.lm_head = ReformerHfLMHead(config)
+        if config.tie_word_embeddings:
+            self.register_forward_pre_hook(check_not_fused, with_kwargs=True)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -370,6 +377,7 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         Returns:
             `ReformerHfCausalLMOutput`.
         """
+        check_not_in_tree_cache(kwargs)
         if cache is not None and isinstance(logits_to_keep, int) and logits_to_keep > 0:
             check_last_tokens(cache, attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
         outputs = self.reformer(

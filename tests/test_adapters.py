@@ -76,10 +76,57 @@ def test_save_load_and_merge(tmp_path):
         assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
+def _without_defaults():
+    """Leave the tables of PEFT as they are when it is imported after the model was built."""
+    tables = [table for name, table in vars(peft.utils.constants).items() if name.endswith("MODULES_MAPPING")]
+    for table in tables:
+        table.pop("reformer_hf", None)
+    return tables
+
+
 def test_default_targets():
-    model = peft.get_peft_model(random_model(attn_layers=LAYERS), peft.LoraConfig(r=2))
+    model = random_model(attn_layers=LAYERS)
+    tables = _without_defaults()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2))
     adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
     assert adapted == {"query_key", "query", "value"}
+    assert all("reformer_hf" in table for table in tables)
+
+
+@pytest.mark.parametrize("name", ["IA3Config", "LNTuningConfig", "VeraConfig", "LoHaConfig", "BeftConfig"])
+def test_other_adapters(name):
+    """With default targets: outside the layers' own parameters, as in VeRA, or in place of a norm."""
+    grads = []
+    for reversible in (True, False):
+        model = random_model(torch.float64, attn_layers=LAYERS, reversible=reversible)
+        torch.manual_seed(4)
+        model = peft.get_peft_model(model, getattr(peft, name)()).double().train()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+        _loss(model).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        assert_close(grad, grads[1][name], 1e-11, name)
+        assert grad.any()
+
+
+def test_tied_head_in_trl():
+    trl_utils = pytest.importorskip("trl.trainer.utils")
+    model = random_model(attn_layers=LAYERS, tie_word_embeddings=True)
+    expected = _loss(model)
+    trl_utils.add_fused_lm_head(model)
+    assert torch.equal(_loss(model), expected)
+    ids = torch.ones(1, 9, dtype=torch.long)
+    with pytest.raises(ValueError, match="`tie_word_embeddings` is True.*TRL.*`tie_word_embeddings=False`"):
+        model(input_ids=ids, labels=ids, fused_lm_head=True)
+
+
+def test_prefix_tuning():
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(random_model(attn_layers=LAYERS), config)
+    with pytest.raises(ValueError, match="prefix tuning, are not supported"):
+        _loss(model.train())
 
 
 def test_add_adapter_of_transformers():

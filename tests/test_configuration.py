@@ -41,9 +41,14 @@ def test_defaults():
 
 
 def test_number_of_layers():
-    config = ReformerHfConfig(attn_layers=["full", "lsh"], num_hidden_layers=17)
+    config = ReformerHfConfig(attn_layers=["full", "lsh"], num_hidden_layers=2)
     assert config.num_hidden_layers == 2
     assert config.attn_layers == ("full", "lsh")
+    assert ReformerHfConfig.from_dict(config.to_dict(), attn_layers=["lsh"]).num_hidden_layers == 1
+    in_tree = ReformerConfig(num_hidden_layers=2).to_dict()
+    assert ReformerHfConfig.from_dict(in_tree, attn_layers=["lsh"]).num_hidden_layers == 1
+    with pytest.raises(ValueError, match="`num_hidden_layers` is 12, but `attn_layers` has 2 entries"):
+        ReformerHfConfig.from_dict(config.to_dict(), num_hidden_layers=12)
 
 
 def test_derived_head_size():
@@ -83,8 +88,13 @@ BAD_FIELDS = [
     # Fields, and what the message must say: the field, its value, and what to do.
     (
         {"axial_pos_shape": (8, 8), "max_position_embeddings": 65},
-        ["`axial_pos_shape`", "(8, 8)", "64", "65", "(5, 16)"],
+        ["`axial_pos_shape`", "(8, 8)", "64", "65", "first axis", "(9, 8)"],
     ),
+    (
+        {"axial_pos_shape": (4, 4, 4), "max_position_embeddings": 65},
+        ["`axial_pos_shape`", "64", "65", "first axis", "(5, 4, 4)"],
+    ),
+    ({"num_hidden_layers": 12}, ["`num_hidden_layers`", "12", "`attn_layers` has 6", "* 6", "leave"]),
     ({"axial_pos_shape": (8, 8, 2)}, ["`axial_pos_shape`", "128", "`max_position_embeddings`", "4096", "enlarge"]),
     ({"axial_pos_embds_dim": (64, 64)}, ["`axial_pos_embds_dim`", "(64, 64)", "128", "`hidden_size`", "256", "None"]),
     ({"axial_pos_shape": (64, 8, 8), "axial_pos_embds_dim": (64, 192)}, ["(64, 8, 8)", "(64, 192)", "same number"]),
@@ -117,9 +127,13 @@ BAD_FIELDS = [
     ({"local_attn_chunk_length": 0}, ["`local_attn_chunk_length`", "0", "at least 1"]),
     ({"lsh_attn_chunk_length": None}, ["`lsh_attn_chunk_length`", "None", "at least 1"]),
     ({"lsh_pattern": "windows"}, ["`lsh_pattern`", "'windows'", "'chunk', 'window'"]),
-    ({"lsh_across_buckets": True}, ["`lsh_across_buckets`", "True", "False", "`lsh_pattern='chunk'`"]),
+    ({"lsh_across_buckets": True}, ["`lsh_across_buckets=False`", "True", "`lsh_pattern='chunk'`"]),
+    (
+        {"lsh_across_buckets": True, "wrap_chunks": True},
+        ["'window'", "`lsh_across_buckets` is True and `wrap_chunks` is True", "`lsh_across_buckets=False`, `wrap_ch"],
+    ),
     ({"lsh_num_chunks_before": 0}, ["`lsh_num_chunks_before`", "0", "'window'", "at least 1"]),
-    ({"wrap_chunks": True}, ["`wrap_chunks`", "True", "'window'", "set it to False"]),
+    ({"wrap_chunks": True}, ["`wrap_chunks`", "True", "'window'", "`wrap_chunks=False`"]),
     ({"wrap_chunks": True, "lsh_pattern": "chunk"}, ["`wrap_chunks`", "`lsh_across_buckets=True`", "set it to False"]),
     (
         {"wrap_chunks": True, "lsh_pattern": "chunk", "lsh_across_buckets": True, "lsh_deduplicate_keys": True},
@@ -306,7 +320,7 @@ def test_overrides_come_first(tmp_path):
 def test_overrides_of_in_tree_behaviour(tmp_path):
     """The pattern of an in-tree file is changed together with what belongs to it, or not at all."""
     folder = _in_tree_folder(tmp_path)
-    with pytest.raises(ValueError, match="`lsh_across_buckets` is True"):
+    with pytest.raises(ValueError, match="`lsh_across_buckets=False`, `wrap_chunks=False`"):
         ReformerHfConfig.from_pretrained(folder, lsh_pattern="window")
     config = ReformerHfConfig.from_pretrained(
         folder, lsh_pattern="window", lsh_across_buckets=False, wrap_chunks=False

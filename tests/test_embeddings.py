@@ -35,6 +35,20 @@ def _definition(embeddings, position):
     return torch.cat([table[i] for table, i in zip(tables, coordinates, strict=True)])
 
 
+def test_growing_an_axis():
+    """A longer first axis moves no position, as the message of the config says; any other one does."""
+    config = {"axial_pos_embds_dim": (8, 24), "max_position_embeddings": 60}
+    embeddings = AxialPositionEmbeddings(tiny_config(axial_pos_shape=(6, 10), **config)).eval()
+    for weight in embeddings.weights:
+        torch.nn.init.normal_(weight)
+    for axis, shape in enumerate(((9, 10), (6, 15))):
+        grown = AxialPositionEmbeddings(tiny_config(axial_pos_shape=shape, **config)).eval()
+        for new, old in zip(grown.weights, embeddings.weights, strict=True):
+            new.data[: old.shape[0], : old.shape[1]] = old.data
+        position_ids = torch.arange(60)[None]
+        assert torch.equal(grown(position_ids), embeddings(position_ids)) == (axis == 0)
+
+
 def _in_tree(embeddings):
     shape, dims = SHAPES[2]
     config = ReformerConfig(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ReformerConfig, ReformerForMaskedLM, ReformerForSequenceClassification
 
 from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
 from reformer_hf.hashing import bucket_factors
@@ -262,10 +263,10 @@ BAD_INPUTS = {
     "id-negative": ({"input_ids": torch.tensor([[1, -1]])}, r"`input_ids` holds -1.*\[0, 59\].*use the tokenizer"),
     "too-long": (
         {"input_ids": torch.ones(1, 257, dtype=torch.long)},
-        r"257 tokens long.* 1 to 256 \(`max_position_embeddings`\): truncate the input",
+        r"257 tokens long.*at most 256 \(`max_position_embeddings`\): truncate the input",
     ),
     "embeds-too-long": ({"inputs_embeds": torch.ones(1, 257, 32)}, r"257 tokens long.*`max_position_embeddings`"),
-    "empty": ({"input_ids": IDS[:, :0]}, r"0 tokens long.* takes 1 to 256"),
+    "empty": ({"input_ids": IDS[:, :0]}, "input is empty.*at least one token.*`bos_token_id`"),
     "ids-of-one-axis": ({"input_ids": IDS[0]}, r"`input_ids` has shape \(5,\).*must be \[B, L\]"),
     "mask-too-short": (
         {"input_ids": IDS, "attention_mask": torch.ones(2, 4)},
@@ -300,6 +301,10 @@ BAD_INPUTS = {
         {"input_ids": IDS, "past_key_values": ()},
         r"`cache` is a tuple.*create it with `DynamicCache\(config=model.config\)`",
     ),
+    "in-tree-cache": (
+        {"input_ids": IDS, "past_buckets_states": [(None, None)]},
+        r"`past_buckets_states` is.*pass `cache=DynamicCache\(config=model.config\)`",
+    ),
 }
 
 
@@ -315,6 +320,39 @@ def test_bad_inputs():
             if not re.search(said, str(error)):
                 failed.append((name, str(error)))
     assert not failed
+
+
+def test_unknown_names():
+    """Ignored, as by Llama; the cache of the in-tree model is not, by either class."""
+    model = _model(torch.float32, ReformerHfForCausalLM)
+    expected = model(IDS).logits
+    assert torch.equal(model(IDS, past_buckets_states=None, token_type_ids=IDS).logits, expected)
+    with pytest.raises(ValueError, match="`past_buckets_states`"):
+        model.reformer(IDS, past_buckets_states=[(None, None)])
+
+
+@pytest.mark.parametrize("cls", [ReformerForMaskedLM, ReformerForSequenceClassification])
+def test_bidirectional_checkpoint(cls, tmp_path):
+    fields = {"attn_layers": ["lsh"], "hidden_size": 16, "num_attention_heads": 1, "attention_head_size": 8}
+    cls(ReformerConfig(**fields, axial_pos_embds_dim=(4, 12), feed_forward_size=8, num_buckets=2)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=rf"{cls.__name__}.*both directions.*with `ReformerHfModel`"):
+        ReformerHfForCausalLM.from_pretrained(tmp_path)
+    assert not ReformerHfModel.from_pretrained(tmp_path).config.is_decoder
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_function_transforms(reversible):
+    model = _model(torch.float32, reversible=reversible)
+    parameters = dict(model.named_parameters())
+
+    def total(parameters):
+        return torch.func.functional_call(model, parameters, (IDS,))[0].square().sum()
+
+    with pytest.raises(ValueError, match="`torch.func`.*are not supported"):
+        torch.func.grad(total)(parameters)
+    total(parameters).backward()
 
 
 def test_bad_models():

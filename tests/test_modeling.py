@@ -206,7 +206,7 @@ def test_hidden_states_and_attentions(causal, input_ids):
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones(2, 50)}
     inputs["attention_mask"][1, :9] = 0
     plain = model(**inputs)
-    assert list(plain) == ["last_hidden_state"] and plain.last_hidden_state.shape == (2, 50, 64)
+    assert list(plain) == ["last_hidden_state"] and plain.last_hidden_state.shape == (2, 50, model.config.output_size)
     streams = []
     for layer in model.encoder.layers:
         layer.register_forward_hook(lambda _, args, returned: streams.append((args[1], returned[1])))

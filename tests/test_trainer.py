@@ -118,6 +118,14 @@ def test_evaluation_during_training(head_chunk, tmp_path):
     )
 
 
+def test_predictions_with_attentions(tmp_path):
+    """They are the logits alone, whatever else the model returns."""
+    expected = _trainer(tmp_path).predict(Dataset.from_list(_rows())).predictions
+    fields = {"output_attentions": True, "output_hidden_states": True}
+    found = _trainer(tmp_path, model_fields=fields).predict(Dataset.from_list(_rows())).predictions
+    assert found.shape == (8, 33, 60) and (found == expected).all()
+
+
 def test_evaluation_changes_no_step(tmp_path):
     """A model that is evaluated, and trained again, does what it would have done. (Loaders draw a seed.)"""
     losses = []

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,9 +39,19 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def partitions_gathered(tensors: dict[str, torch.Tensor]):
+    """With the parameters that DeepSpeed has partitioned, if any, in one piece."""
+    if not any(hasattr(tensor, "ds_id") for tensor in tensors.values()):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(tensors.values()))
+
+
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     # Every rank takes part in gathering; one writes. Weights of two names are two.
-    tensors = {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+    with partitions_gathered(tensors):
+        tensors = {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
     if RANK == 0:
         save_file(tensors, path)
 
@@ -129,12 +140,13 @@ def train(
     stop_at: int | None = None,
     file_limit: int | None = None,
     wrap: str = "ddp",
+    reversible: bool = True,
     **arguments,
 ) -> None:
     """A run of `Trainer` with checkpoints every two steps, unless `arguments` say otherwise."""
     set_seed(0)
     fields = {"attn_layers": LAYERS, **(DROPOUT if dropout else {"hash_seed": 0})}
-    model = ReformerHfForCausalLM(tiny_config(**fields))
+    model = ReformerHfForCausalLM(tiny_config(**fields, reversible=reversible))
     if wrap == "plan":
         init_process_group("gloo")
         model = sharded_at_load(model, Path(folder, "initial"))

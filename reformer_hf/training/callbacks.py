@@ -2,6 +2,8 @@
 """Callbacks for `Trainer`: stop on non-finite gradients, and save a checkpoint on SIGTERM."""
 
 import signal
+import sys
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ class StopOnNonFinite(TrainerCallback):
     Stop training before an optimizer step with non-finite gradients.
 
     The weights and the last checkpoint stay intact. A NaN loss has non-finite gradients too. With fp16 the callback
-    does nothing, because `GradScaler` skips such steps.
+    does nothing, because `GradScaler` skips such steps; with DeepSpeed it warns and does nothing, because DeepSpeed
+    has taken the step.
 
     Raises:
         `NonFiniteGradientsError`: If the norm of the gradients is infinite or NaN.
@@ -31,6 +34,9 @@ class StopOnNonFinite(TrainerCallback):
         if args.fp16:
             return
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not grads:
+            logger.warning_once("`StopOnNonFinite` finds no gradients to check, for example with DeepSpeed.")
+            return
         norm = get_total_norm(grads)
         # Gradients may be sharded.
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -50,16 +56,34 @@ class SaveOnSigterm(TrainerCallback):
     `enable_jit_checkpoint` of Transformers, the checkpoint may be saved within a step, after random numbers of that
     step are drawn.) In distributed training all processes stop at the same step, whichever receives the signal.
     Training must run in the main thread, because only that can handle signals.
+
+    The first signal and the end of training restore the previous handler, so a second signal has its usual effect.
+    If training raises an exception, `Trainer` does not tell its callbacks; a later signal is then passed on to the
+    previous handler.
     """
 
     def __init__(self) -> None:
         self.stopped = False
         self._previous_handler: Any = None
+        self._training_loop: CodeType | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # Earlier training may have raised an exception.
+        self._restore_handler()
+        self.stopped = False
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") == TrainerCallback.__module__:
+            frame = frame.f_back
+        self._training_loop = frame.f_code
         self._previous_handler = signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, signum, frame):
+        self._restore_handler()
+        while frame is not None and frame.f_code is not self._training_loop:
+            frame = frame.f_back
+        if frame is None:
+            signal.raise_signal(signum)
+            return
         logger.warning("Received SIGTERM: saving a checkpoint and stopping after this step.")
         self.stopped = True
 
@@ -72,4 +96,9 @@ class SaveOnSigterm(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._previous_handler)
+        self._restore_handler()
+
+    def _restore_handler(self) -> None:
+        # Another handler may have replaced this one.
+        if signal.getsignal(signal.SIGTERM) == self._stop:
+            signal.signal(signal.SIGTERM, self._previous_handler or signal.SIG_DFL)

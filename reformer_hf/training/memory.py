@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..activation_memory import kept_activations, recomputes_activations
 from ..chunked import suitable_chunk_size
 from ..configuration_reformer_hf import ReformerHfConfig
 from ..device_policy import policy_for
@@ -27,6 +28,7 @@ class MemoryEstimate:
         feed_forward (`int`): Temporary tensors of the backward pass of one feed-forward layer, including the streams.
         last_layer (`int`): Additional tensors of the last layer: its output, which is not overwritten, and the
             gradients of the head.
+        activations (`int`): Activations of all layers, if the step keeps them (`max_kept_activations` of the config).
     """
 
     parameters: int
@@ -37,6 +39,7 @@ class MemoryEstimate:
     attention: int
     feed_forward: int
     last_layer: int
+    activations: int
 
     @property
     def total(self) -> int:
@@ -49,30 +52,32 @@ class MemoryEstimate:
         `gradients`.
         """
         layer = max(self.attention, self.feed_forward)
-        start = self.sort_orders + max(self.head, layer + self.last_layer)
+        start = self.sort_orders + self.activations + max(self.head, layer + self.last_layer)
         return self.parameters + self.optimizer + max(start, layer + self.gradients)
 
 
 def estimate_training_memory(
-    config: ReformerHfConfig,
+    config: ReformerHfConfig | ReformerHfForCausalLM,
     length: int,
     batch_size: int = 1,
     num_hashes: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
     optimizer_bytes: int = 8,
     device: str = "cpu",
 ) -> MemoryEstimate:
     """
     Estimate the peak memory of a training step of `ReformerHfForCausalLM`, without dropout and padding.
 
+    For a step that keeps activations (`max_kept_activations` of the config) the estimate is an upper bound.
+
     Args:
-        config (`ReformerHfConfig`): A config with `reversible=True` and without layers of full attention, whose
-            memory is quadratic.
+        config (`ReformerHfConfig` or `ReformerHfForCausalLM`): A config or model with `reversible=True` and without
+            layers of full attention, whose memory is quadratic. Frozen parameters of a model have no gradients.
         length (`int`): Sequence length.
         batch_size (`int`, defaults to 1): Batch size.
         num_hashes (`int`, *optional*): Number of hash rounds. `None` uses that of the config.
-        dtype (`torch.dtype`, defaults to `torch.float32`): Dtype of the weights. The residual streams are in fp32 or
-            a wider dtype.
+        dtype (`torch.dtype` or `str`, *optional*): Dtype of the weights, such as `"bfloat16"`. `None` means that of
+            the model, or fp32 for a config. The residual streams are in fp32 or a wider dtype.
         optimizer_bytes (`int`, defaults to 8): Bytes of optimizer state per parameter. AdamW in fp32 has 8.
         device (`str`, defaults to `"cpu"`): Device type, which determines chunk and tile sizes.
 
@@ -80,8 +85,26 @@ def estimate_training_memory(
         `MemoryEstimate`: The terms and their total, in bytes.
 
     Raises:
-        `ValueError`: If the config is not reversible or has layers of full attention.
+        `ValueError`: If the config is not reversible or has layers of full attention, or if an argument is out of
+            range.
     """
+    model = config if isinstance(config, ReformerHfForCausalLM) else None
+    if model is not None:
+        config = model.config
+    if not isinstance(config, ReformerHfConfig):
+        raise ValueError(
+            f"`config` is a {type(config).__name__}, but must be a `ReformerHfConfig` or a `ReformerHfForCausalLM`."
+        )
+    num_hashes = config.num_hashes if num_hashes is None else num_hashes
+    dtype = _dtype(dtype) if dtype is not None else torch.float32 if model is None else model.dtype
+    for name, value in (("length", length), ("batch_size", batch_size), ("num_hashes", num_hashes)):
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"`length` is {length}, but the model takes at most {config.max_position_embeddings} tokens: increase "
+            "`max_position_embeddings` of the config."
+        )
     if not config.reversible or "full" in config.attn_layers:
         raise ValueError(
             f"`reversible` is {config.reversible} and `attn_layers` is {config.attn_layers}, but the estimate covers "
@@ -93,21 +116,32 @@ def estimate_training_memory(
         length,
         size=dtype.itemsize,
         wide=torch.promote_types(dtype, torch.float32).itemsize,
-        rounds=num_hashes or config.num_hashes,
+        rounds=num_hashes,
         device=device,
     )
-    with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in ReformerHfForCausalLM(config).parameters())
+    recomputes = recomputes_activations(config, shape.positions, torch.device(device))
+    if model is None:
+        with torch.device("meta"):
+            model = ReformerHfForCausalLM(config)
+    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return MemoryEstimate(
-        parameters=num_parameters * shape.size,
-        gradients=num_parameters * shape.size,
-        optimizer=num_parameters * optimizer_bytes,
+        parameters=model.num_parameters() * shape.size,
+        gradients=num_trainable * shape.size,
+        optimizer=num_trainable * optimizer_bytes,
         sort_orders=config.attn_layers.count("lsh") * shape.sort_order,
         head=shape.head,
         attention=max(shape.attention(kind) for kind in set(config.attn_layers)),
         feed_forward=shape.feed_forward,
         last_layer=2 * shape.stream + (2 * config.hidden_size + 1) * config.vocab_size * shape.size,
+        activations=0 if recomputes else kept_activations(config, shape.positions) * shape.wide // 4,
     )
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"`dtype` is {dtype!r}, but must be a floating-point dtype of torch, such as 'bfloat16'.")
+    return found
 
 
 @dataclass(frozen=True)

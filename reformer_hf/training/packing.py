@@ -4,6 +4,7 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,8 +119,9 @@ class CausalCollator:
     """
     Collate sequences into batches for causal language modeling.
 
-    Batches have `input_ids` and `labels` `[B, L]`, and an `attention_mask` `[B, L]` if the sequences differ in length.
-    Shorter sequences are padded on the right; the loss ignores padding.
+    Batches have `input_ids` and `labels` `[B, L]`, and an `attention_mask` `[B, L]` if there is padding. Shorter
+    sequences are padded on the right. The labels are those of the examples, for instance with -100 for a prompt, or
+    else the ids. The loss ignores padding, including that of an example's own `attention_mask`.
 
     Args:
         pad_token_id (`int`): Id of the padding token.
@@ -128,12 +130,27 @@ class CausalCollator:
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
-    def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        rows = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]
-        lengths = torch.tensor([len(row) for row in rows])
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
-        is_token = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~is_token, -100)}
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [example["input_ids"] for example in examples]
+        masks = [example.get("attention_mask", np.ones(len(example["input_ids"]))) for example in examples]
+        labels = [example.get("labels", example["input_ids"]) for example in examples]
+        for name, values in (("labels", labels), ("attention_mask", masks)):
+            for row, of_row in zip(rows, values, strict=True):
+                if len(row) != len(of_row):
+                    raise ValueError(
+                        f"An example has {len(row)} `input_ids`, but {len(of_row)} `{name}`: give one for each token, "
+                        "or leave them out."
+                    )
+        is_token = _padded(masks, 0).bool()
+        batch = {
+            "input_ids": _padded(rows, self.pad_token_id),
+            "labels": _padded(labels, -100).masked_fill(~is_token, -100),
+        }
         if not is_token.all():
             batch["attention_mask"] = is_token.long()
         return batch
+
+
+def _padded(rows: list, value: int) -> Tensor:
+    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

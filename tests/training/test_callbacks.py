@@ -1,12 +1,15 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""When callbacks stop training."""
+"""When callbacks stop training, and which handler receives signals afterwards."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerControl
+from transformers.trainer_callback import CallbackHandler
 
-from reformer_hf.training import NonFiniteGradientsError, StopOnNonFinite
+from reformer_hf.training import NonFiniteGradientsError, SaveOnSigterm, StopOnNonFinite
 
 
 @pytest.mark.parametrize("grad", [float("nan"), float("inf"), -float("inf")])
@@ -22,3 +25,51 @@ def test_non_finite_gradients(grad):
         callback.on_pre_optimizer_step(args, state, None, model=model)
     args.fp16 = True
     callback.on_pre_optimizer_step(args, state, None, model=model)
+
+
+@pytest.fixture
+def received():
+    """The signals that the handler of the process has received."""
+    numbers = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: numbers.append(number))
+    yield numbers
+    signal.signal(signal.SIGTERM, previous)
+
+
+def _train(callback, signals=0, fails=False):
+    """Training as `Trainer` calls its callbacks: not at all when a step raises."""
+    handler = CallbackHandler([callback], None, None, None, None)
+    handler.on_train_begin(None, None, TrainerControl())
+    for _ in range(signals):
+        signal.raise_signal(signal.SIGTERM)
+    if fails:
+        raise RuntimeError("a step failed")
+    control = handler.on_step_end(None, None, TrainerControl())
+    handler.on_train_end(None, None, control)
+    return control
+
+
+def test_sigterm(received):
+    before, callback = signal.getsignal(signal.SIGTERM), SaveOnSigterm()
+    control = _train(callback, signals=1)
+    assert callback.stopped and control.should_save and control.should_training_stop and not received
+    assert signal.getsignal(signal.SIGTERM) is before
+    control = _train(callback)
+    assert not (callback.stopped or control.should_save)
+
+
+def test_second_sigterm(received):
+    """It is the previous handler's, as it is without the callback."""
+    _train(callback := SaveOnSigterm(), signals=2)
+    assert callback.stopped and received == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_sigterm_after_failed_training(retries, received):
+    before, callback = signal.getsignal(signal.SIGTERM), SaveOnSigterm()
+    for _ in range(1 + retries):
+        with pytest.raises(RuntimeError, match="a step failed"):
+            _train(callback, fails=True)
+    signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM] and not callback.stopped
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -29,8 +29,9 @@ def _peak(config, length, batch_size, dtype=torch.float32) -> int:
 SIZES = {
     "is_decoder": True,
     "max_position_embeddings": 8192,
-    "hidden_dropout_prob": 0.0,
+    # Activations are recomputed at any length.
     "max_kept_activations": 0,
+    "hidden_dropout_prob": 0.0,
 }
 CONFIGS = {
     "lsh": {"attn_layers": ["lsh"] * 2, "num_hashes": 4},
@@ -57,6 +58,14 @@ def test_estimate_is_near(name):
     _assert_near(name, 2, 1000)
 
 
+def test_kept_activations():
+    """Short steps keep activations by default. The estimate is then an upper bound."""
+    config = ReformerHfConfig(**{**CONFIGS["deep"], **SIZES, "max_kept_activations": None})
+    estimate = estimate_training_memory(config, 1000, 2, optimizer_bytes=0)
+    assert 0.7 < _peak(config, 1000, 2) / (estimate.total - estimate.parameters) < 1
+    assert estimate_training_memory(config, 8192).activations == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "length"), [(1, 8192), (2, 3000)], ids=["B1", "B2"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -73,6 +82,33 @@ def test_depth_adds_gradients_alone():
         peaks.append(_peak(config, 2048, 1))
         gradients.append(estimate_training_memory(config, 2048).gradients)
     assert abs((peaks[1] - peaks[0]) - (gradients[1] - gradients[0])) < 0.01 * peaks[0], (peaks, gradients)
+
+
+def test_config_or_model():
+    """A model of the dtype gives what its config does; frozen weights take no gradients and optimizer state."""
+    config = ReformerHfConfig(**SIZES, attn_layers=["lsh"])
+    model = ReformerHfForCausalLM(config).to(torch.bfloat16)
+    expected = estimate_training_memory(config, 1024, dtype=torch.bfloat16)
+    assert estimate_training_memory(model, 1024) == expected
+    assert estimate_training_memory(config, 1024, dtype="bfloat16") == expected
+    assert estimate_training_memory(config, 1024).parameters == 2 * expected.parameters
+    model.reformer.requires_grad_(False)
+    frozen = estimate_training_memory(model, 1024)
+    head = sum(parameter.numel() for parameter in model.lm_head.parameters())
+    assert (frozen.parameters, frozen.gradients, frozen.optimizer) == (expected.parameters, 2 * head, 8 * head)
+
+
+def test_bad_arguments():
+    for arguments, said in (
+        ({"length": 0}, "`length` is 0.*at least 1"),
+        ({"length": 8193}, "`length` is 8193.*at most 8192.*`max_position_embeddings`"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"num_hashes": 0}, "`num_hashes` is 0"),
+        ({"dtype": "bf16"}, "`dtype` is 'bf16'.*'bfloat16'"),
+        ({"config": {}}, "`config` is a dict.*`ReformerHfConfig`"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            estimate_training_memory(**{"config": ReformerHfConfig(**SIZES), "length": 1024, **arguments})
 
 
 def test_uncovered_models():

@@ -118,3 +118,14 @@ def test_collator():
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert all(x.dtype == torch.long for x in batch.values())
     assert "attention_mask" not in CausalCollator(0)([{"input_ids": [5, 6]}, {"input_ids": [7, 8]}])
+
+
+def test_collator_keeps_labels():
+    """Of a prompt without loss, and of rows that the tokenizer has padded."""
+    examples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+    assert CausalCollator(0)(examples)["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    batch = CausalCollator(0)([{"input_ids": [5, 6, 7, 8]}, {"input_ids": [0, 9, 9], "attention_mask": [0, 1, 1]}])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7, 8], [-100, 9, 9, -100]]
+    with pytest.raises(ValueError, match="2 `input_ids`.*1 `labels`"):
+        CausalCollator(0)([{"input_ids": [5, 6], "labels": [1]}])
