@@ -1,6 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Dropout, and the state to replay in a recomputation: of generators, autocast and modules."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,37 +20,56 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-# Resolution of dropout rates: one random number of 64 bits decides for four elements.
-_LEVELS = 1 << 16
-
-
-def keep_mask(like: Tensor, rate: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+@dataclass(frozen=True)
+class KeepLevels:
     """
-    Draw a dropout mask, several times faster than by `bernoulli_`.
+    Random levels that decide which elements dropout keeps: those at the threshold or above.
+
+    A random number of 64 bits decides for several elements, which is many times faster than `bernoulli_`.
 
     Args:
-        like: A tensor of the shape and on the device of the mask.
-        rate: Dropout rate, rounded to a multiple of 2^-16.
-        generator: A generator; `None` uses the global one of the device.
-
-    Returns:
-        The mask, True for elements to keep, and the factor to scale them by.
+        levels: Uniform random integers, int8 or int16.
+        threshold: The lowest level that is kept.
+        scale: The factor for kept elements, the inverse of their share.
     """
-    dropped = min(round(rate * _LEVELS), _LEVELS - 1)
-    drawn = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
-    levels = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
-    return (levels >= dropped - _LEVELS // 2).view(like.shape), _LEVELS / (_LEVELS - dropped)
+
+    levels: Tensor
+    threshold: int
+    scale: float
+
+    @classmethod
+    def draw(cls, like: Tensor, rate: float, generator: torch.Generator | None = None) -> "KeepLevels":
+        """
+        Draw levels.
+
+        Args:
+            like: A tensor of the shape and on the device of the levels.
+            rate: Dropout rate, rounded to a multiple of 1/256 if that changes it by at most 2 %, else of 2^-16.
+            generator: A generator; `None` uses the global one of the device.
+        """
+        bits = 8 if abs(round(rate * 256) / 256 - rate) <= 0.02 * rate else 16
+        num_levels = 1 << bits
+        dropped = min(round(rate * num_levels), num_levels - 1)
+        drawn = torch.empty(math.ceil(like.numel() * bits / 64), dtype=torch.int64, device=like.device)
+        drawn.random_(-(2**63), None, generator=generator)
+        levels = drawn.view(torch.int8 if bits == 8 else torch.int16)[: like.numel()].view(like.shape)
+        return cls(levels, dropped - num_levels // 2, num_levels / (num_levels - dropped))
+
+    def mask(self, dtype: torch.dtype, positions: slice = slice(None)) -> Tensor:
+        """Return 1 for elements to keep and 0 for others, at some positions of `[B, L, …]`."""
+        levels = self.levels[:, positions]
+        return torch.ge(levels, self.threshold, out=torch.empty(levels.shape, dtype=dtype, device=levels.device))
 
 
 def dropout(tensor: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
-    """Apply dropout, with the global random number generator of the device unless one is given."""
+    """Apply dropout to `[B, L, …]`, with the global random number generator of the device unless one is given."""
     if not rate:
         return tensor
-    keep, scale = keep_mask(tensor, rate, generator)
+    keep = KeepLevels.draw(tensor, rate, generator)
     if tensor.dtype.itemsize < 4:
         # The scale would lose digits.
-        return tensor * keep * scale
-    return tensor * keep.to(tensor.dtype).mul_(scale)
+        return tensor * keep.mask(tensor.dtype) * keep.scale
+    return tensor * keep.mask(tensor.dtype).mul_(keep.scale)
 
 
 class Dropout:
@@ -65,9 +85,9 @@ class Dropout:
         return cls(rate, seed, device) if rate > 0 else None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the factors of the next tensor: zero, or the inverse of the keep rate."""
-        keep, scale = keep_mask(tensor, self._rate, self._generator)
-        return keep.to(tensor.dtype).mul_(scale)
+        """Return the factors of the next tensor `[g, n, …]`: zero, or the inverse of the keep rate."""
+        keep = KeepLevels.draw(tensor, self._rate, self._generator)
+        return keep.mask(tensor.dtype).mul_(keep.scale)
 
 
 @dataclass(frozen=True)
@@ -79,13 +99,15 @@ class SeededDropout:
 
     def of(self, tensor: Tensor) -> Callable[[Tensor, slice], Tensor]:
         """Return a function that applies the dropout of `[B, L, …]` to a summand at some positions."""
-        generator = torch.Generator(tensor.device).manual_seed(self.seed)
-        keep, scale = keep_mask(tensor, self.rate, generator)
-        return lambda summand, positions: torch.mul(summand, keep[:, positions]).mul_(scale)
+        keep = KeepLevels.draw(tensor, self.rate, self._generator(tensor))
+        return lambda summand, at: keep.mask(summand.dtype, at).mul_(summand).mul_(keep.scale)
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Apply the dropout to all positions."""
-        return dropout(tensor, self.rate, torch.Generator(tensor.device).manual_seed(self.seed))
+        """Apply the dropout to all positions, differentiably."""
+        return dropout(tensor, self.rate, self._generator(tensor))
+
+    def _generator(self, tensor: Tensor) -> torch.Generator:
+        return torch.Generator(tensor.device).manual_seed(self.seed)
 
 
 class ReplayState:
