@@ -349,7 +349,7 @@ def residual_layer(
         return y1, y2, found
     if x1.dtype.itemsize < 4:
         logger.warning_once(
-            f"The residual streams are in {x1.dtype}, so recomputed activations and gradients are inaccurate: keep them "
+            f"The residual streams are in {x1.dtype}, so recomputed activations are inaccurate: keep them "
             "in fp32, for FSDP2 with `MixedPrecisionPolicy(…, cast_forward_inputs=False)`."
         )
     record = _Record((attention, feed_forward))

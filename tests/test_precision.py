@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from reformer_hf import ReformerHfForCausalLM, reversible
+from reformer_hf import ReformerHfForCausalLM
+from reformer_hf.reversible import logger
 
 from .helpers import assert_close, gradients, random_model, relative_rms, tiny_config
 
@@ -157,7 +158,7 @@ def test_grad_scaler_skips_overflow():
 def test_cast_streams_warn(monkeypatch):
     """As FSDP2 casts the inputs of a layer, unless told otherwise."""
     messages = []
-    monkeypatch.setattr(reversible.logger, "warning_once", messages.append)
+    monkeypatch.setattr(logger, "warning_once", messages.append)
     model = random_model(attn_layers=LAYERS).train()
     model(**_batch())
     assert not messages
