@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
+from .input_checks import EMPTY_INPUT
 from .lsh_attention import factors_of
 
 
@@ -48,6 +49,8 @@ class ReformerHfGenerationMixin(GenerationMixin):
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Count tokens as in Transformers, but give padding on the right the position of the last token."""
+        if inputs_tensor.shape[1] == 0:
+            raise ValueError(EMPTY_INPUT)
         attention_mask = model_kwargs.get("attention_mask")
         if attention_mask is None:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)

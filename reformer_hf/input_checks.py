@@ -12,6 +12,11 @@ from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
 from .documents import Documents, starts_by_index, starts_by_length, starts_by_position
 
+EMPTY_INPUT = (
+    "The input is empty (0 tokens long), but needs at least one token: to generate from an empty prompt, start with "
+    "the token `bos_token_id`."
+)
+
 # Up to this number, ids are compared faster in Python than by torch.
 _FEW_IDS = 16
 
@@ -54,10 +59,7 @@ def check_inputs(
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     shape = tuple(inputs.shape[:2])
     if shape[1] == 0:
-        raise ValueError(
-            "The input is empty (0 tokens long), but needs at least one token: to generate from an empty prompt, "
-            "start with the token `bos_token_id`."
-        )
+        raise ValueError(EMPTY_INPUT)
     if shape[1] > config.max_position_embeddings and not may_be_packed:
         raise ValueError(
             f"The input is {shape[1]} tokens long, but this model takes at most {config.max_position_embeddings} "
@@ -88,6 +90,19 @@ def check_input_ids(config: ReformerHfConfig, input_ids: Tensor | None) -> None:
 def check_position_ids(config: ReformerHfConfig, position_ids: Tensor | None) -> None:
     """Check that the model has an embedding for each position. This reads values, and so waits for the device."""
     _check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
+
+
+def check_attention_mask(attention_mask: Tensor | None, length: int) -> None:
+    """Check that the mask of the last tokens is of zeros and ones. This reads values, and so waits for the device."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return
+    mask = attention_mask[:, -length:]
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.numel():
+        raise ValueError(
+            f"`attention_mask` holds {wrong[0].item()}, but must be 1 for tokens and 0 for padding: do not pass an "
+            "additive mask (0 and -inf) or the indices of packed documents."
+        )
 
 
 def _check_range(name: str, ids: Tensor | None, limit: int, field: str) -> None:

@@ -29,6 +29,7 @@ from .full_cache import FullCacheLayer, StaticFullCacheLayer
 from .generation_reformer_hf import ReformerHfGenerationMixin
 from .input_checks import (
     bucket_factors_of_call,
+    check_attention_mask,
     check_cache,
     check_call,
     check_input_ids,
@@ -233,6 +234,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         if checks_values:
             check_input_ids(self.config, input_ids)
             check_position_ids(self.config, position_ids)
+            check_attention_mask(attention_mask, inputs.shape[1])
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
         padding = None

@@ -20,9 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .chunked import chunks_of, map_chunks, vjp_chunks
 from .rng import ReplayState, SeededDropout
+
+logger = logging.get_logger(__name__)
 
 Streams = tuple[Tensor, Tensor]
 Gradients = list[Tensor | None]
@@ -344,6 +347,11 @@ def residual_layer(
         y1, found = attention.add_to(x1, x2)
         y2, _ = feed_forward.add_to(x2, y1)
         return y1, y2, found
+    if x1.dtype.itemsize < 4:
+        logger.warning_once(
+            f"The residual streams are in {x1.dtype}, so recomputed activations are inaccurate: keep them "
+            "in fp32, for FSDP2 with `MixedPrecisionPolicy(…, cast_forward_inputs=False)`."
+        )
     record = _Record((attention, feed_forward))
     parameters = (*attention.parameters, *feed_forward.parameters)
     y1, y2 = _ReversibleLayer.apply(record, tape.segment_after(x1, x2), x1, x2, *parameters)

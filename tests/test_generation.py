@@ -523,6 +523,11 @@ def test_refuses_too_many_tokens(num_beams):
     assert cache.get_seq_length() == 0
 
 
+def test_empty_prompt():
+    with pytest.raises(ValueError, match="input is empty.*`bos_token_id`"):
+        _model().generate(_ids(21)[:, :0], max_new_tokens=3)
+
+
 def test_refuses_dense_cache():
     for cache in (DynamicCache(), DynamicCache(config=_model(attn_layers=["local"]).config)):
         with pytest.raises(ValueError, match="`cache` is a DynamicCache.*`DynamicCache\\(config=model.config\\)`"):

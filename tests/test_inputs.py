@@ -276,6 +276,11 @@ BAD_INPUTS = {
         {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 5, 5)},
         r"`attention_mask` has shape \(2, 1, 5, 5\).*must be \(2, 5\)",
     ),
+    "mask-additive": (
+        {"input_ids": IDS, "attention_mask": torch.tensor([[0.0] * 4 + [-torch.inf]] * 2)},
+        "`attention_mask` holds -inf, but must be 1 for tokens and 0 for padding",
+    ),
+    "mask-of-documents": ({"input_ids": IDS, "attention_mask": 2 * IDS}, "`attention_mask` holds 2"),
     "positions-too-many": (
         {"input_ids": IDS, "position_ids": torch.arange(6)[None]},
         r"`position_ids` has shape \(1, 6\).*must be \(2, 5\) or \(1, 5\)",

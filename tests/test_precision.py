@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reformer_hf import ReformerHfForCausalLM
+from reformer_hf.reversible import logger
 
 from .helpers import assert_close, gradients, random_model, relative_rms, tiny_config
 
@@ -159,3 +160,16 @@ def test_grad_scaler_skips_overflow():
     overflowing.update()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert overflowing.get_scale() < 2.0**40
+
+
+def test_cast_streams_warn(monkeypatch):
+    """As FSDP2 casts the inputs of a layer, unless told otherwise."""
+    messages = []
+    monkeypatch.setattr(logger, "warning_once", messages.append)
+    model = random_model(attn_layers=LAYERS).train()
+    model(**_batch())
+    assert not messages
+    layer = model.reformer.encoder.layers[0]
+    layer.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(), args[1].bfloat16(), *args[2:]))
+    model(**_batch())
+    assert messages and all("bfloat16" in text and "cast_forward_inputs=False" in text for text in messages)
