@@ -3,11 +3,12 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-from reformer_hf import ReformerHfModel
+from reformer_hf import ReformerHfByteTokenizer, ReformerHfModel
 from reformer_hf.documents import Documents, starts_by_index, starts_by_length, starts_by_position
 
 from .helpers import assert_close, gradients, random_model
@@ -182,3 +183,30 @@ def test_refused(name):
         inputs = {"cache": DynamicCache(config=model.config)}
     with pytest.raises(ValueError, match=message):
         model(**_packed(_documents()), **inputs)
+
+
+@pytest.mark.slow
+def test_sft_packing(tmp_path):
+    """The batches of TRL's `packing=True` as they come."""
+    trl = pytest.importorskip("trl")
+    texts = [f"word {i} " * (1 + i % 5) for i in range(48)]
+    model = random_model(max_position_embeddings=128, vocab_size=260, num_buckets=None, hash_seed=0)
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            str(tmp_path), packing=True, max_length=128, max_steps=3, use_cpu=True, bf16=False, report_to=[]
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=ReformerHfByteTokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] > 128
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        ends = [*starts[1:], logits.shape[1]]
+        alone = [model(batch["input_ids"][:, a:b]).logits for a, b in zip(starts, ends, strict=True)]
+    assert len(starts) > 4
+    assert_close(logits, torch.cat(alone, 1), 1e-5)
+    trainer.train()
+    assert trainer.state.global_step == 3
