@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments, set_seed
 
-from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
 from reformer_hf.rng import draw_seed
 
 from .helpers import DROPOUT, assert_close, gradients, random_model, relative_rms, tiny_config
@@ -371,3 +371,31 @@ def test_generation_with_padding(num_beams, input_ids):
     for use_cache in ({}, {"use_cache": True}, {"use_cache": False}):
         found = model.generate(input_ids, attention_mask=attention_mask, **options, **use_cache)
         assert torch.equal(found[1, -12:], expected)
+
+
+@pytest.mark.parametrize("pattern", ["window", "chunk"])
+def test_default_encoder_looks_both_ways(pattern):
+    """Also with layers of one kind alone, and at a length of many chunks."""
+    for layers in (["local"], ["lsh"], ["local", "lsh"]):
+        torch.manual_seed(0)
+        config = ReformerHfConfig(attn_layers=layers, lsh_pattern=pattern, vocab_size=60)
+        assert config.chunks_after("lsh") == config.chunks_before("lsh") > 0
+        model = ReformerHfModel(config).eval()
+        embeds = torch.randn(1, 300, 256, requires_grad=True)
+        states = model(inputs_embeds=embeds).last_hidden_state
+        reach = torch.autograd.grad(states[0, 100].square().sum(), embeds)[0][0].abs().sum(-1)
+        assert reach[:100].any() and reach[101:].any(), layers
+        changed = embeds.detach().clone()
+        changed[:, 150:].neg_()
+        moved = (model(inputs_embeds=changed).last_hidden_state - states)[0, :150].abs().amax(-1)
+        assert moved.max() > 1e-3, layers
+
+
+def test_reach_follows_direction():
+    """A config whose direction changes after it was created, and an in-tree one, which says what it says."""
+    config = ReformerHfConfig()
+    assert (config.chunks_after("local"), config.chunks_after("lsh")) == (1, 2)
+    config.is_decoder = True
+    ReformerHfForCausalLM(config)
+    assert config.chunks_after("local") == config.chunks_after("lsh") == 0
+    assert ReformerHfConfig.from_dict({"model_type": "reformer"}).chunks_after("lsh") == 0
