@@ -118,7 +118,10 @@ class LSHCacheLayer(AttentionCacheLayer):
 
     def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None, *, buckets: Tensor, order: Tensor) -> None:
         self._write(key, value, buckets.transpose(2, 3))
-        self._rebuild(unpack_order(order)[0])
+        num_rows = self._num_rows + key.shape[1]
+        # The order includes the rows that `_reserve` has just dropped.
+        is_stale = self._num_dropped and order.shape[-1] != num_rows
+        self._rebuild(self._sorted_rows(num_rows) if is_stale else unpack_order(order)[0])
 
     def _append(
         self, key: Tensor, value: Tensor, padding: Tensor | None, with_positions: bool, *, buckets: Tensor
@@ -220,6 +223,10 @@ class LSHCacheLayer(AttentionCacheLayer):
             positions = self.row_positions[:, :, :num_rows]
         return Past(key, value, masked, positions, int(self.length), buckets=buckets)
 
+    def _sorted_rows(self, num_rows: int) -> Tensor:
+        """Return the sorted order `[B, H, R, T]` of the first rows."""
+        return unpack_order(sort_by_bucket(self.buckets[:, :, :num_rows].transpose(2, 3)))[0]
+
     def _rebuild(self, order: Tensor) -> None:
         """Recompute counts and rings from the sorted order `[B, H, R, T]` of all rows."""
         buckets = self.buckets[:, :, : order.shape[-1]].transpose(2, 3).long()
@@ -296,7 +303,7 @@ class LSHCacheLayer(AttentionCacheLayer):
             self.counts.scatter_add_(-1, removed, -torch.ones_like(removed))
         self.buckets[:, :, kept:num_rows] = self.num_buckets
         if not within_slack:
-            self._rebuild(unpack_order(sort_by_bucket(self.buckets[:, :, :kept].transpose(2, 3)))[0])
+            self._rebuild(self._sorted_rows(kept))
             self._longest = target
 
     def _replace(self, name: str, tensor: Tensor) -> None:

@@ -261,12 +261,7 @@ def test_drops_what_no_ring_holds(fields):
         whole = model(decoding.ids, **last)
         decoding.crop(1)
         step = model(last_token, cache=decoding.cache, **last)
-    for layer in range(len(model.config.attn_layers)):
-        found, expected = (
-            _by_position(output.attentions[layer], output.attention_positions[layer], len(decoding.mask[0]) + 1)
-            for output in (step, whole)
-        )
-        assert_close(found[:, :, -1], expected[:, :, -1], 1e-12)
+    _assert_same_attentions(step, whole)
 
 
 def _elements(cache):
@@ -284,6 +279,30 @@ def test_piece_after_drop():
     assert all(layer._num_dropped for layer in decoding.cache.layers)
     decoding.take(150, padding=[3, 0]).take(70).take(1)
     decoding.check()
+    # The cache positions of rows that a parallel pass read, and of those that it wrote.
+    ids, mask = decoding.ids, decoding.mask
+    for num_new in (90, 1):
+        new = decoding.ids[:, :num_new]
+        ids, mask = torch.cat([ids, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
+        with torch.no_grad():
+            step = model(new, attention_mask=mask, cache=decoding.cache, output_attentions=True)
+            whole = model(ids, attention_mask=mask, output_attentions=True)
+        _assert_same_attentions(step, whole)
+
+
+def test_piece_that_drops():
+    """In a parallel pass, the rows that were sorted with the new tokens are no longer those that are kept."""
+    sizes = {"num_buckets": 2, "lsh_num_chunks_before": 1, "num_hashes": 2, "max_position_embeddings": 2048}
+    model = random_model(torch.float64, attn_layers=["lsh", "lsh"], num_attention_heads=4, **sizes)
+    decoding = Decoding(model, _new_cache(model), batch_size=2).take(400, padding=[0, 5])
+    layer, drops = decoding.cache.layers[1], []
+    while decoding.length < 1300:
+        before = layer._num_dropped
+        decoding.take(100, padding=[2, 0])
+        drops.append(layer._num_dropped > before)
+        decoding.take(1)
+    decoding.check()
+    assert sum(drops) >= 2 and not all(drops)
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -365,12 +384,18 @@ def test_step_attentions(fields, static):
             whole = model(decoding.ids, **wanted)
         for found, expected in zip(step.hidden_states, whole.hidden_states, strict=True):
             assert_close(found, expected[:, -num_new:], 1e-12)
-        for layer in range(len(model.config.attn_layers)):
-            found, expected = (
-                _by_position(output.attentions[layer], output.attention_positions[layer], decoding.length)
-                for output in (step, whole)
-            )
-            assert_close(found, expected[:, :, -num_new:], 1e-12)
+        _assert_same_attentions(step, whole)
+
+
+def _assert_same_attentions(step, whole):
+    """The attention weights of new tokens by cache position, of a pass with a cache and of one over all tokens."""
+    (_, num_new, _), (_, length, _) = step.logits.shape, whole.logits.shape
+    for layer in range(len(whole.attentions)):
+        found, expected = (
+            _by_position(output.attentions[layer], output.attention_positions[layer], length)
+            for output in (step, whole)
+        )
+        assert_close(found, expected[:, :, -num_new:], 1e-12, f"layer {layer}")
 
 
 def _by_position(weights, positions, length):

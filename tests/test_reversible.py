@@ -119,6 +119,11 @@ def test_loss_on_an_inner_hidden_state(layer):
     reversible, plain = _pair(torch.float64, attn_layers=DEEP, **DROPOUT)
     for model in (reversible, plain):
         _loss(model, output_hidden_states=True).hidden_states[layer].square().sum().backward()
+    _assert_same_gradients(reversible, plain)
+
+
+def _assert_same_gradients(reversible, plain):
+    """Of some parameters; the others have none, or zeros."""
     expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     found = {name: p.grad for name, p in reversible.named_parameters() if p.grad is not None and p.grad.any()}
     assert set(found) == {name for name, grad in expected.items() if grad.any()}
@@ -166,6 +171,20 @@ def test_backward_twice_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up by an earlier backward pass.*reversible=False"):
         loss.backward()
+
+
+def test_backward_twice_to_inner_state():
+    """The layers above the state are used up; those below it are not, and stay exact after the refusal."""
+    reversible, plain = _pair(torch.float64, attn_layers=DEEP, **DROPOUT)
+    for model in (reversible, plain):
+        output = _loss(model, output_hidden_states=True)
+        grads = torch.autograd.grad(output.loss, output.hidden_states[5], retain_graph=True)
+        assert grads[0].any()
+        if model is reversible:
+            with pytest.raises(RuntimeError, match="used up by an earlier backward pass"):
+                torch.autograd.grad(output.loss, output.hidden_states[5], retain_graph=True)
+        output.hidden_states[3].square().sum().backward()
+    _assert_same_gradients(reversible, plain)
 
 
 def test_second_derivative_is_refused():
