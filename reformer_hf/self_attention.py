@@ -293,6 +293,10 @@ class SelfAttention(nn.Module):
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
         out = scaled_dot_product_attention(query, key, value, attn_mask=seen.bias, dropout_p=self.dropout, scale=1.0)
+        if self.dropout and seen.bias is not None:
+            # As in a parallel pass, dropout does not apply to a query that only sees itself for lack of other keys.
+            exact = scaled_dot_product_attention(query, key, value, attn_mask=seen.bias, scale=1.0)
+            out = torch.where(seen.bias.amax(-1, keepdim=True) < 0, exact, out)
         if not with_weights:
             return out, None
         scores = torch.matmul(query, key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))

@@ -17,6 +17,7 @@ from reformer_hf.cache import SLACK
 from reformer_hf.full_cache import FullCacheLayer
 from reformer_hf.local_cache import LocalCacheLayer
 from reformer_hf.lsh_cache import LSHCacheLayer, LSHChunkCacheLayer
+from reformer_hf.self_attention import AttentionCall
 
 from .helpers import assert_close, random_model, relative_rms, tiny_config
 
@@ -158,6 +159,21 @@ def test_padding_anywhere(fields, static):
     for _ in range(20):
         decoding.take(1)
     decoding.check()
+
+
+def test_append_stores_buckets_of_prefill():
+    model = random_model(torch.float64, attn_layers=["lsh"], num_hashes=3, num_buckets=[2, 4])
+    padding = [0, 4, 9]
+    prefilled = Decoding(model, _new_cache(model)).take(30, padding)
+    appended = Decoding(model, _new_cache(model)).take(1, [0, 1, 1], prefilled.ids[:, :1])
+    for position in range(1, 30):
+        new = prefilled.ids[:, position : position + 1]
+        appended.take(1, [int(position < num) for num in padding], new)
+    expected, found = prefilled.cache.layers[0], appended.cache.layers[0]
+    assert torch.equal(found.buckets[:, :, :30], expected.buckets[:, :, :30])
+    assert torch.equal(found.buckets[:, 0, :30, 0] == 8, prefilled.mask == 0)
+    assert torch.equal(found.counts, expected.counts)
+    assert found.num_padding.tolist() == expected.num_padding.tolist() == padding
 
 
 OPERATIONS = st.one_of(
@@ -447,6 +463,47 @@ def test_train_mode_keeps_rotations():
     torch.manual_seed(3)
     decoding.check()
     assert model(decoding.ids, use_cache=True).cache is None
+
+
+@each_cache
+@pytest.mark.parametrize("kind", ["local", "lsh", "full"])
+@torch.no_grad()
+def test_step_dropout(kind, static):
+    """In training, a step drops attention weights and scales the others, and drops the output, each at its rate."""
+    rates = {"lsh_attention_probs_dropout_prob": 0.25, "local_attention_probs_dropout_prob": 0.25}
+    fields = {"num_buckets": 2, "lsh_deduplicate_keys": True, "hash_seed": 1}
+    model = random_model(torch.float64, attn_layers=[kind], hidden_dropout_prob=0.5, **rates, **fields)
+    attention = model.reformer.encoder.layers[0].attention
+    cache = model(torch.arange(1, 16).expand(64, -1), cache=_new_cache(model, static)).cache
+    # One-hot values of the 15 cached tokens: the output of a head is the weight of each token.
+    cache.layers[0].entries[:, :15, :, 16:] = torch.eye(16, dtype=torch.float64)[:15, None]
+    attention.self_attention.value.weight.zero_()
+    new = torch.randn(32, dtype=torch.float64).expand(64, 1, 32)
+    call = AttentionCall.on(new, output_attentions=True)
+    expected = attention.self_attention.append(new, call, copy.deepcopy(cache), 0)[0]
+    model.train()
+    out, weights = attention.self_attention.append(new, call, copy.deepcopy(cache), 0)
+    by_position = _by_position(*weights, 16)[:, :, 0, :15]
+    assert_close(by_position, expected.view(64, 2, 16)[..., :15], 1e-12)
+    seen = by_position > 0
+    factors = (out.view(64, 2, 16)[..., :15] / by_position)[seen]
+    kept = factors > 0.5
+    assert_close(factors, kept.double() / 0.75, 1e-12)
+    # Of 64 × 2 × 8 weights or more, with a standard deviation of 0.013 at most.
+    assert len(factors) > 500 and abs(kept.double().mean() - 0.75) < 0.06
+    added = attention.append(new, call, cache)[0]
+    assert abs((added == 0).double().mean() - 0.5) < 0.06
+
+
+def test_dropout_spares_query_without_keys():
+    """In a step as in a parallel pass, it returns its value."""
+    rates = {"lsh_attention_probs_dropout_prob": 0.5}
+    for kind, num_buckets in (("full", 8), ("lsh", 64)):
+        model = random_model(torch.float64, attn_layers=[kind], num_buckets=num_buckets, hash_seed=1, **rates)
+        expected = Decoding(model, _new_cache(model), batch_size=8).take(1, [1] * 8).take(1)
+        model.train()
+        found = Decoding(model, _new_cache(model), batch_size=8).take(1, [1] * 8).take(1)
+        assert_close(found.logits[:, 1], expected.logits[:, 1], 1e-12, kind)
 
 
 def test_no_cache_unless_wanted():
