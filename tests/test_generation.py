@@ -126,17 +126,17 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
-def test_cache_changes_nothing(options, cache):
+def test_cache_changes_nothing(options):
     model = _model()
     assert model.generation_config.use_cache
     batch = _padded([_ids(length) for length in LENGTHS])
     set_seed(0)
     expected = _generate(model, **batch, num_new=40, use_cache=False, **options)
-    set_seed(0)
-    assert torch.equal(_generate(model, **batch, num_new=40, **cache, **options), expected)
     assert len(expected.unique()) > 20
+    for name, cache in CACHES.items():
+        set_seed(0)
+        assert torch.equal(_generate(model, **batch, num_new=40, **cache, **options), expected), name
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17])
@@ -262,13 +262,13 @@ def test_sampling():
 
 
 def test_sampling_frequencies():
-    model, input_ids = _model(initializer_range=0.2), _ids(21)
+    model, input_ids = _model(initializer_range=0.2), _ids(3)
     set_seed(0)
     tokens = _generate(model, input_ids, num_new=1, do_sample=True, top_k=0, num_return_sequences=4000)
     frequencies = tokens.flatten().bincount(minlength=60) / 4000
     with torch.no_grad():
         probabilities = model(input_ids).logits[0, -1].softmax(-1)
-    # Samples differ by 0.03 to 0.05 from what they are drawn from, whatever the seed, and by 0.79 from the rolled one.
+    # Samples differ by 0.03 to 0.05 from what they are drawn from, whatever the seed, and by 0.66 from the rolled one.
     assert (frequencies - probabilities).abs().sum() / 2 < 0.08
     assert (frequencies - probabilities.roll(1)).abs().sum() / 2 > 0.5
 
