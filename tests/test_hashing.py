@@ -110,6 +110,12 @@ def test_hash_few_equals_hash_vectors():
             assert torch.equal(hash_few(signed, vectors, 4), expected), (factors, dtype, length)
 
 
+def test_projections_on_device():
+    rotations = random_rotations(0, 3, 8, 4, [2, 4])
+    for projection in projections_of(rotations, [2, 4], torch.float32, torch.device("meta")):
+        assert projection.device.type == "meta"
+
+
 def test_every_bucket_is_used():
     torch.manual_seed(0)
     vectors = torch.randn(1, 4096, 1, 8)
