@@ -51,8 +51,8 @@ class LSHCacheLayer(AttentionCacheLayer):
         self.factors: list[int] = []
         # The rotations that hash all tokens of this cache, in the form of `hashing.hash_few`.
         self.rotations: list[Tensor] = []
-        # Number of dropped tokens, and the length when tokens were last dropped.
-        self._num_dropped = self._dropped_at = 0
+        # Number of dropped tokens.
+        self._num_dropped = 0
         self._offsets: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -288,10 +288,9 @@ class LSHCacheLayer(AttentionCacheLayer):
         self.buckets[:, :, num_kept:] = self.num_buckets
         held = self.rings.flatten(2).long().clamp(max=num_rows - 1)
         self.rings.copy_(new_rows.gather(-1, held).view(self.rings.shape))
-        self._num_dropped, self._dropped_at = self.length - num_kept, self.length
-
-    def _can_restore(self, target: int) -> bool:
-        return max(self._longest, int(self.length)) - target <= SLACK or target >= self._dropped_at
+        self._num_dropped = self.length - num_kept
+        # Rings hold what is seen up to this length, and all later rows are kept.
+        self._restorable_from = max(self._longest, self.length) - SLACK
 
     def _crop(self, num_removed: int) -> None:
         num_rows = int(self._num_rows)

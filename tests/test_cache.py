@@ -6,14 +6,15 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from reformer_hf import ReformerHfForCausalLM, lsh_cache
-from reformer_hf.cache import SLACK
+from reformer_hf import ReformerHfForCausalLM, local_cache, lsh_cache
+from reformer_hf import cache as cache_module
+from reformer_hf.cache import SLACK, AttentionCacheLayer
 from reformer_hf.full_cache import FullCacheLayer
 from reformer_hf.local_cache import LocalCacheLayer
 from reformer_hf.lsh_cache import LSHCacheLayer, LSHChunkCacheLayer
@@ -187,26 +188,16 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     static=st.booleans(),
-    slack=st.sampled_from([4, SLACK]),
     prompt=st.integers(1, 100),
     operations=st.lists(OPERATIONS, min_size=1, max_size=8),
 )
-def test_random_operations(kind, static, slack, prompt, operations):
-    """With little slack, LSH layers drop tokens from about 95 on."""
-    fields = {} if slack == SLACK else {"num_buckets": 2, "lsh_num_chunks_before": 1}
-    model = random_model(torch.float64, **KINDS[kind], **fields)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lsh_cache, "SLACK", slack)
-        patch.setattr(LSHCacheLayer, "append_limit", slack)
-        _operate(model, _new_cache(model, static), slack, prompt, operations)
-
-
-def _operate(model, cache, slack, prompt, operations):
-    decoding = Decoding(model, cache).take(prompt, padding=[0, prompt // 2, prompt - 1])
+def test_random_operations(kind, static, prompt, operations):
+    model = random_model(torch.float64, **KINDS[kind])
+    decoding = Decoding(model, _new_cache(model, static)).take(prompt, padding=[0, prompt // 2, prompt - 1])
     longest = 0
     for name, value in operations:
         rows, longest = len(decoding.ids), max(longest, decoding.length)
@@ -217,7 +208,7 @@ def _operate(model, cache, slack, prompt, operations):
                 decoding.crop(value)
             except ValueError:
                 # Not within what is promised; and the cache is unchanged.
-                assert longest - decoding.length + value > slack
+                assert longest - decoding.length + value > SLACK
         elif name in ("reorder", "select"):
             index = torch.tensor([row for row in value if row < rows] or [0])
             if name == "reorder":
@@ -232,6 +223,58 @@ def _operate(model, cache, slack, prompt, operations):
             decoding.cache = copy.deepcopy(decoding.cache)
     decoding.take(1).take(1)
     decoding.check()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    layers=st.sampled_from([["lsh", "lsh"], ["local", "local"], ["local", "lsh"]]),
+    num_hashes=st.sampled_from([1, 2]),
+    prompt=st.integers(20, 90),
+    operations=st.lists(
+        st.one_of(
+            st.tuples(st.just("take"), st.integers(1, 4)),
+            st.tuples(st.just("take"), st.integers(5, 130)),
+            st.tuples(st.just("crop"), st.integers(1, 4)),
+            st.tuples(st.just("crop"), st.integers(0, 60)),
+            st.tuples(st.sampled_from(["record", "restore"]), st.just(0)),
+        ),
+        min_size=4,
+        max_size=10,
+    ),
+)
+# Dropped after a crop, then cropped twice; dropped while the past is recorded; lost by a ring that grew and shrank.
+@example(["lsh", "lsh"], 1, 53, [("crop", 4), ("take", 5), ("crop", 1), ("crop", 4), ("crop", 1)])
+@example(["lsh", "lsh"], 1, 49, [("record", 0), ("take", 1), ("take", 1), ("take", 60), ("restore", 0)])
+@example(["local", "local"], 1, 90, [("record", 0), ("take", 124), ("restore", 0), ("crop", 30)])
+def test_crop_after_drop(layers, num_hashes, prompt, operations):
+    """With little slack, LSH layers of two buckets drop tokens from about 50 per round on, and local layers too."""
+    slack, longest, recorded = 4, 0, None
+    sizes = {"num_buckets": 2, "lsh_num_chunks_before": 1, "num_hashes": num_hashes, "max_position_embeddings": 2048}
+    model = random_model(torch.float64, attn_layers=layers, **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cache_module, local_cache, lsh_cache):
+            patch.setattr(module, "SLACK", slack)
+        patch.setattr(AttentionCacheLayer, "append_limit", slack)
+        decoding = Decoding(model, _new_cache(model), batch_size=2).take(prompt, padding=[0, prompt // 3])
+        for name, value in operations:
+            longest, target = max(longest, decoding.length), decoding.length - value
+            if name == "take":
+                decoding.take(value)
+            elif name == "record":
+                decoding.cache.activate_past_recording()
+                decoding.crop(0)
+                recorded = decoding.length
+            elif name == "restore" and recorded is not None:
+                decoding.crop(decoding.length - recorded)
+            elif name == "crop" and target > 0:
+                try:
+                    decoding.crop(value)
+                    recorded = recorded and target
+                except ValueError:
+                    # Not within what is promised; and the cache is unchanged.
+                    assert longest - target > slack and (recorded is None or target < recorded)
+        decoding.take(1).take(30).take(1)
+        decoding.check()
 
 
 @each_cache
@@ -279,11 +322,11 @@ def test_drops_what_no_ring_holds(fields):
     decoding.check()
     if "full" not in model.config.attn_layers:
         assert len({size for length, size in sizes if length > 800}) == 1
-        assert all(getattr(layer, "_dropped_at", 1) for layer in decoding.cache.layers)
+        assert all(getattr(layer, "_num_dropped", 1) for layer in decoding.cache.layers)
     # What was long ago does not come back, and to ask for it changes nothing.
     if "full" not in model.config.attn_layers:
-        with pytest.raises(ValueError, match=f"1600 tokens to 1500.*cropped by {SLACK} tokens from"):
-            decoding.crop(100)
+        with pytest.raises(ValueError, match=f"1600 tokens to 1200.*cropped by {SLACK} tokens from"):
+            decoding.crop(400)
     decoding.crop(SLACK - 10)
     decoding.take(20)
     decoding.check()
@@ -365,10 +408,11 @@ def test_full_layer_piece_memory():
 
 def test_crop_to_prompt():
     """Further than the slack, as long as nothing was dropped that would be needed."""
-    for kind in ("lsh", "full"):
+    # The ring of local layers has 112 slots.
+    for kind, num_new in (("lsh", 150), ("full", 150), ("local", 109)):
         model = random_model(torch.float64, attn_layers=[kind, kind])
-        decoding = Decoding(model, _new_cache(model)).take(30, padding=[0, 7, 29]).take(150)
-        decoding.crop(150)
+        decoding = Decoding(model, _new_cache(model)).take(3, padding=[0, 1, 2]).take(num_new)
+        decoding.crop(num_new)
         decoding.take(100)
         decoding.crop(30)
         for _ in range(5):
