@@ -346,9 +346,13 @@ def _elements(cache):
 
 
 def test_piece_after_drop():
-    """A parallel pass over new tokens and rows that hold other tokens in each head, some of them padding."""
+    """
+    A parallel pass, in groups of heads, over new tokens and rows that hold other tokens in each head, some of them
+    padding.
+    """
     sizes = {"num_buckets": 2, "lsh_num_chunks_before": 1, "num_hashes": 2, "max_position_embeddings": 2048}
-    model = random_model(torch.float64, attn_layers=["lsh", "lsh"], num_attention_heads=4, **sizes)
+    heads = {"num_attention_heads": 4, "num_parallel_heads": 2}
+    model = random_model(torch.float64, attn_layers=["lsh", "lsh"], **heads, **sizes)
     decoding = Decoding(model, _new_cache(model), batch_size=2).take(400, padding=[0, 5])
     for step in range(12):
         decoding.take(60, padding=[7 * step % 20, 11 * step % 30])

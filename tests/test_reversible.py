@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf import ReformerHfForCausalLM, ReformerHfModel, modeling_reformer_hf
+from reformer_hf.reversible import Tape
 
 from .helpers import DROPOUT, assert_close, gradients, tiny_config
 
@@ -102,6 +103,16 @@ def test_saved_activations_do_not_grow_with_depth():
     shallow, deep = (_pair(attn_layers=["local", "lsh", "full"] * n, **DROPOUT) for n in (1, 4))
     assert _saved_elements(shallow[0]) == _saved_elements(deep[0])
     assert _saved_elements(deep[1]) > 3 * _saved_elements(shallow[1])
+
+
+def test_last_streams_exist_once(monkeypatch):
+    """The tape refers to the concatenated streams, which the layer norm saves as well."""
+    tapes = []
+    monkeypatch.setattr(modeling_reformer_hf, "Tape", lambda: tapes.append(Tape()) or tapes[0])
+    output = _loss(_pair()[0], output_hidden_states=True)
+    _, (y1, y2), _ = tapes[0].rewind(2)
+    assert torch.equal(y2, output.hidden_states[-1])
+    assert y1.untyped_storage().data_ptr() == y2.untyped_storage().data_ptr()
 
 
 def test_nothing_is_kept_without_gradient():
