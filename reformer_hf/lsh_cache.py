@@ -289,8 +289,8 @@ class LSHCacheLayer(AttentionCacheLayer):
         held = self.rings.flatten(2).long().clamp(max=num_rows - 1)
         self.rings.copy_(new_rows.gather(-1, held).view(self.rings.shape))
         self._num_dropped = self.length - num_kept
-        # Rings hold what is seen up to this length, and all later rows are kept.
-        self._restorable_from = max(self._longest, self.length) - SLACK
+        # Rings hold SLACK tokens more than what a token at the longest length sees.
+        self._restorable_from = max(self._restorable_from, max(self._longest, self.length) - SLACK)
 
     def _crop(self, num_removed: int) -> None:
         num_rows = int(self._num_rows)
