@@ -112,6 +112,16 @@ def test_steps_equal_parallel_pass(fields, static):
         assert relative_rms(changed[:, 52:66], decoding.logits[:, 52:66]) > 1e-4
 
 
+@each_kind
+def test_steps_without_padding(fields):
+    """Through several rounds of a local layer's ring buffer of 106 slots."""
+    model = random_model(torch.float64, local_attn_chunk_length=7, **fields)
+    decoding = Decoding(model, _new_cache(model), batch_size=1).take(20)
+    while decoding.length < 240:
+        decoding.take(1)
+    decoding.check()
+
+
 @pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("num_hashes", [1, 2, 4])
@@ -306,6 +316,15 @@ def test_chunk_steps_of_several_tokens(pattern):
     for position in range(20, 35):
         one.take(1, new=several.ids[:, position : position + 1])
     assert_close(several.logits, one.logits, 1e-12)
+    # So do their attention weights.
+    new, wanted = several.ids[:, :15], {"output_attentions": True}
+    with torch.no_grad():
+        together = model(new, cache=several.cache, **wanted)
+        apart = [model(token, cache=one.cache, **wanted) for token in new.split(1, dim=1)]
+    for layer in range(3):
+        found = _by_position(together.attentions[layer], together.attention_positions[layer], 50)
+        expected = [_by_position(out.attentions[layer], out.attention_positions[layer], 50) for out in apart]
+        assert_close(found, torch.cat(expected, dim=2), 1e-12, f"layer {layer}")
 
 
 @pytest.mark.parametrize("fields", [KINDS[kind] for kind in ("local", "lsh", "mixed")], ids=["local", "lsh", "mixed"])
@@ -487,6 +506,17 @@ def _by_position(weights, positions, length):
     return by_position.scatter_add_(3, positions % (length + 1), weights)[..., :-1]
 
 
+def test_attentions_of_long_piece():
+    """More tokens than a full layer appends at once: each of its blocks sees more keys than the one before."""
+    model = random_model(torch.float64, attn_layers=["full", "full"], max_position_embeddings=1024)
+    decoding = Decoding(model, _new_cache(model)).take(10)
+    new = torch.randint(1, 60, (3, 300), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        step = model(new, cache=decoding.cache, output_attentions=True)
+        whole = model(torch.cat([decoding.ids, new], dim=1), output_attentions=True)
+    _assert_same_attentions(step, whole)
+
+
 def test_step_weights_sum_to_one():
     model = random_model(torch.float64, attn_layers=["lsh", "local", "full"])
     cache = model(torch.ones(1, 1, dtype=torch.long), use_cache=True).cache
@@ -507,10 +537,13 @@ def test_half_precision(dtype):
     assert_close(decoding.logits, decoding.expected(), 0.05)
 
 
-def test_autocast():
+@pytest.mark.parametrize(("cached", "stepped"), [(True, True), (False, True), (True, False)])
+def test_autocast(cached, stepped):
+    """Of the prompt, of the steps, and of both."""
     model = random_model(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=cached):
         decoding = Decoding(model, _new_cache(model)).take(60)
+    with torch.autocast("cpu", torch.bfloat16, enabled=stepped):
         for _ in range(10):
             decoding.take(1)
         assert_close(decoding.logits, decoding.expected(), 0.05)

@@ -246,6 +246,17 @@ def test_buckets_of_planned_length():
     assert torch.equal(model.generate(prompt[:1], **options, prompt_lookup_num_tokens=5), expected[:1])
 
 
+def test_continue_keeps_num_buckets():
+    """Four buckets of the first planned length, 41 tokens in windows of 16, not eight of the second one."""
+    model, prompt = _model(num_buckets=None, attn_layers=["lsh"] * 2), _ids(21, batch_size=2)
+    expected, _ = _greedy(model, prompt, num_new=60, num_buckets=4)
+    assert not torch.equal(_greedy(model, prompt, num_new=60, num_buckets=8)[0], expected)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(prompt, max_new_tokens=20, **options)
+    second = model.generate(first.sequences, max_new_tokens=40, cache=first.cache, **options)
+    assert torch.equal(second.sequences, expected)
+
+
 def test_sampling():
     model, input_ids = _model(initializer_range=0.1), _ids(21, batch_size=2)
     options = {"do_sample": True, "top_k": 0, "num_return_sequences": 4}
