@@ -174,6 +174,8 @@ class AttentionCacheLayer(CacheLayerMixin):
         self.spec, self.length = None, 0
         # The longest length since the last crop, and the length that the last crop kept.
         self._longest = self._kept_by_crop = 0
+        # The shortest length that `crop` can restore.
+        self._restorable_from = 0
 
     def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
         """Create the tensors for keys and values of these shapes and dtypes."""
@@ -381,7 +383,7 @@ class AttentionCacheLayer(CacheLayerMixin):
 
     def _can_restore(self, target: int) -> bool:
         """Return whether all that a token at cache position `target` sees is still stored."""
-        return True
+        return target >= self._restorable_from
 
     def _crop(self, num_removed: int) -> None:
         """Remove the last tokens, before `length` is updated."""

@@ -167,6 +167,7 @@ class LocalCacheLayer(AttentionCacheLayer):
 
     def _resize_ring(self, new_length: int) -> None:
         old_length = self.ring_length
+        self._restorable_from = max(self._restorable_from, self._first_restorable())
         kept = min(old_length, new_length)
         indices = self._next_indices()[:, None] + torch.arange(-kept, 0, device=self.device)
         old, new = indices % old_length, torch.where(indices < 0, new_length, indices % new_length)
@@ -181,8 +182,12 @@ class LocalCacheLayer(AttentionCacheLayer):
             self._slots = torch.arange(new_length, device=self.device)
 
     def _can_restore(self, target: int) -> bool:
+        return target >= max(self._restorable_from, self._first_restorable())
+
+    def _first_restorable(self) -> int:
+        """Return the shortest length that `crop` can restore, if all that the ring has room for is in it."""
         longest = max(self._longest, int(self.length))
-        return longest - target <= self.ring_length - self._window_length or longest <= self.ring_length
+        return 0 if longest <= self.ring_length else longest - self.ring_length + self._window_length
 
     def _crop(self, num_removed: int) -> None:
         if not self.has_padding:

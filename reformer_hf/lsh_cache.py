@@ -51,8 +51,8 @@ class LSHCacheLayer(AttentionCacheLayer):
         self.factors: list[int] = []
         # The rotations that hash all tokens of this cache, in the form of `hashing.hash_few`.
         self.rotations: list[Tensor] = []
-        # Number of dropped tokens, and the length when tokens were last dropped.
-        self._num_dropped = self._dropped_at = 0
+        # Number of dropped tokens.
+        self._num_dropped = 0
         self._offsets: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -118,7 +118,10 @@ class LSHCacheLayer(AttentionCacheLayer):
 
     def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None, *, buckets: Tensor, order: Tensor) -> None:
         self._write(key, value, buckets.transpose(2, 3))
-        self._rebuild(unpack_order(order)[0])
+        num_rows = self._num_rows + key.shape[1]
+        # The order includes the rows that `_reserve` has just dropped.
+        is_stale = self._num_dropped and order.shape[-1] != num_rows
+        self._rebuild(self._sorted_rows(num_rows) if is_stale else unpack_order(order)[0])
 
     def _append(
         self, key: Tensor, value: Tensor, padding: Tensor | None, with_positions: bool, *, buckets: Tensor
@@ -220,6 +223,10 @@ class LSHCacheLayer(AttentionCacheLayer):
             positions = self.row_positions[:, :, :num_rows]
         return Past(key, value, masked, positions, int(self.length), buckets=buckets)
 
+    def _sorted_rows(self, num_rows: int) -> Tensor:
+        """Return the sorted order `[B, H, R, T]` of the first rows."""
+        return unpack_order(sort_by_bucket(self.buckets[:, :, :num_rows].transpose(2, 3)))[0]
+
     def _rebuild(self, order: Tensor) -> None:
         """Recompute counts and rings from the sorted order `[B, H, R, T]` of all rows."""
         buckets = self.buckets[:, :, : order.shape[-1]].transpose(2, 3).long()
@@ -281,10 +288,9 @@ class LSHCacheLayer(AttentionCacheLayer):
         self.buckets[:, :, num_kept:] = self.num_buckets
         held = self.rings.flatten(2).long().clamp(max=num_rows - 1)
         self.rings.copy_(new_rows.gather(-1, held).view(self.rings.shape))
-        self._num_dropped, self._dropped_at = self.length - num_kept, self.length
-
-    def _can_restore(self, target: int) -> bool:
-        return max(self._longest, int(self.length)) - target <= SLACK or target >= self._dropped_at
+        self._num_dropped = self.length - num_kept
+        # Rings hold SLACK tokens more than what a token at the longest length sees.
+        self._restorable_from = max(self._restorable_from, max(self._longest, self.length) - SLACK)
 
     def _crop(self, num_removed: int) -> None:
         num_rows = int(self._num_rows)
@@ -296,7 +302,7 @@ class LSHCacheLayer(AttentionCacheLayer):
             self.counts.scatter_add_(-1, removed, -torch.ones_like(removed))
         self.buckets[:, :, kept:num_rows] = self.num_buckets
         if not within_slack:
-            self._rebuild(unpack_order(sort_by_bucket(self.buckets[:, :, :kept].transpose(2, 3)))[0])
+            self._rebuild(self._sorted_rows(kept))
             self._longest = target
 
     def _replace(self, name: str, tensor: Tensor) -> None:

@@ -323,19 +323,24 @@ class SelfAttention(nn.Module):
         Returns:
             Output in the layout of the queries, and attention weights before dropout with the positions of their keys.
         """
-        key, value = seen.key, seen.value
+        key, value, bias = seen.key, seen.value, seen.bias
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
-        out = scaled_dot_product_attention(query, key, value, attn_mask=seen.bias, dropout_p=self.dropout, scale=1.0)
+            bias = None if bias is None else bias.to(query.dtype)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=self.dropout, scale=1.0)
+        if self.dropout and bias is not None:
+            # As in a parallel pass, dropout does not apply to a query that only sees itself for lack of other keys.
+            exact = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+            out = torch.where(bias.amax(-1, keepdim=True) < 0, exact, out)
         if not with_weights:
             return out, None
         scores = torch.matmul(query, key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))
-        if seen.bias is not None:
-            scores = scores + seen.bias
+        if bias is not None:
+            scores = scores + bias
         weights = scores.softmax(-1)
         positions = seen.positions.to(torch.int32).expand(weights.shape)
-        if seen.bias is not None:
-            masked = (seen.bias < 0).expand(weights.shape) & (weights == 0)
+        if bias is not None:
+            masked = (bias < 0).expand(weights.shape) & (weights == 0)
             positions = positions.masked_fill(masked, -1)
         return out, (weights, positions)
 

@@ -6,17 +6,19 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from reformer_hf import ReformerHfForCausalLM
-from reformer_hf.cache import SLACK
+from reformer_hf import ReformerHfForCausalLM, local_cache, lsh_cache
+from reformer_hf import cache as cache_module
+from reformer_hf.cache import SLACK, AttentionCacheLayer
 from reformer_hf.full_cache import FullCacheLayer
 from reformer_hf.local_cache import LocalCacheLayer
 from reformer_hf.lsh_cache import LSHCacheLayer, LSHChunkCacheLayer
+from reformer_hf.self_attention import AttentionCall
 
 from .helpers import assert_close, random_model, relative_rms, tiny_config
 
@@ -110,6 +112,16 @@ def test_steps_equal_parallel_pass(fields, static):
         assert relative_rms(changed[:, 52:66], decoding.logits[:, 52:66]) > 1e-4
 
 
+@each_kind
+def test_steps_without_padding(fields):
+    """Through several rounds of a local layer's ring buffer of 106 slots."""
+    model = random_model(torch.float64, local_attn_chunk_length=7, **fields)
+    decoding = Decoding(model, _new_cache(model), batch_size=1).take(20)
+    while decoding.length < 240:
+        decoding.take(1)
+    decoding.check()
+
+
 @pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("num_hashes", [1, 2, 4])
@@ -160,6 +172,21 @@ def test_padding_anywhere(fields, static):
     decoding.check()
 
 
+def test_append_stores_buckets_of_prefill():
+    model = random_model(torch.float64, attn_layers=["lsh"], num_hashes=3, num_buckets=[2, 4])
+    padding = [0, 4, 9]
+    prefilled = Decoding(model, _new_cache(model)).take(30, padding)
+    appended = Decoding(model, _new_cache(model)).take(1, [0, 1, 1], prefilled.ids[:, :1])
+    for position in range(1, 30):
+        new = prefilled.ids[:, position : position + 1]
+        appended.take(1, [int(position < num) for num in padding], new)
+    expected, found = prefilled.cache.layers[0], appended.cache.layers[0]
+    assert torch.equal(found.buckets[:, :, :30], expected.buckets[:, :, :30])
+    assert torch.equal(found.buckets[:, 0, :30, 0] == 8, prefilled.mask == 0)
+    assert torch.equal(found.counts, expected.counts)
+    assert found.num_padding.tolist() == expected.num_padding.tolist() == padding
+
+
 OPERATIONS = st.one_of(
     st.tuples(st.just("take"), st.integers(1, 12)),
     st.tuples(st.just("take"), st.integers(1, 90)),
@@ -208,18 +235,77 @@ def test_random_operations(kind, static, prompt, operations):
     decoding.check()
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    layers=st.sampled_from([["lsh", "lsh"], ["local", "local"], ["local", "lsh"]]),
+    num_hashes=st.sampled_from([1, 2]),
+    prompt=st.integers(20, 90),
+    operations=st.lists(
+        st.one_of(
+            st.tuples(st.just("take"), st.integers(1, 4)),
+            st.tuples(st.just("take"), st.integers(5, 130)),
+            st.tuples(st.just("crop"), st.integers(1, 4)),
+            st.tuples(st.just("crop"), st.integers(0, 60)),
+            st.tuples(st.sampled_from(["record", "restore"]), st.just(0)),
+        ),
+        min_size=4,
+        max_size=10,
+    ),
+)
+# Dropped after a crop, then cropped twice; dropped while the past is recorded; lost by a ring that grew and shrank.
+@example(["lsh", "lsh"], 1, 53, [("crop", 4), ("take", 5), ("crop", 1), ("crop", 4), ("crop", 1)])
+@example(["lsh", "lsh"], 1, 49, [("record", 0), ("take", 1), ("take", 1), ("take", 60), ("restore", 0)])
+@example(["local", "local"], 1, 90, [("record", 0), ("take", 124), ("restore", 0), ("crop", 30)])
+def test_crop_after_drop(layers, num_hashes, prompt, operations):
+    """With little slack, LSH layers of two buckets drop tokens from about 50 per round on, and local layers too."""
+    slack, longest, recorded = 4, 0, None
+    sizes = {"num_buckets": 2, "lsh_num_chunks_before": 1, "num_hashes": num_hashes, "max_position_embeddings": 2048}
+    model = random_model(torch.float64, attn_layers=layers, **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cache_module, local_cache, lsh_cache):
+            patch.setattr(module, "SLACK", slack)
+        patch.setattr(AttentionCacheLayer, "append_limit", slack)
+        decoding = Decoding(model, _new_cache(model), batch_size=2).take(prompt, padding=[0, prompt // 3])
+        for name, value in operations:
+            longest, target = max(longest, decoding.length), decoding.length - value
+            if name == "take":
+                decoding.take(value)
+            elif name == "record":
+                decoding.cache.activate_past_recording()
+                decoding.crop(0)
+                recorded = decoding.length
+            elif name == "restore" and recorded is not None:
+                decoding.crop(decoding.length - recorded)
+            elif name == "crop" and target > 0:
+                try:
+                    decoding.crop(value)
+                    recorded = recorded and target
+                except ValueError:
+                    # Not within what is promised; and the cache is unchanged.
+                    assert longest - target > slack and (recorded is None or target < recorded)
+        decoding.take(1).take(30).take(1)
+        decoding.check()
+
+
 @each_cache
 @pytest.mark.parametrize("pattern", CHUNKS.values(), ids=CHUNKS)
 @torch.no_grad()
-def test_chunk_step_equals_last_row(pattern, static):
+def test_chunk_step_equals_last_row(pattern, static, monkeypatch):
     """In one layer, where nothing comes before it that a new token could change."""
-    for kind, prompt in (("lsh", 3), ("lsh", 50), ("local", 7)):
-        model = random_model(torch.float64, attn_layers=[kind], num_hashes=3, **pattern)
+    # Rings so small that those of two buckets lose the first tokens, which other tokens see.
+    monkeypatch.setattr(lsh_cache, "SLACK", 2)
+    for kind, num_buckets, prompt, lengths in (
+        ("lsh", 8, 3, range(4, 30)),
+        ("lsh", 2, 13, range(45, 65)),
+        ("local", 8, 7, range(8, 40)),
+    ):
+        model = random_model(torch.float64, attn_layers=[kind], num_hashes=3, num_buckets=num_buckets, **pattern)
         decoding = Decoding(model, _new_cache(model, static)).take(2).take(prompt - 2, padding=[0, prompt // 2, 1])
-        while decoding.length < 65:
+        while decoding.length < lengths.stop:
             decoding.take(1)
-            last = decoding.expected()[:, -1]
-            assert_close(decoding.logits[:, -1], last, 1e-12, f"{kind}, prompt {prompt}, length {decoding.length}")
+            if decoding.length in lengths:
+                last = decoding.expected()[:, -1]
+                assert_close(decoding.logits[:, -1], last, 1e-12, f"{kind}, prompt {prompt}, {decoding.length} tokens")
 
 
 @pytest.mark.parametrize("pattern", CHUNKS.values(), ids=CHUNKS)
@@ -230,6 +316,15 @@ def test_chunk_steps_of_several_tokens(pattern):
     for position in range(20, 35):
         one.take(1, new=several.ids[:, position : position + 1])
     assert_close(several.logits, one.logits, 1e-12)
+    # So do their attention weights.
+    new, wanted = several.ids[:, :15], {"output_attentions": True}
+    with torch.no_grad():
+        together = model(new, cache=several.cache, **wanted)
+        apart = [model(token, cache=one.cache, **wanted) for token in new.split(1, dim=1)]
+    for layer in range(3):
+        found = _by_position(together.attentions[layer], together.attention_positions[layer], 50)
+        expected = [_by_position(out.attentions[layer], out.attention_positions[layer], 50) for out in apart]
+        assert_close(found, torch.cat(expected, dim=2), 1e-12, f"layer {layer}")
 
 
 @pytest.mark.parametrize("fields", [KINDS[kind] for kind in ("local", "lsh", "mixed")], ids=["local", "lsh", "mixed"])
@@ -246,11 +341,11 @@ def test_drops_what_no_ring_holds(fields):
     decoding.check()
     if "full" not in model.config.attn_layers:
         assert len({size for length, size in sizes if length > 800}) == 1
-        assert all(getattr(layer, "_dropped_at", 1) for layer in decoding.cache.layers)
+        assert all(getattr(layer, "_num_dropped", 1) for layer in decoding.cache.layers)
     # What was long ago does not come back, and to ask for it changes nothing.
     if "full" not in model.config.attn_layers:
-        with pytest.raises(ValueError, match=f"1600 tokens to 1500.*cropped by {SLACK} tokens from"):
-            decoding.crop(100)
+        with pytest.raises(ValueError, match=f"1600 tokens to 1200.*cropped by {SLACK} tokens from"):
+            decoding.crop(400)
     decoding.crop(SLACK - 10)
     decoding.take(20)
     decoding.check()
@@ -261,12 +356,7 @@ def test_drops_what_no_ring_holds(fields):
         whole = model(decoding.ids, **last)
         decoding.crop(1)
         step = model(last_token, cache=decoding.cache, **last)
-    for layer in range(len(model.config.attn_layers)):
-        found, expected = (
-            _by_position(output.attentions[layer], output.attention_positions[layer], len(decoding.mask[0]) + 1)
-            for output in (step, whole)
-        )
-        assert_close(found[:, :, -1], expected[:, :, -1], 1e-12)
+    _assert_same_attentions(step, whole)
 
 
 def _elements(cache):
@@ -275,15 +365,43 @@ def _elements(cache):
 
 
 def test_piece_after_drop():
-    """A parallel pass over new tokens and rows that hold other tokens in each head, some of them padding."""
+    """
+    A parallel pass, in groups of heads, over new tokens and rows that hold other tokens in each head, some of them
+    padding.
+    """
     sizes = {"num_buckets": 2, "lsh_num_chunks_before": 1, "num_hashes": 2, "max_position_embeddings": 2048}
-    model = random_model(torch.float64, attn_layers=["lsh", "lsh"], num_attention_heads=4, **sizes)
+    heads = {"num_attention_heads": 4, "num_parallel_heads": 2}
+    model = random_model(torch.float64, attn_layers=["lsh", "lsh"], **heads, **sizes)
     decoding = Decoding(model, _new_cache(model), batch_size=2).take(400, padding=[0, 5])
     for step in range(12):
         decoding.take(60, padding=[7 * step % 20, 11 * step % 30])
     assert all(layer._num_dropped for layer in decoding.cache.layers)
     decoding.take(150, padding=[3, 0]).take(70).take(1)
     decoding.check()
+    # The cache positions of rows that a parallel pass read, and of those that it wrote.
+    ids, mask = decoding.ids, decoding.mask
+    for num_new in (90, 1):
+        new = decoding.ids[:, :num_new]
+        ids, mask = torch.cat([ids, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
+        with torch.no_grad():
+            step = model(new, attention_mask=mask, cache=decoding.cache, output_attentions=True)
+            whole = model(ids, attention_mask=mask, output_attentions=True)
+        _assert_same_attentions(step, whole)
+
+
+def test_piece_that_drops():
+    """In a parallel pass, the rows that were sorted with the new tokens are no longer those that are kept."""
+    sizes = {"num_buckets": 2, "lsh_num_chunks_before": 1, "num_hashes": 2, "max_position_embeddings": 2048}
+    model = random_model(torch.float64, attn_layers=["lsh", "lsh"], num_attention_heads=4, **sizes)
+    decoding = Decoding(model, _new_cache(model), batch_size=2).take(400, padding=[0, 5])
+    layer, drops = decoding.cache.layers[1], []
+    while decoding.length < 1300:
+        before = layer._num_dropped
+        decoding.take(100, padding=[2, 0])
+        drops.append(layer._num_dropped > before)
+        decoding.take(1)
+    decoding.check()
+    assert sum(drops) >= 2 and not all(drops)
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -313,10 +431,11 @@ def test_full_layer_piece_memory():
 
 def test_crop_to_prompt():
     """Further than the slack, as long as nothing was dropped that would be needed."""
-    for kind in ("lsh", "full"):
+    # The ring of local layers has 112 slots.
+    for kind, num_new in (("lsh", 150), ("full", 150), ("local", 109)):
         model = random_model(torch.float64, attn_layers=[kind, kind])
-        decoding = Decoding(model, _new_cache(model)).take(30, padding=[0, 7, 29]).take(150)
-        decoding.crop(150)
+        decoding = Decoding(model, _new_cache(model)).take(3, padding=[0, 1, 2]).take(num_new)
+        decoding.crop(num_new)
         decoding.take(100)
         decoding.crop(30)
         for _ in range(5):
@@ -365,12 +484,18 @@ def test_step_attentions(fields, static):
             whole = model(decoding.ids, **wanted)
         for found, expected in zip(step.hidden_states, whole.hidden_states, strict=True):
             assert_close(found, expected[:, -num_new:], 1e-12)
-        for layer in range(len(model.config.attn_layers)):
-            found, expected = (
-                _by_position(output.attentions[layer], output.attention_positions[layer], decoding.length)
-                for output in (step, whole)
-            )
-            assert_close(found, expected[:, :, -num_new:], 1e-12)
+        _assert_same_attentions(step, whole)
+
+
+def _assert_same_attentions(step, whole):
+    """The attention weights of new tokens by cache position, of a pass with a cache and of one over all tokens."""
+    (_, num_new, _), (_, length, _) = step.logits.shape, whole.logits.shape
+    for layer in range(len(whole.attentions)):
+        found, expected = (
+            _by_position(output.attentions[layer], output.attention_positions[layer], length)
+            for output in (step, whole)
+        )
+        assert_close(found, expected[:, :, -num_new:], 1e-12, f"layer {layer}")
 
 
 def _by_position(weights, positions, length):
@@ -379,6 +504,17 @@ def _by_position(weights, positions, length):
     assert torch.equal(weights > 0, positions >= 0)
     by_position = weights.new_zeros(*weights.shape[:3], length + 1)
     return by_position.scatter_add_(3, positions % (length + 1), weights)[..., :-1]
+
+
+def test_attentions_of_long_piece():
+    """More tokens than a full layer appends at once: each of its blocks sees more keys than the one before."""
+    model = random_model(torch.float64, attn_layers=["full", "full"], max_position_embeddings=1024)
+    decoding = Decoding(model, _new_cache(model)).take(10)
+    new = torch.randint(1, 60, (3, 300), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        step = model(new, cache=decoding.cache, output_attentions=True)
+        whole = model(torch.cat([decoding.ids, new], dim=1), output_attentions=True)
+    _assert_same_attentions(step, whole)
 
 
 def test_step_weights_sum_to_one():
@@ -401,10 +537,13 @@ def test_half_precision(dtype):
     assert_close(decoding.logits, decoding.expected(), 0.05)
 
 
-def test_autocast():
+@pytest.mark.parametrize(("cached", "stepped"), [(True, True), (False, True), (True, False)])
+def test_autocast(cached, stepped):
+    """Of the prompt, of the steps, and of both."""
     model = random_model(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=cached):
         decoding = Decoding(model, _new_cache(model)).take(60)
+    with torch.autocast("cpu", torch.bfloat16, enabled=stepped):
         for _ in range(10):
             decoding.take(1)
         assert_close(decoding.logits, decoding.expected(), 0.05)
@@ -422,6 +561,47 @@ def test_train_mode_keeps_rotations():
     torch.manual_seed(3)
     decoding.check()
     assert model(decoding.ids, use_cache=True).cache is None
+
+
+@each_cache
+@pytest.mark.parametrize("kind", ["local", "lsh", "full"])
+@torch.no_grad()
+def test_step_dropout(kind, static):
+    """In training, a step drops attention weights and scales the others, and drops the output, each at its rate."""
+    rates = {"lsh_attention_probs_dropout_prob": 0.25, "local_attention_probs_dropout_prob": 0.25}
+    fields = {"num_buckets": 2, "lsh_deduplicate_keys": True, "hash_seed": 1}
+    model = random_model(torch.float64, attn_layers=[kind], hidden_dropout_prob=0.5, **rates, **fields)
+    attention = model.reformer.encoder.layers[0].attention
+    cache = model(torch.arange(1, 16).expand(64, -1), cache=_new_cache(model, static)).cache
+    # One-hot values of the 15 cached tokens: the output of a head is the weight of each token.
+    cache.layers[0].entries[:, :15, :, 16:] = torch.eye(16, dtype=torch.float64)[:15, None]
+    attention.self_attention.value.weight.zero_()
+    new = torch.randn(32, dtype=torch.float64).expand(64, 1, 32)
+    call = AttentionCall.on(new, output_attentions=True)
+    expected = attention.self_attention.append(new, call, copy.deepcopy(cache), 0)[0]
+    model.train()
+    out, weights = attention.self_attention.append(new, call, copy.deepcopy(cache), 0)
+    by_position = _by_position(*weights, 16)[:, :, 0, :15]
+    assert_close(by_position, expected.view(64, 2, 16)[..., :15], 1e-12)
+    seen = by_position > 0
+    factors = (out.view(64, 2, 16)[..., :15] / by_position)[seen]
+    kept = factors > 0.5
+    assert_close(factors, kept.double() / 0.75, 1e-12)
+    # Of 64 × 2 × 8 weights or more, with a standard deviation of 0.013 at most.
+    assert len(factors) > 500 and abs(kept.double().mean() - 0.75) < 0.06
+    added = attention.append(new, call, cache)[0]
+    assert abs((added == 0).double().mean() - 0.5) < 0.06
+
+
+def test_dropout_spares_query_without_keys():
+    """In a step as in a parallel pass, it returns its value."""
+    rates = {"lsh_attention_probs_dropout_prob": 0.5}
+    for kind, num_buckets in (("full", 8), ("lsh", 64)):
+        model = random_model(torch.float64, attn_layers=[kind], num_buckets=num_buckets, hash_seed=1, **rates)
+        expected = Decoding(model, _new_cache(model), batch_size=8).take(1, [1] * 8).take(1)
+        model.train()
+        found = Decoding(model, _new_cache(model), batch_size=8).take(1, [1] * 8).take(1)
+        assert_close(found.logits[:, 1], expected.logits[:, 1], 1e-12, kind)
 
 
 def test_no_cache_unless_wanted():
@@ -598,6 +778,23 @@ def test_layer_types():
     assert static.is_compileable and not DynamicCache(config=config).is_compileable
     assert not any(isinstance(layer, DynamicLayer) for layer in static.layers)
     assert "layer_types" not in config.to_dict()
+
+
+@each_cache
+def test_sizes_for_transformers(static):
+    model = random_model()
+    cache = _new_cache(model, static, 64)
+    assert cache.get_seq_length() == 0
+    for layer in cache.layers:
+        with pytest.raises(AttributeError, match="empty cache"):
+            _ = layer.batch_size
+        with pytest.raises(ValueError, match="run the model on a prompt"):
+            layer.lazy_initialization(torch.ones(2, 1, 2, 16), torch.ones(2, 1, 2, 16))
+    model(IDS.expand(2, 30), cache=cache)
+    for layer in range(3):
+        assert cache.get_mask_sizes(3, layer) == (33, 0)
+        assert cache.layers[layer].batch_size == 2
+        assert cache.layers[layer].get_max_length() == (64 if static else -1)
 
 
 def test_num_buckets_of_call():

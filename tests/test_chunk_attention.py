@@ -508,6 +508,17 @@ def _assert_weights(case):
     assert torch.equal(_by_key((positions >= 0).double(), positions)[real], expected[real])
 
 
+def test_weights_under_autocast():
+    case = _case("bucket", True)
+    query = case.query.float()
+    weights, positions = chunk_attention_weights(query, None, case.pattern, case.order)
+    expected, expected_positions = chunk_attention_weights(query.double(), None, case.pattern, case.order)
+    assert torch.equal(positions, expected_positions)
+    assert_close(weights, expected, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chunk_attention_weights(query, None, case.pattern, case.order)[0], weights)
+
+
 def _by_key(weights, positions):
     """Sum of `weights` `[B, H, R, L, W]` by the position of the key, `[B, H, L, L]`."""
     batch_size, num_heads, num_hashes, length, window = weights.shape

@@ -24,7 +24,7 @@ PATTERNS = {
     "chunk-ring": AttentionPattern(64, chunks_after=1, ring_multiple=64),
     "local": AttentionPattern(64, causal=True, include_self=True),
 }
-policies = pytest.mark.parametrize("policy", [CUDA_ON_CPU, CUDA_UNFUSED], ids=["fused", "unfused"])
+POLICIES = {"fused": CUDA_ON_CPU, "unfused": CUDA_UNFUSED}
 
 
 def _vectors(length, seed):
@@ -51,17 +51,17 @@ def _attention(name, length, padded):
     return found | {f"grad of {name}": grad for name, grad in zip(inputs, grads, strict=True)}, positions
 
 
-@policies
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("length", [29, 333, 1024])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_attention_of_cuda_policy(name, length, padded, policy, monkeypatch):
+def test_attention_of_cuda_policy(name, length, padded, monkeypatch):
     expected, expected_positions = _attention(name, length, padded)
-    set_policy(monkeypatch, policy)
-    found, positions = _attention(name, length, padded)
-    assert torch.equal(positions, expected_positions)
-    for tensor in expected:
-        assert_close(found[tensor], expected[tensor], 1e-5, tensor)
+    for kernel, policy in POLICIES.items():
+        set_policy(monkeypatch, policy)
+        found, positions = _attention(name, length, padded)
+        assert torch.equal(positions, expected_positions), kernel
+        for tensor in expected:
+            assert_close(found[tensor], expected[tensor], 1e-5, f"{tensor}, {kernel}")
 
 
 @pytest.mark.parametrize("length", [5, 333, 5000])
@@ -76,7 +76,7 @@ def test_rotations_ignore_default_device():
         assert random_rotations(0, 3, 16, 2, FACTORS).device.type == "cpu"
 
 
-@policies
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("lsh_pattern", ["window", "chunk"])
 def test_model_of_cuda_policy(lsh_pattern, policy, monkeypatch):
     """A training step at a length that the CPU cuts into chunks of positions and groups of heads."""

@@ -126,17 +126,17 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
-def test_cache_changes_nothing(options, cache):
+def test_cache_changes_nothing(options):
     model = _model()
     assert model.generation_config.use_cache
     batch = _padded([_ids(length) for length in LENGTHS])
     set_seed(0)
     expected = _generate(model, **batch, num_new=40, use_cache=False, **options)
-    set_seed(0)
-    assert torch.equal(_generate(model, **batch, num_new=40, **cache, **options), expected)
     assert len(expected.unique()) > 20
+    for name, cache in CACHES.items():
+        set_seed(0)
+        assert torch.equal(_generate(model, **batch, num_new=40, **cache, **options), expected), name
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17])
@@ -246,6 +246,17 @@ def test_buckets_of_planned_length():
     assert torch.equal(model.generate(prompt[:1], **options, prompt_lookup_num_tokens=5), expected[:1])
 
 
+def test_continue_keeps_num_buckets():
+    """Four buckets of the first planned length, 41 tokens in windows of 16, not eight of the second one."""
+    model, prompt = _model(num_buckets=None, attn_layers=["lsh"] * 2), _ids(21, batch_size=2)
+    expected, _ = _greedy(model, prompt, num_new=60, num_buckets=4)
+    assert not torch.equal(_greedy(model, prompt, num_new=60, num_buckets=8)[0], expected)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(prompt, max_new_tokens=20, **options)
+    second = model.generate(first.sequences, max_new_tokens=40, cache=first.cache, **options)
+    assert torch.equal(second.sequences, expected)
+
+
 def test_sampling():
     model, input_ids = _model(initializer_range=0.1), _ids(21, batch_size=2)
     options = {"do_sample": True, "top_k": 0, "num_return_sequences": 4}
@@ -262,13 +273,13 @@ def test_sampling():
 
 
 def test_sampling_frequencies():
-    model, input_ids = _model(initializer_range=0.2), _ids(21)
+    model, input_ids = _model(initializer_range=0.2), _ids(3)
     set_seed(0)
     tokens = _generate(model, input_ids, num_new=1, do_sample=True, top_k=0, num_return_sequences=4000)
     frequencies = tokens.flatten().bincount(minlength=60) / 4000
     with torch.no_grad():
         probabilities = model(input_ids).logits[0, -1].softmax(-1)
-    # Samples differ by 0.03 to 0.05 from what they are drawn from, whatever the seed, and by 0.79 from the rolled one.
+    # Samples differ by 0.03 to 0.05 from what they are drawn from, whatever the seed, and by 0.66 from the rolled one.
     assert (frequencies - probabilities).abs().sum() / 2 < 0.08
     assert (frequencies - probabilities.roll(1)).abs().sum() / 2 > 0.5
 

@@ -12,9 +12,12 @@ from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention as InTreeLSHSelfAttention
 
 from reformer_hf.hashing import (
+    both_signs,
     bucket_factors,
+    hash_few,
     hash_vectors,
     invert_order,
+    projections_of,
     random_rotations,
     sort_by_bucket,
     unpack_order,
@@ -90,6 +93,27 @@ def test_buckets_equal_in_tree(factors):
     expected = expected - num_buckets * torch.arange(4)[:, None]
     buckets = hash_vectors(vectors, random_rotations(7, 3, 8, 4, factors), factors)
     assert torch.equal(buckets.long(), expected)
+
+
+def test_hash_few_equals_hash_vectors():
+    """One vector and several, zeros among them, also under autocast."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for factors, dtype, length in itertools.product(([1], *FACTORS), dtypes, (1, 7)):
+        rotations = random_rotations(5, 3, 8, 4, factors)
+        torch.manual_seed(0)
+        vectors = torch.randn(2, length, 3, 8).to(dtype)
+        vectors[1, -1, 0] = 0
+        signed = both_signs(projections_of(rotations, factors, dtype, vectors.device), 4)
+        expected = hash_vectors(vectors, rotations, factors).transpose(2, 3).long()
+        assert torch.equal(hash_few(signed, vectors, 4), expected), (factors, dtype, length)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(hash_few(signed, vectors, 4), expected), (factors, dtype, length)
+
+
+def test_projections_on_device():
+    rotations = random_rotations(0, 3, 8, 4, [2, 4])
+    for projection in projections_of(rotations, [2, 4], torch.float32, torch.device("meta")):
+        assert projection.device.type == "meta"
 
 
 def test_every_bucket_is_used():

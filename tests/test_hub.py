@@ -13,7 +13,7 @@ from .processes import ROOT, run_python
 
 TOKEN = "dummy"
 
-# What each process runs first, with the package and without. Those after it save results as `sys.argv[1]`.
+# What each process runs first, with the package and without. Those after it save results in the folder `sys.argv[1]`.
 WITH_PACKAGE = """
 import sys
 import reformer_hf
@@ -38,7 +38,7 @@ options = {"trust_remote_code": True}
 SAVE_OUTPUTS = """
 import torch
 
-def save_outputs(causal_lm, model, tokenizer):
+def save_outputs(name, causal_lm, model, tokenizer):
     input_ids = torch.arange(150).view(2, 75)
     with torch.no_grad():
         logits = causal_lm.eval()(input_ids).logits
@@ -49,11 +49,10 @@ def save_outputs(causal_lm, model, tokenizer):
     found = {"logits": logits, "last_hidden_state": last_hidden_state, "modules": modules}
     found |= {"tokens": torch.tensor(tokens), "text": tokenizer.decode(tokens)}
     found |= {"generated": generated, "fields": causal_lm.config.to_diff_dict()}
-    torch.save(found, sys.argv[1])
+    torch.save(found, f"{sys.argv[1]}/{name}")
 """
 
-PUSH = f"""
-{SAVE_OUTPUTS}
+PUSH = """
 from tests.helpers import tiny_config
 
 torch.manual_seed(0)
@@ -64,21 +63,19 @@ for parameter in model.parameters():
 tokenizer = reformer_hf.ReformerHfByteTokenizer()
 for each in (model, tokenizer):
     each.push_to_hub("user/tiny-reformer")
-save_outputs(model, model.reformer, tokenizer)
+save_outputs("pushed", model, model.reformer, tokenizer)
 """
 
-LOAD = f"""
-{SAVE_OUTPUTS}
+LOAD = """
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 classes = (AutoModelForCausalLM, AutoModel, AutoTokenizer)
-save_outputs(*(each.from_pretrained("user/tiny-reformer", **options) for each in classes))
+save_outputs("loaded", *(each.from_pretrained("user/tiny-reformer", **options) for each in classes))
 """
 
 FAIL = """
 import json
 from huggingface_hub import hf_hub_download
-from tests.helpers import tiny_config
 
 load = reformer_hf.ReformerHfForCausalLM.from_pretrained
 model = reformer_hf.ReformerHfForCausalLM(tiny_config())
@@ -94,7 +91,7 @@ for name, attempt in attempts.items():
         attempt()
     except Exception as error:
         errors[name] = [type(error).__name__, type(error.__cause__).__name__, str(error)]
-with open(sys.argv[1] + ".json", "w") as file:
+with open(f"{sys.argv[1]}/errors.json", "w") as file:
     json.dump(errors, file)
 """
 
@@ -106,13 +103,21 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, tmp_path_factory):
-    """Outputs of the model and the tokenizer that were pushed as `user/tiny-reformer`."""
-    return torch.load(_run(PUSH, hub, tmp_path_factory.mktemp("pushed")))
+def folder(hub, tmp_path_factory):
+    """Results of a process that pushes `user/tiny-reformer`, loads it again, and tries what must fail."""
+    folder = tmp_path_factory.mktemp("with-package")
+    _run(PUSH + LOAD + FAIL, hub, folder)
+    return folder
 
 
-def _run(script: str, hub: HubServer, folder: Path, package: bool = True) -> Path:
-    """Run `script` in a new process whose cache is empty. Returns where it saved its results."""
+@pytest.fixture(scope="module")
+def pushed(folder):
+    """Outputs of the model and the tokenizer that were pushed."""
+    return torch.load(folder / "pushed")
+
+
+def _run(script: str, hub: HubServer, folder: Path, package: bool = True) -> None:
+    """Run `script` in a new process whose cache is empty. It saves its results in `folder`."""
     dropped = ("HF_", "TRANSFORMERS_", "PYTHONPATH")
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     env.update(
@@ -128,9 +133,8 @@ def _run(script: str, hub: HubServer, folder: Path, package: bool = True) -> Pat
     )
     if package:
         env["PYTHONPATH"] = str(ROOT)
-    script = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + script
-    run_python(["-c", script, folder / "results"], folder, env)
-    return folder / "results"
+    script = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + SAVE_OUTPUTS + script
+    run_python(["-c", script, folder], folder, env)
 
 
 def _is_home(module: str, package: bool) -> bool:
@@ -159,22 +163,17 @@ def _assert_equals(loaded, pushed, package):
     assert loaded["text"] == pushed["text"] == "Пульхерия Александровна, née R.\n"
 
 
-@pytest.fixture(scope="module")
-def results_with_package(hub, pushed, tmp_path_factory):
-    """One process that loads what was pushed and then tries what must fail."""
-    return _run(LOAD + FAIL, hub, tmp_path_factory.mktemp("loaded"))
-
-
-def test_load_with_package(pushed, results_with_package):
-    _assert_equals(torch.load(results_with_package), pushed, package=True)
+def test_load_with_package(folder, pushed):
+    _assert_equals(torch.load(folder / "loaded"), pushed, package=True)
 
 
 def test_load_without_package(hub, pushed, tmp_path):
-    _assert_equals(torch.load(_run(LOAD, hub, tmp_path, package=False)), pushed, package=False)
+    _run(LOAD, hub, tmp_path, package=False)
+    _assert_equals(torch.load(tmp_path / "loaded"), pushed, package=False)
 
 
-def test_client_errors(hub, results_with_package):
-    errors = json.loads(results_with_package.with_suffix(".json").read_text())
+def test_client_errors(hub, folder):
+    errors = json.loads((folder / "errors.json").read_text())
     expected = {
         "repository": ("OSError", "RepositoryNotFoundError", "user/missing is not a local folder and is not a valid"),
         "revision": ("OSError", "RevisionNotFoundError", "missing is not a valid git identifier"),

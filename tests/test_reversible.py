@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf import ReformerHfForCausalLM, ReformerHfModel, modeling_reformer_hf
+from reformer_hf.reversible import Tape
 
 from .helpers import DROPOUT, assert_close, gradients, tiny_config
 from .policies import set_policy
@@ -107,6 +108,16 @@ def test_saved_activations_do_not_grow_with_depth():
     assert _saved_elements(deep[1]) > 3 * _saved_elements(shallow[1])
 
 
+def test_last_streams_exist_once(monkeypatch):
+    """The tape refers to the concatenated streams, which the layer norm saves as well."""
+    tapes = []
+    monkeypatch.setattr(modeling_reformer_hf, "Tape", lambda: tapes.append(Tape()) or tapes[0])
+    output = _loss(_pair()[0], output_hidden_states=True)
+    _, (y1, y2), _ = tapes[0].rewind(2)
+    assert torch.equal(y2, output.hidden_states[-1])
+    assert y1.untyped_storage().data_ptr() == y2.untyped_storage().data_ptr()
+
+
 def test_nothing_is_kept_without_gradient():
     model, _ = _pair(attn_layers=DEEP)
     with torch.no_grad():
@@ -122,6 +133,11 @@ def test_loss_on_an_inner_hidden_state(layer):
     reversible, plain = _pair(torch.float64, attn_layers=DEEP, **DROPOUT)
     for model in (reversible, plain):
         _loss(model, output_hidden_states=True).hidden_states[layer].square().sum().backward()
+    _assert_same_gradients(reversible, plain)
+
+
+def _assert_same_gradients(reversible, plain):
+    """Of some parameters; the others have none, or zeros."""
     expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     found = {name: p.grad for name, p in reversible.named_parameters() if p.grad is not None and p.grad.any()}
     assert set(found) == {name for name, grad in expected.items() if grad.any()}
@@ -169,6 +185,20 @@ def test_backward_twice_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up by an earlier backward pass.*reversible=False"):
         loss.backward()
+
+
+def test_backward_twice_to_inner_state():
+    """The layers above the state are used up; those below it are not, and stay exact after the refusal."""
+    reversible, plain = _pair(torch.float64, attn_layers=DEEP, **DROPOUT)
+    for model in (reversible, plain):
+        output = _loss(model, output_hidden_states=True)
+        grads = torch.autograd.grad(output.loss, output.hidden_states[5], retain_graph=True)
+        assert grads[0].any()
+        if model is reversible:
+            with pytest.raises(RuntimeError, match="used up by an earlier backward pass"):
+                torch.autograd.grad(output.loss, output.hidden_states[5], retain_graph=True)
+        output.hidden_states[3].square().sum().backward()
+    _assert_same_gradients(reversible, plain)
 
 
 def test_second_derivative_is_refused():
