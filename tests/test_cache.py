@@ -589,7 +589,7 @@ def test_step_dropout(kind, static):
     assert_close(factors, kept.double() / 0.75, 1e-12)
     # Of 64 × 2 × 8 weights or more, with a standard deviation of 0.013 at most.
     assert len(factors) > 500 and abs(kept.double().mean() - 0.75) < 0.06
-    added = attention.append(new, call, cache)[0]
+    added = attention(new, call, cache)[0]
     assert abs((added == 0).double().mean() - 0.5) < 0.06
 
 
