@@ -18,10 +18,9 @@ def kept_activations(config: ReformerHfConfig, positions: int) -> int:
         config: The config.
         positions: Number of positions, summed over the batch.
     """
-    # The inputs of both layer norms, their outputs, and the outputs of the activation function, with dropout factors
-    # of both branches and of the activation function.
-    dropout = 1 if config.hidden_dropout_prob else 0
-    of_layer = (4 + 2 * dropout) * config.hidden_size + (1 + dropout) * config.feed_forward_size
+    # The inputs of both layer norms, their outputs, and the outputs of the activation function. Dropout masks take a
+    # byte per element.
+    of_layer = 4 * config.hidden_size + config.feed_forward_size
     of_heads = config.num_attention_heads * config.attention_head_size
     of_attention = sum(_KEPT_PER_HEAD[layer_type] * of_heads for layer_type in config.attn_layers)
     return 4 * positions * (len(config.attn_layers) * of_layer + of_attention)

@@ -23,6 +23,7 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "lsh_num_chunks_before": 1,
     "lsh_num_chunks_after": 0,
     "local_attention_probs_dropout_prob": 0.05,
+    "feed_forward_dropout_prob": None,
     "bos_token_id": None,
     "eos_token_id": 2,
     "num_attention_heads": 12,
@@ -60,8 +61,10 @@ class ReformerHfConfig(PreTrainedConfig):
             `hidden_size / num_attention_heads`.
         feed_forward_size (`int`, defaults to 512): Inner width of the feed-forward layers.
         hidden_act (`str`, defaults to `"relu"`): Activation function of the feed-forward layers.
-        hidden_dropout_prob (`float`, defaults to 0.05): Dropout rate of the embeddings and of the outputs of attention
-            and feed-forward.
+        hidden_dropout_prob (`float`, defaults to 0.05): Dropout rate of the embeddings and of the outputs of attention,
+            feed-forward and encoder.
+        feed_forward_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout rate inside feed-forward layers,
+            before the activation function. `None` means `hidden_dropout_prob`, as in-tree.
         local_attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout rate of the attention weights of local
             layers. The fused kernels have no such dropout: a rate above 0 makes training slower. The in-tree default
             is 0.05.
@@ -150,6 +153,7 @@ class ReformerHfConfig(PreTrainedConfig):
     feed_forward_size: int = 512
     hidden_act: str = "relu"
     hidden_dropout_prob: float | int = 0.05
+    feed_forward_dropout_prob: float | int | None = 0.0
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     is_decoder: bool = False
@@ -341,8 +345,8 @@ class ReformerHfConfig(PreTrainedConfig):
             raise ValueError(f"`layer_norm_eps` is {self.layer_norm_eps}, but must be above 0, such as 1e-12.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}, but must be one of {sorted(ACT2FN)}.")
-        rates = ("hidden_dropout_prob", "local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
-        for name in rates:
+        attention_rates = ("local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
+        for name in ("hidden_dropout_prob", "feed_forward_dropout_prob", *attention_rates):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but a dropout rate must be in [0, 1).")
 

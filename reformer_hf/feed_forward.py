@@ -24,7 +24,9 @@ class ReformerHfFeedForward(nn.Module):
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.chunk_size = config.chunk_size_feed_forward
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = self.inner_dropout = config.hidden_dropout_prob
+        if config.feed_forward_dropout_prob is not None:
+            self.inner_dropout = config.feed_forward_dropout_prob
         self.activation = ACT2FN[config.hidden_act]
         self.layer_norm = StreamLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dense = _Dense(config.hidden_size, config.feed_forward_size)
@@ -36,6 +38,7 @@ class ReformerHfFeedForward(nn.Module):
 
     def _update(self, hidden_states: Tensor) -> Tensor:
         rows = self.dense.dense(self.layer_norm(hidden_states).flatten(0, 1))
-        rate = self.dropout if self.training else 0.0
-        rows = self.activation(dropout(rows, rate))
-        return dropout(self.output.dense(rows), rate).view(hidden_states.shape)
+        if not self.training:
+            return self.output.dense(self.activation(rows)).view(hidden_states.shape)
+        rows = self.activation(dropout(rows, self.inner_dropout))
+        return dropout(self.output.dense(rows), self.dropout).view(hidden_states.shape)

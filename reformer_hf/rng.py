@@ -21,29 +21,25 @@ def draw_seed() -> int:
 
 
 @dataclass(frozen=True)
-class KeepLevels:
+class DropoutMask:
     """
-    Random levels that decide which elements dropout keeps: those at the threshold or above.
-
-    A random number of 64 bits decides for several elements, which is many times faster than `bernoulli_`.
+    Which elements dropout keeps.
 
     Args:
-        levels: Uniform random integers, int8 or int16.
-        threshold: The lowest level that is kept.
+        keep: 1 for elements to keep and 0 for others, int8.
         scale: The factor for kept elements, the inverse of their share.
     """
 
-    levels: Tensor
-    threshold: int
+    keep: Tensor
     scale: float
 
     @classmethod
-    def draw(cls, like: Tensor, rate: float, generator: torch.Generator | None = None) -> "KeepLevels":
+    def draw(cls, like: Tensor, rate: float, generator: torch.Generator | None = None) -> "DropoutMask":
         """
-        Draw levels.
+        Draw a mask. A random number of 64 bits decides for several elements, which is much faster than `bernoulli_`.
 
         Args:
-            like: A tensor of the shape and on the device of the levels.
+            like: A tensor of the shape and on the device of the mask.
             rate: Dropout rate, rounded to a multiple of 1/256 if that changes it by at most 2 %, else of 2^-16.
             generator: A generator; `None` uses the global one of the device.
         """
@@ -53,23 +49,36 @@ class KeepLevels:
         drawn = torch.empty(math.ceil(like.numel() * bits / 64), dtype=torch.int64, device=like.device)
         drawn.random_(-(2**63), None, generator=generator)
         levels = drawn.view(torch.int8 if bits == 8 else torch.int16)[: like.numel()].view(like.shape)
-        return cls(levels, dropped - num_levels // 2, num_levels / (num_levels - dropped))
+        # A byte converts to a float faster than a boolean.
+        keep = (levels >= dropped - num_levels // 2).view(torch.int8)
+        return cls(keep, num_levels / (num_levels - dropped))
 
-    def mask(self, dtype: torch.dtype, positions: slice = slice(None)) -> Tensor:
-        """Return 1 for elements to keep and 0 for others, at some positions of `[B, L, …]`."""
-        levels = self.levels[:, positions]
-        return torch.ge(levels, self.threshold, out=torch.empty(levels.shape, dtype=dtype, device=levels.device))
+    def apply(self, tensor: Tensor, positions: slice = slice(None)) -> Tensor:
+        """Scale the elements to keep at some positions of `[B, L, …]` and set the others to zero."""
+        return self.keep[:, positions].to(tensor.dtype).mul_(tensor).mul_(self.scale)
+
+
+class _ApplyMask(torch.autograd.Function):
+    """Save a mask of one byte per element instead of factors."""
+
+    @staticmethod
+    def forward(ctx, tensor, keep, scale):
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return DropoutMask(keep, scale).apply(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (keep,) = ctx.saved_tensors
+        return _ApplyMask.apply(grad, keep, ctx.scale), None, None
 
 
 def dropout(tensor: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
     """Apply dropout to `[B, L, …]`, with the global random number generator of the device unless one is given."""
     if not rate:
         return tensor
-    keep = KeepLevels.draw(tensor, rate, generator)
-    if tensor.dtype.itemsize < 4:
-        # The scale would lose digits.
-        return tensor * keep.mask(tensor.dtype) * keep.scale
-    return tensor * keep.mask(tensor.dtype).mul_(keep.scale)
+    mask = DropoutMask.draw(tensor, rate, generator)
+    return _ApplyMask.apply(tensor, mask.keep, mask.scale)
 
 
 class Dropout:
@@ -86,8 +95,8 @@ class Dropout:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the factors of the next tensor `[g, n, …]`: zero, or the inverse of the keep rate."""
-        keep = KeepLevels.draw(tensor, self._rate, self._generator)
-        return keep.mask(tensor.dtype).mul_(keep.scale)
+        mask = DropoutMask.draw(tensor, self._rate, self._generator)
+        return mask.keep.to(tensor.dtype).mul_(mask.scale)
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,7 @@ class SeededDropout:
 
     def of(self, tensor: Tensor) -> Callable[[Tensor, slice], Tensor]:
         """Return a function that applies the dropout of `[B, L, …]` to a summand at some positions."""
-        keep = KeepLevels.draw(tensor, self.rate, self._generator(tensor))
-        return lambda summand, at: keep.mask(summand.dtype, at).mul_(summand).mul_(keep.scale)
+        return DropoutMask.draw(tensor, self.rate, self._generator(tensor)).apply
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Apply the dropout to all positions, differentiably."""

@@ -9,6 +9,7 @@ from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 # Of every kind, for `tiny_config`.
 DROPOUT = {
     "hidden_dropout_prob": 0.1,
+    "feed_forward_dropout_prob": 0.1,
     "local_attention_probs_dropout_prob": 0.1,
     "lsh_attention_probs_dropout_prob": 0.1,
 }
