@@ -61,8 +61,8 @@ class ReformerHfConfig(PreTrainedConfig):
             `hidden_size / num_attention_heads`.
         feed_forward_size (`int`, defaults to 512): Inner width of the feed-forward layers.
         hidden_act (`str`, defaults to `"relu"`): Activation function of the feed-forward layers.
-        hidden_dropout_prob (`float`, defaults to 0.05): Dropout rate of the embeddings and of the outputs of attention,
-            feed-forward and encoder.
+        hidden_dropout_prob (`float`, defaults to 0.05): Dropout rate of the embeddings and of the outputs of
+            attention, feed-forward and encoder.
         feed_forward_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout rate inside feed-forward layers,
             before the activation function. `None` means `hidden_dropout_prob`, as in-tree.
         local_attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout rate of the attention weights of local
