@@ -5,6 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import ModelOutput
 
 
@@ -47,3 +54,38 @@ class ReformerHfCausalLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
     cache: Cache | None = None
+
+
+@dataclass
+class ReformerHfMaskedLMOutput(MaskedLMOutput):
+    """`MaskedLMOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfSequenceClassifierOutput(SequenceClassifierOutput):
+    """`SequenceClassifierOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfTokenClassifierOutput(TokenClassifierOutput):
+    """`TokenClassifierOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """`QuestionAnsweringModelOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfMultipleChoiceOutput(MultipleChoiceModelOutput):
+    """`MultipleChoiceModelOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None

@@ -9,7 +9,7 @@ Parameter names are those of the in-tree model, so that its checkpoints load wit
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ from .input_checks import (
     check_position_ids,
     documents_of_call,
 )
-from .lm_head import ReformerHfLMHead, check_not_fused, states_to_keep
+from .label_checks import check_token_labels
+from .lm_head import IGNORED, ReformerHfLMHead, check_not_fused, next_tokens, states_to_keep
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
 from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
@@ -49,6 +50,10 @@ from .reversible import Tape
 from .rng import dropout
 from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
+
+if TYPE_CHECKING:
+    # Transformers saves the files of all relative imports with a model: with this one, the other heads as well.
+    from .task_heads import ReformerHfForMaskedLM  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +119,11 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
         "AutoModel": "modeling_reformer_hf.ReformerHfModel",
         "AutoModelForCausalLM": "modeling_reformer_hf.ReformerHfForCausalLM",
+        "AutoModelForMaskedLM": "task_heads.ReformerHfForMaskedLM",
+        "AutoModelForSequenceClassification": "task_heads.ReformerHfForSequenceClassification",
+        "AutoModelForTokenClassification": "task_heads.ReformerHfForTokenClassification",
+        "AutoModelForQuestionAnswering": "task_heads.ReformerHfForQuestionAnswering",
+        "AutoModelForMultipleChoice": "task_heads.ReformerHfForMultipleChoice",
     }
 
     def __init__(self, config: ReformerHfConfig, *args, **kwargs):
@@ -296,21 +306,20 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         return [layer.attention.self_attention.cache_spec_for(num_hashes) for layer in layers]
 
 
-class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel):
-    """A causal Reformer that predicts the next token."""
+class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
+    """Base class of the language models: a Reformer with an LM head, which may share the word embeddings."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "reformer.embeddings.word_embeddings.weight"}
     # An alias of `lm_head.bias`. `Trainer` must not report it as missing in a checkpoint.
     _keys_to_ignore_on_save = ["lm_head.decoder.bias"]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # The name of the default loss in Transformers.
+    _loss_name: str
 
     def __init__(self, config: ReformerHfConfig):
-        check_is_causal(config)
         super().__init__(config)
         self.reformer = ReformerHfModel(config)
         self.lm_head = ReformerHfLMHead(config)
-        if config.tie_word_embeddings:
-            self.register_forward_pre_hook(check_not_fused, with_kwargs=True)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -344,6 +353,29 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         if missing_keys is not None and not missing_keys & {"lm_head.bias", "lm_head.decoder.bias"}:
             self.lm_head.bias = self.lm_head.decoder.bias
         super().tie_weights(missing_keys, recompute_mapping)
+
+    def check_labels(self, labels: Tensor, states: Tensor, ignore_index: int = IGNORED, **kwargs) -> None:
+        """Raise a `ValueError` if labels do not match hidden states `[B, L, …]` or the vocabulary."""
+        vocabulary = self.config.vocab_size, "vocab_size"
+        check_token_labels(labels, states, *vocabulary, self.reformer.checks_values, ignore_index)
+
+    @property
+    def _loss_without_logits(self) -> bool:
+        """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
+        is_default = self.loss_function is LOSS_MAPPING[self._loss_name] and type(self.lm_head.decoder) is nn.Linear
+        return self.training and self.lm_head.chunk_size > 0 and is_default
+
+
+class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
+    """A causal Reformer that predicts the next token."""
+
+    _loss_name = "ForCausalLM"
+
+    def __init__(self, config: ReformerHfConfig):
+        check_is_causal(config)
+        super().__init__(config)
+        if config.tie_word_embeddings:
+            self.register_forward_pre_hook(check_not_fused, with_kwargs=True)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
@@ -399,8 +431,10 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         )
         logits = loss = None
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if labels is not None:
+            self.check_labels(labels, outputs.last_hidden_state, **kwargs)
         if has_labels and self._loss_without_logits:
-            loss = self.lm_head.causal_loss(outputs.last_hidden_state, labels, **kwargs)
+            loss = self.lm_head.loss(outputs.last_hidden_state, next_tokens(labels, **kwargs), **kwargs)
         else:
             logits = self.lm_head(states_to_keep(outputs.last_hidden_state, logits_to_keep, attention_mask))
             if has_labels:
@@ -413,12 +447,6 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
             attention_positions=outputs.attention_positions,
             cache=outputs.cache,
         )
-
-    @property
-    def _loss_without_logits(self) -> bool:
-        """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
-        is_default = self.loss_function is LOSS_MAPPING["ForCausalLM"] and type(self.lm_head.decoder) is nn.Linear
-        return self.training and self.lm_head.chunk_size > 0 and is_default
 
 
 # `DynamicCache` and `StaticCache` look up cache layers by the names in `config.layer_types`.

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+import reformer_hf
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
 
 from .helpers import random_model, tiny_config
@@ -194,6 +195,10 @@ def _heads():
     return heads
 
 
+def _file_of(head):
+    return getattr(reformer_hf, head).__module__.rpartition(".")[2]
+
+
 def test_folder_has_every_file(saved):
     code = {path.name: path.read_bytes() for path in FLAT_FILES}
     weights = {"config.json", "generation_config.json", "model.safetensors"}
@@ -205,8 +210,9 @@ def test_folder_has_every_file(saved):
 def test_folder_names_every_head(saved):
     heads = _heads()
     assert {"AutoModel": "ReformerHfModel", "AutoModelForCausalLM": "ReformerHfForCausalLM"}.items() <= heads.items()
-    auto_map = {name: f"modeling_reformer_hf.{head}" for name, head in heads.items()}
+    auto_map = {name: f"{_file_of(head)}.{head}" for name, head in heads.items()}
     auto_map["AutoConfig"] = "configuration_reformer_hf.ReformerHfConfig"
+    assert len(heads) == 7
     config = _json(saved / "config.json")
     assert config["auto_map"] == auto_map
     assert config["architectures"] == ["ReformerHfForCausalLM"]
