@@ -109,7 +109,7 @@ class ReformerHfLayer(nn.Module):
         drop = self.attention.draw_dropout()
         call = self.attention.self_attention.begin(call, cache_layer)
         branches = self.attention.branch(call, drop), self._feed_forward_branch(call)
-        y1, y2, found = residual_layer(x1, x2, *branches, tape)
+        y1, y2, (found, _) = residual_layer(x1, x2, branches, tape)
         found = Found.join(found)
         if cache is not None:
             self.attention.self_attention.prefill(found, call, cache, self.attention.layer_idx)
