@@ -27,6 +27,7 @@ class ReformerHfModelOutput(ModelOutput):
             query's window, before dropout. They sum to 1 over R and W, and have no gradient.
         attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys of these weights,
             -1 for masked keys.
+        cross_attentions (*optional*): For each layer, the attention weights `[B, H, L, S]` of the encoder output.
         cache (*optional*): The KV cache, including this input.
     """
 
@@ -34,6 +35,7 @@ class ReformerHfModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
     cache: Cache | None = None
 
 

@@ -38,6 +38,7 @@ from .input_checks import (
     check_last_tokens,
     check_not_in_tree_cache,
     check_position_ids,
+    context_of_call,
     documents_of_call,
 )
 from .label_checks import check_token_labels
@@ -74,16 +75,16 @@ class ReformerHfEncoder(nn.Module):
         hidden_states: Tensor,
         call: AttentionCall,
         cache: Cache | None = None,
+        cross_cache: Cache | None = None,
         output_hidden_states: bool = False,
     ) -> ReformerHfModelOutput:
         """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
         x1 = x2 = hidden_states
-        positions = call.batch_size * call.length
-        recomputes = self.reversible and recomputes_activations(self.config, positions, call.device)
+        recomputes = self.reversible and recomputes_activations(self.config, call.num_positions, call.device)
         tape = Tape() if recomputes and torch.is_grad_enabled() else None
         all_hidden_states, all_weights = [x2], []
         for layer in self.layers:
-            x1, x2, weights = layer(x1, x2, call, tape, cache)
+            x1, x2, weights = layer(x1, x2, call, tape, cache, cross_cache)
             if output_hidden_states:
                 all_hidden_states.append(x2)
             all_weights.append(weights)
@@ -98,8 +99,9 @@ class ReformerHfEncoder(nn.Module):
         return ReformerHfModelOutput(
             last_hidden_state=dropout(hidden_states, self.dropout) if self.training else hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(weights for weights, _ in all_weights) if with_weights else None,
-            attention_positions=tuple(positions for _, positions in all_weights) if with_weights else None,
+            attentions=tuple(each.values for each in all_weights) if with_weights else None,
+            attention_positions=tuple(each.positions for each in all_weights) if with_weights else None,
+            cross_attentions=tuple(each.cross for each in all_weights) if with_weights and call.context else None,
             cache=cache,
         )
 
@@ -200,6 +202,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         output_attentions: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cross_cache: Cache | None = None,
         **kwargs,
     ) -> ReformerHfModelOutput:
         """
@@ -224,6 +229,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 `ReformerHfModelOutput`.
             seq_idx (`[B, L]`, *optional*): Index of the packed document that each token belongs to.
             cu_seq_lens_q (`[N + 1]`, *optional*): Cumulative lengths of packed documents, over all rows.
+            encoder_hidden_states (`[B, S, 2 * E]`, *optional*): Encoder output, with `add_cross_attention`.
+            encoder_attention_mask (`[B, S]`, *optional*): 1 for tokens of the encoder, 0 for padding.
+            cross_cache (`Cache`, *optional*): Cache of the keys and values of the encoder output.
 
         Returns:
             `ReformerHfModelOutput`.
@@ -245,6 +253,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             check_input_ids(self.config, input_ids)
             check_position_ids(self.config, position_ids)
             check_attention_mask(attention_mask, inputs.shape[1])
+        context = context_of_call(self.config, encoder_hidden_states, encoder_attention_mask, inputs.shape[0])
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
         padding = None
@@ -270,9 +279,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         with torch.no_grad() if cache is not None and torch.is_grad_enabled() else nullcontext():
             return encode(
                 (input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
-                cache,
+                (cache, cross_cache),
                 output_hidden_states,
                 padding=padding,
+                context=context,
                 num_hashes=num_hashes,
                 num_buckets=factors,
                 output_attentions=output_attentions,
@@ -280,10 +290,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             )
 
     def _encode(
-        self, inputs: tuple, cache: Cache | None, output_hidden_states: bool, **options
+        self, inputs: tuple, caches: tuple[Cache | None, Cache | None], output_hidden_states: bool, **options
     ) -> ReformerHfModelOutput:
         hidden_states = self.embeddings(*inputs)
-        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), cache, output_hidden_states)
+        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), *caches, output_hidden_states)
 
     @torch.compiler.disable(reason="Only decoding steps with a static cache are compiled: set `fullgraph=False`.")
     def _encode_uncompiled(self, *args, **options) -> ReformerHfModelOutput:

@@ -5,11 +5,12 @@ Reversible residual layers (Gomez et al. 2017; Kitaev et al. 2020, section 3).
     y1 = x1 + attention(x2)        x2 = y2 - feed_forward(y1)
     y2 = x2 + feed_forward(y1)     x1 = y1 - attention(x2)
 
-A layer may have more branches than these two, see `residual_layer`. Each layer is one autograd function whose inputs include its parameters, so that tools with hooks on modules and
-parameters (DDP, FSDP2, adapters) work as for any other layer. Layers do not save their inputs. Consecutive layers form
-a segment, which holds a single pair of streams: at first the output of its last layer. The backward pass of a layer
-replaces the layer's output in the segment by its input. A layer whose inputs are not the outputs of the layer before,
-because a hook or a wrapper changed them, begins a new segment.
+A layer may have more than these two branches, see `residual_layer`. Each layer is one autograd function whose inputs
+include its parameters, so that tools with hooks on modules and parameters (DDP, FSDP2, adapters) work as for any other
+layer. Layers do not save their inputs. Consecutive layers form a segment, which holds a single pair of streams: at
+first the output of its last layer. The backward pass of a layer replaces the layer's output in the segment by its
+input. A layer whose inputs are not the outputs of the layer before, because a hook or a wrapper changed them, begins a
+new segment.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .chunked import chunks_of, map_chunks, vjp_chunks
+from .chunked import accumulate, chunks_of, map_chunks, vjp_chunks
 from .rng import ReplayState, SeededDropout
 
 logger = logging.get_logger(__name__)
@@ -41,7 +42,7 @@ class Branch(ABC):
     Args:
         module: The module that computes the function, with all of its parameters.
         uses_rng: Whether the function uses the global random number generators.
-        parameters: Parameters of the module that require gradients.
+        parameters: Tensors other than the stream that require gradients, such as the parameters of the module.
     """
 
     module: nn.Module
@@ -116,6 +117,69 @@ class PositionWiseBranch(Branch):
         for positions, (added,), grad in chunks:
             torch.sub(total[:, positions], added, out=rest[:, positions])
             torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
+        return grad_sum, grads
+
+
+@dataclass
+class ContextBranch(Branch):
+    """
+    A branch that acts on each position independently, given what it computes from a context for all positions.
+
+    Args:
+        module: The module that computes the functions, with all of its parameters.
+        function: Maps a chunk of positions and the prepared context to the values that are added to them.
+        context: Another input of the branch, which may require a gradient.
+        prepare: Maps the context to tensors, such as keys and values.
+        uses_rng, parameters: See `Branch`.
+        chunk_size: Positions per chunk; 0 for all.
+        observe: Maps the stream and the prepared context to intermediate results.
+    """
+
+    module: nn.Module
+    function: Callable[..., Tensor]
+    context: Tensor
+    prepare: Callable[[Tensor], Sequence[Tensor]]
+    uses_rng: bool = False
+    chunk_size: int = 0
+    observe: Callable[[Tensor, Sequence[Tensor]], Any] | None = None
+    parameters: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = trainable_parameters(self.module)
+        if self.context.requires_grad:
+            self.parameters.append(self.context)
+
+    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, Any]:
+        prepared, out = self.prepare(self.context), torch.empty_like(other)
+        for positions in chunks_of(stream, self.chunk_size):
+            added = self.function(stream[:, positions], *prepared)
+            torch.add(other[:, positions], added, alpha=sign, out=out[:, positions])
+        return out, self.observe(stream, prepared) if self.observe is not None else None
+
+    def reverse_and_grad(
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Any
+    ) -> tuple[Tensor, Gradients]:
+        with torch.enable_grad():
+            prepared = self.prepare(self.context)
+        leaves = [tensor.detach().requires_grad_() for tensor in prepared]
+        grad_sum = torch.empty_like(grad_stream)
+        grads: Gradients = [None] * (len(leaves) + len(self.parameters))
+        chunks = vjp_chunks(
+            lambda chunk: self.function(chunk, *leaves),
+            stream,
+            lambda at: (grad_total[:, at],),
+            self.chunk_size,
+            [*leaves, *self.parameters],
+            grads,
+        )
+        for positions, (added,), grad in chunks:
+            torch.sub(total[:, positions], added, out=rest[:, positions])
+            torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
+        grads_of_leaves, grads = grads[: len(leaves)], grads[len(leaves) :]
+        tracked = [(x, grad) for x, grad in zip(prepared, grads_of_leaves, strict=True) if x.requires_grad]
+        if tracked and self.parameters:
+            outputs, grads_of_outputs = zip(*tracked, strict=True)
+            accumulate(grads, torch.autograd.grad(outputs, self.parameters, grads_of_outputs, allow_unused=True))
         return grad_sum, grads
 
 
