@@ -9,6 +9,8 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -91,3 +93,19 @@ class ReformerHfMultipleChoiceOutput(MultipleChoiceModelOutput):
     """`MultipleChoiceModelOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
 
     attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfSeq2SeqModelOutput(Seq2SeqModelOutput):
+    """`Seq2SeqModelOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    decoder_attention_positions: tuple[Tensor, ...] | None = None
+    encoder_attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """`Seq2SeqLMOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    decoder_attention_positions: tuple[Tensor, ...] | None = None
+    encoder_attention_positions: tuple[Tensor, ...] | None = None

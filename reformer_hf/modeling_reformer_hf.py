@@ -109,7 +109,7 @@ class ReformerHfEncoder(nn.Module):
 class ReformerHfPreTrainedModel(PreTrainedModel):
     """Base class of the models, with weight initialization, saving and unsupported features."""
 
-    config_class = ReformerHfConfig
+    config_class: type[ReformerHfConfig] = ReformerHfConfig
     config: ReformerHfConfig
     base_model_prefix = "reformer"
     supports_gradient_checkpointing = False
@@ -323,13 +323,15 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
     # An alias of `lm_head.bias`. `Trainer` must not report it as missing in a checkpoint.
     _keys_to_ignore_on_save = ["lm_head.decoder.bias"]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _base_class: type[PreTrainedModel] = ReformerHfModel
+    reformer: ReformerHfModel
     # The name of the default loss in Transformers.
     _loss_name: str
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__(config)
-        self.reformer = ReformerHfModel(config)
-        self.lm_head = ReformerHfLMHead(config)
+        setattr(self, self.base_model_prefix, self._base_class(config))
+        self.lm_head: Any = ReformerHfLMHead(config)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -367,7 +369,29 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
     def check_labels(self, labels: Tensor, states: Tensor, ignore_index: int = IGNORED, **kwargs) -> None:
         """Raise a `ValueError` if labels do not match hidden states `[B, L, …]` or the vocabulary."""
         vocabulary = self.config.vocab_size, "vocab_size"
-        check_token_labels(labels, states, *vocabulary, self.reformer.checks_values, ignore_index)
+        check_token_labels(labels, states, *vocabulary, bool(self.base_model.checks_values), ignore_index)
+
+    def logits_and_loss(
+        self, hidden_states: Tensor, labels: Tensor | None, **kwargs
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """
+        Compute logits and, given labels, the loss of the token at each position.
+
+        Args:
+            hidden_states: The output of the base model, `[B, L, 2 * E]`.
+            labels: `[B, L]`, -100 for positions without loss.
+            **kwargs: Arguments of the loss.
+
+        Returns:
+            Logits `[B, L, vocab_size]` and loss; the logits are `None` in training with `chunk_size_lm_head`.
+        """
+        if labels is None:
+            return self.lm_head(hidden_states), None
+        self.check_labels(labels, hidden_states, **kwargs)
+        if self._loss_without_logits:
+            return None, self.lm_head.loss(hidden_states, labels, **kwargs)
+        logits = self.lm_head(hidden_states)
+        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
     @property
     def _loss_without_logits(self) -> bool:

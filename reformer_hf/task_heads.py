@@ -76,16 +76,7 @@ class ReformerHfForMaskedLM(ReformerHfLMHeadModel):
             num_hashes=num_hashes,
             **{**kwargs, "return_dict": True},
         )
-        hidden_states = outputs.last_hidden_state
-        logits = loss = None
-        if labels is not None:
-            self.check_labels(labels, hidden_states, **kwargs)
-        if labels is not None and self._loss_without_logits:
-            loss = self.lm_head.loss(hidden_states, labels, **kwargs)
-        else:
-            logits = self.lm_head(hidden_states)
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, **kwargs)
         return ReformerHfMaskedLMOutput(loss=loss, logits=logits, **_more_outputs(outputs))
 
 
