@@ -4,6 +4,7 @@
 import transformers
 
 from .configuration_reformer_hf import ReformerHfConfig
+from .in_tree import replace_in_tree
 from .modeling_reformer_hf import ReformerHfForCausalLM, ReformerHfModel, ReformerHfPreTrainedModel
 from .task_heads import (
     ReformerHfForMaskedLM,
@@ -28,6 +29,7 @@ for model_class in (
     ReformerHfForTokenClassification,
 ):
     getattr(transformers, model_class._auto_class).register(ReformerHfConfig, model_class)
+transformers.AutoModelForTextEncoding.register(ReformerHfConfig, ReformerHfModel)
 
 __all__ = [
     "ReformerHfByteTokenizer",
@@ -40,4 +42,5 @@ __all__ = [
     "ReformerHfForTokenClassification",
     "ReformerHfModel",
     "ReformerHfPreTrainedModel",
+    "replace_in_tree",
 ]

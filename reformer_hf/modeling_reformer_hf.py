@@ -118,6 +118,7 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     _auto_map = {
         "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
         "AutoModel": "modeling_reformer_hf.ReformerHfModel",
+        "AutoModelForTextEncoding": "modeling_reformer_hf.ReformerHfModel",
         "AutoModelForCausalLM": "modeling_reformer_hf.ReformerHfForCausalLM",
         "AutoModelForMaskedLM": "task_heads.ReformerHfForMaskedLM",
         "AutoModelForSequenceClassification": "task_heads.ReformerHfForSequenceClassification",
