@@ -26,7 +26,13 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import reformer_hf
-from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf import (
+    ReformerHfByteTokenizer,
+    ReformerHfConfig,
+    ReformerHfForCausalLM,
+    ReformerHfForSequenceClassification,
+    ReformerHfModel,
+)
 
 from .helpers import random_model, tiny_config
 from .processes import ROOT, run_python
@@ -46,13 +52,18 @@ each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"]
 # What each process runs: `load` gives what the models and the tokenizer of a folder compute.
 LOAD = """
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+)
 
 saved, again, results, text, tokenizer_alone = sys.argv[1:]
 
 def load(folder):
-    classes = (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM)
-    config, tokenizer, base, causal_lm = loaded = [each.from_pretrained(folder, **options) for each in classes]
+    classes = (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
+    loaded = [each.from_pretrained(folder, **options) for each in classes]
+    config, tokenizer, base, causal_lm, classifier = loaded
+    for linear in (classifier.classifier.dense, classifier.classifier.out_proj):
+        torch.nn.init.constant_(linear.weight, 0.1)
     inputs = tokenizer(text, return_tensors="pt")
     with torch.no_grad():
         outputs = {
@@ -62,6 +73,7 @@ def load(folder):
             "bytes": tokenizer.decode_bytes(inputs["input_ids"][0]),
             "last_hidden_state": base(**inputs).last_hidden_state,
             "logits": causal_lm(**inputs).logits,
+            "classes": classifier(**inputs).logits,
             "generated": causal_lm.generate(**inputs, max_new_tokens=3, do_sample=False),
             "modules": [type(each).__module__ for each in loaded],
         }
@@ -406,6 +418,10 @@ def _assert_same(found, saved):
     with torch.no_grad():
         assert torch.equal(found["last_hidden_state"], model.reformer(**inputs).last_hidden_state)
         assert torch.equal(found["logits"], model(**inputs).logits)
+        classifier = ReformerHfForSequenceClassification.from_pretrained(saved)
+        for linear in (classifier.classifier.dense, classifier.classifier.out_proj):
+            torch.nn.init.constant_(linear.weight, 0.1)
+        assert torch.equal(found["classes"], classifier(**inputs).logits)
     assert torch.equal(found["generated"], model.generate(**inputs, max_new_tokens=3, do_sample=False))
 
 
