@@ -5,8 +5,8 @@ Convert folders between this package and the in-tree Reformer of Transformers. A
     python -m reformer_hf.conversion from-in-tree SRC DST
     python -m reformer_hf.conversion to-in-tree SRC DST
 
-DST is written only if the conversion succeeds. Tokenizers and generation configs of SRC are carried over. Loading needs
-no conversion: `from_pretrained` of our classes accepts in-tree folders.
+DST is written only if the conversion succeeds. The tokenizer and the generation config of SRC are carried over.
+To load in-tree folders, no conversion is needed: `from_pretrained` of our classes accepts them.
 """
 
 import argparse
@@ -153,14 +153,14 @@ def _obstacles(config: ReformerHfConfig, architecture: str) -> Iterator[str]:
     if not config.wrap_chunks:
         yield (
             "`wrap_chunks` is False, but in-tree chunks form a ring, and padding keeps its place in them: train the "
-            "model with `wrap_chunks=True` (and, as that requires, `lsh_pattern='chunk'` and `lsh_across_buckets=True`)."
+            "model with `wrap_chunks=True`, which requires `lsh_pattern='chunk'` and `lsh_across_buckets=True`."
         )
     for kind in sorted(set(config.attn_layers)):
         for side, number in (("before", config.chunks_before(kind)), ("after", config.chunks_after(kind))):
             if number > 2:
                 yield (
-                    f"`{kind}_num_chunks_{side}` is {number}, but in-tree, a query that sees more than 2 chunks {side} "
-                    "its own sees other keys in inputs of fewer chunks: set it to at most 2."
+                    f"`{kind}_num_chunks_{side}` is {number}, but an in-tree query that sees more than 2 chunks "
+                    f"{side} its own sees other keys in inputs of fewer chunks: train the model with at most 2."
                 )
     inner = config.feed_forward_dropout_prob
     if inner is not None and inner != config.hidden_dropout_prob:
@@ -181,7 +181,7 @@ def _obstacles(config: ReformerHfConfig, architecture: str) -> Iterator[str]:
 def _lsh_obstacles(config: ReformerHfConfig) -> Iterator[str]:
     for name, value in (("lsh_pattern", "chunk"), ("lsh_across_buckets", True), ("lsh_deduplicate_keys", False)):
         if getattr(config, name) != value:
-            yield f"`{name}` is {getattr(config, name)!r}, but in-tree attention is {value!r}: train the model with that."
+            yield f"`{name}` is {getattr(config, name)!r}, but in-tree it is {value!r}: train the model with that."
     if config.num_buckets in (1, [1]):
         yield f"`num_buckets` is {config.num_buckets}, but in-tree it must be even: set it to an even number or None."
 
@@ -218,7 +218,9 @@ def _warn_of_limits(config: ReformerHfConfig) -> None:
             "of other lengths."
         )
     if "lsh" in config.attn_layers and config.hash_seed is None:
-        logger.warning("`hash_seed` is None: the in-tree model draws other hash rotations in each call, also in `eval()`.")
+        logger.warning(
+            "`hash_seed` is None: the in-tree model draws other hash rotations in each call, also in `eval()`."
+        )
 
 
 def _field_names(cls: type[PreTrainedConfig]) -> set[str]:
@@ -247,7 +249,7 @@ def _architecture(config_dict: dict[str, Any], known: list[str], source: Folder)
 
 
 def _load(cls: type[PreTrainedModel], source: Folder) -> PreTrainedModel:
-    """Load a model in the dtype of its folder. Raises a `ValueError` unless the weights are exactly those of the class."""
+    """Load a model in the dtype of its folder. Raises a `ValueError` unless the weights are those of the class."""
     model, info = cls.from_pretrained(
         source, dtype="auto", weights_only=True, ignore_mismatched_sizes=True, output_loading_info=True
     )

@@ -51,8 +51,8 @@ def replace_in_tree(replace: bool | None = None) -> InTreeReplacement:
             call undoes the first.
 
     Returns:
-        A context manager: in `with replace_in_tree():`, in-tree folders give our classes, and after the block what they
-        gave before.
+        A context manager: in the block `with replace_in_tree():`, in-tree folders give our classes, and after it what
+        they gave before.
 
     ```python
     >>> import reformer_hf

@@ -361,9 +361,13 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
         check_token_labels(labels, states, *vocabulary, self.reformer.checks_values, ignore_index)
 
     @property
+    def _has_default_loss(self) -> bool:
+        return self.loss_function is LOSS_MAPPING[self._loss_name]
+
+    @property
     def _loss_without_logits(self) -> bool:
         """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
-        is_default = self.loss_function is LOSS_MAPPING[self._loss_name] and type(self.lm_head.decoder) is nn.Linear
+        is_default = self._has_default_loss and type(self.lm_head.decoder) is nn.Linear
         return self.training and self.lm_head.chunk_size > 0 and is_default
 
 

@@ -85,8 +85,14 @@ class ReformerHfForMaskedLM(ReformerHfLMHeadModel):
         else:
             logits = self.lm_head(hidden_states)
             if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                loss = self._loss(logits, labels, **kwargs)
         return ReformerHfMaskedLMOutput(loss=loss, logits=logits, **_more_outputs(outputs))
+
+    def _loss(self, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
+        if self._has_default_loss and logits.dtype == torch.float64:
+            # The default loss rounds logits to fp32. The in-tree loss does not.
+            return fixed_cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), **kwargs)
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
 
 class ReformerHfTaskModel(ReformerHfPreTrainedModel):
