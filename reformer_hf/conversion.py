@@ -250,9 +250,9 @@ def _architecture(config_dict: dict[str, Any], known: list[str], source: Folder)
 
 def _load(cls: type[PreTrainedModel], source: Folder) -> PreTrainedModel:
     """Load a model in the dtype of its folder. Raises a `ValueError` unless the weights are those of the class."""
-    model, info = cls.from_pretrained(
-        source, dtype="auto", weights_only=True, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    options: dict[str, Any] = {"dtype": "auto", "weights_only": True, "ignore_mismatched_sizes": True}
+    loaded: Any = cls.from_pretrained(source, output_loading_info=True, **options)
+    model, info = loaded
     wrong = {
         "are missing": info["missing_keys"],
         "are unknown": [key for key in info["unexpected_keys"] if not key.endswith(_MASK_VALUES)],
