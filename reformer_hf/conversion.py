@@ -4,12 +4,15 @@ Convert folders between this package and the in-tree Reformer of Transformers. A
 
     python -m reformer_hf.conversion from-in-tree SRC DST
     python -m reformer_hf.conversion to-in-tree SRC DST
+    python -m reformer_hf.conversion from-reformer-pytorch SRC DST
 
 DST is written only if the conversion succeeds. The tokenizer and the generation config of SRC are carried over.
-To load in-tree folders, no conversion is needed: `from_pretrained` of our classes accepts them.
+To load in-tree folders, no conversion is needed: `from_pretrained` of our classes accepts them. Models of the package
+`reformer-pytorch` have no exact equivalent: the last command says why, for the arguments in `SRC/arguments.json`.
 """
 
 import argparse
+import json
 import math
 import os
 import pickle
@@ -125,6 +128,27 @@ def to_in_tree(source: Folder, destination: Folder) -> None:
         _warn_of_limits(config)
 
 
+def from_reformer_pytorch(source: Folder, destination: Folder) -> None:
+    """
+    Refuse a model of the package `reformer-pytorch` (1.4), with the arguments and weights that stand in the way.
+
+    No `ReformerLM` has an exact equivalent, because of its final layer norm. With full attention, its layers compute
+    what our `"full"` layers compute, apart from a bias and an epsilon.
+
+    Args:
+        source: A folder with `arguments.json`, the keyword arguments of `ReformerLM`.
+        destination: Never written.
+
+    Raises:
+        ValueError: Always. The message lists what stands in the way.
+    """
+    path = Path(source) / "arguments.json"
+    if not path.is_file():
+        raise ValueError(f"{source} is no folder with an `arguments.json`, the keyword arguments of `ReformerLM`.")
+    obstacles = "\n".join(f"- {x}" for x in _reformer_pytorch_obstacles(json.loads(path.read_text())))
+    raise ValueError(f"The `ReformerLM` of {source} has no exact equivalent here:\n{obstacles}")
+
+
 def in_tree_config(config: ReformerHfConfig) -> ReformerConfig:
     """Return the in-tree config with the values of ours, for a model that `to_in_tree` does not refuse."""
     values = config.to_dict()
@@ -202,6 +226,57 @@ def _position_obstacles(config: ReformerHfConfig) -> Iterator[str]:
             f"{multiple} tokens, {padded}, and there are only {num_positions} position embeddings: set it to "
             f"{smaller}{'' if config.axial_pos_embds else ', with that many position embeddings'}."
         )
+
+
+# Arguments of `ReformerLM` that our model can follow, or that do not change what it computes.
+_SUPPORTED = frozenset(
+    "num_tokens dim depth max_seq_len heads dim_head bucket_size n_hashes ff_chunks attn_chunks causal lsh_dropout "
+    "ff_mult ff_activation post_attn_dropout random_rotations_per_head use_full_attn full_attn_thres reverse_thres "
+    "one_value_head emb_dim return_embeddings weight_tie_embedding fixed_position_emb absolute_position_emb "
+    "axial_position_emb axial_position_shape pkm_num_keys".split()
+)
+
+# Arguments that our model can only follow where they are false or zero, and what they do.
+_UNSUPPORTED = {
+    "use_scale_norm": "scales vectors to a length where our layers have a layer norm",
+    "use_rezero": "has no layer norm where our layers have one",
+    "num_mem_kv": "adds learned keys and values to every sequence",
+    "n_local_attn_heads": "mixes heads of local and of LSH attention in a layer",
+    "pkm_layers": "replaces feed-forward layers by product-key memories",
+    "ff_glu": "multiplies the activations of feed-forward layers by a gate",
+    "layer_dropout": "leaves out layers in training",
+    "ff_dropout": "drops activations after the activation function, and ours before it",
+    "weight_tie": "shares weights among layers",
+}
+
+
+def _reformer_pytorch_obstacles(arguments: dict[str, Any]) -> Iterator[str]:
+    unknown = sorted(arguments.keys() - _SUPPORTED - _UNSUPPORTED.keys())
+    if unknown:
+        yield f"`{'`, `'.join(unknown)}` are no arguments of ReformerLM."
+    full = arguments.get("use_full_attn") or arguments.get("full_attn_thres", 0) >= arguments.get(
+        "max_seq_len", math.inf
+    )
+    if not full:
+        yield (
+            "`use_full_attn` is false: LSH attention then draws hash rotations in each forward pass, the same for all "
+            "heads, and has as many buckets as chunks. Our rotations have a seed and differ among heads, and the number "
+            "of buckets is fixed or follows another rule."
+        )
+        if not any(arguments.get(f"{kind}_position_emb") for kind in ("absolute", "axial", "fixed")):
+            yield (
+                "`absolute_position_emb`, `axial_position_emb` and `fixed_position_emb` are false: LSH attention then "
+                "has rotary position embeddings, which ours does not have."
+            )
+    for name, what in _UNSUPPORTED.items():
+        if arguments.get(name):
+            yield f"`{name}` is {arguments[name]}, which {what}."
+    yield (
+        "`norm.weight` and `norm.bias` belong to a layer norm of the mean of both residual streams. Ours normalizes "
+        "their concatenation, as the in-tree model and trax do, which no weights make up for."
+    )
+    yield "`to_out.bias` is added to the output of attention, where our layers have no bias."
+    yield "`toqk.weight` gives keys that are normalized without the in-tree epsilon of 1e-6, which ours have."
 
 
 def _warn_of_limits(config: ReformerHfConfig) -> None:
@@ -289,7 +364,11 @@ def _new_folder(destination: Folder) -> Iterator[Path]:
         raise
 
 
-_CONVERSIONS = {"from-in-tree": from_in_tree, "to-in-tree": to_in_tree}
+_CONVERSIONS = {
+    "from-in-tree": from_in_tree,
+    "to-in-tree": to_in_tree,
+    "from-reformer-pytorch": from_reformer_pytorch,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
