@@ -3,7 +3,9 @@
 
 import transformers
 
+from .configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
 from .configuration_reformer_hf import ReformerHfConfig
+from .encoder_decoder import ReformerHfEncoderDecoderModel, ReformerHfForConditionalGeneration
 from .in_tree import replace_in_tree
 from .modeling_reformer_hf import ReformerHfForCausalLM, ReformerHfModel, ReformerHfPreTrainedModel
 from .task_heads import (
@@ -17,8 +19,9 @@ from .tokenization_reformer_hf import ReformerHfByteTokenizer
 
 __version__ = "0.1.0"
 
-transformers.AutoConfig.register(ReformerHfConfig.model_type, ReformerHfConfig)
-transformers.AutoTokenizer.register(ReformerHfConfig, tokenizer_class=ReformerHfByteTokenizer)
+for config_class in (ReformerHfConfig, ReformerHfEncoderDecoderConfig):
+    transformers.AutoConfig.register(config_class.model_type, config_class)
+    transformers.AutoTokenizer.register(config_class, tokenizer_class=ReformerHfByteTokenizer)
 for model_class in (
     ReformerHfModel,
     ReformerHfForCausalLM,
@@ -27,14 +30,19 @@ for model_class in (
     ReformerHfForQuestionAnswering,
     ReformerHfForSequenceClassification,
     ReformerHfForTokenClassification,
+    ReformerHfEncoderDecoderModel,
+    ReformerHfForConditionalGeneration,
 ):
-    getattr(transformers, model_class._auto_class).register(ReformerHfConfig, model_class)
+    getattr(transformers, model_class._auto_class).register(model_class.config_class, model_class)
 transformers.AutoModelForTextEncoding.register(ReformerHfConfig, ReformerHfModel)
 
 __all__ = [
     "ReformerHfByteTokenizer",
     "ReformerHfConfig",
+    "ReformerHfEncoderDecoderConfig",
+    "ReformerHfEncoderDecoderModel",
     "ReformerHfForCausalLM",
+    "ReformerHfForConditionalGeneration",
     "ReformerHfForMaskedLM",
     "ReformerHfForMultipleChoice",
     "ReformerHfForQuestionAnswering",

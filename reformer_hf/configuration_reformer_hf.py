@@ -78,6 +78,8 @@ class ReformerHfConfig(PreTrainedConfig):
             or the `"mean"` over all. `None` means `"first"`, or `"last"` if attention is causal. It never reads
             padding.
         is_decoder (`bool`, defaults to `False`): Whether attention is causal.
+        add_cross_attention (`bool`, defaults to `False`): Whether the layers of a causal model also attend to the
+            output of an encoder, `encoder_hidden_states`.
         max_position_embeddings (`int`, defaults to 4096): Maximum sequence length.
         axial_pos_embds (`bool`, defaults to `True`): Whether to use axial position embeddings. `False` uses one
             learned vector per position.
@@ -167,6 +169,7 @@ class ReformerHfConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     is_decoder: bool = False
+    add_cross_attention: bool = False
     max_position_embeddings: int = 4096
     axial_pos_embds: bool = True
     axial_pos_shape: list[int] | tuple[int, ...] | None = None
@@ -313,7 +316,7 @@ class ReformerHfConfig(PreTrainedConfig):
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
         # The in-tree models ignore them.
         adopted.pop("num_hidden_layers", None)
-        adopted["tie_word_embeddings"] = False
+        adopted["tie_word_embeddings"] = adopted["add_cross_attention"] = False
         if adopted.get("axial_pos_embds", True):
             # The in-tree config allows more positions than the axes hold and fails only in `forward`.
             num_positions = math.prod(adopted["axial_pos_shape"])
@@ -382,6 +385,11 @@ class ReformerHfConfig(PreTrainedConfig):
             )
 
     def _check_layers(self):
+        if self.add_cross_attention and not self.is_decoder:
+            raise ValueError(
+                "`add_cross_attention` is True, but only a causal model attends to the output of an encoder: set "
+                "`is_decoder=True`, or use `ReformerHfForConditionalGeneration`."
+            )
         if not self.attn_layers:
             raise ValueError(f"`attn_layers` is empty, but needs at least one of {list(ATTENTION_LAYER_TYPES)}.")
         for layer_type in self.attn_layers:

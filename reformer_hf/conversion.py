@@ -45,9 +45,6 @@ _CLASSES: dict[str, type[PreTrainedModel]] = {
     "ReformerForQuestionAnswering": ReformerHfForQuestionAnswering,
 }
 
-# Constants, which checkpoints of old versions of Transformers contain.
-_MASK_VALUES = ("mask_value_float16", "mask_value_float32")
-
 # The code of a tokenizer is part of it.
 _CARRIED_OVER = (
     "tokenizer*",
@@ -192,6 +189,8 @@ def _obstacles(config: ReformerHfConfig, architecture: str) -> Iterator[str]:
             f"`feed_forward_dropout_prob` is {inner}, but in-tree it equals `hidden_dropout_prob` "
             f"({config.hidden_dropout_prob}): set it to None in `config.json`. This changes only training."
         )
+    if config.add_cross_attention:
+        yield "`add_cross_attention` is True, but the in-tree model has no cross-attention."
     if config.tie_word_embeddings:
         yield "`tie_word_embeddings` is True, but the in-tree LM head has weights of its own: train the model untied."
     if architecture == "ReformerForSequenceClassification" and config.pooled_tokens != "first":
@@ -260,8 +259,8 @@ def _reformer_pytorch_obstacles(arguments: dict[str, Any]) -> Iterator[str]:
     if not full:
         yield (
             "`use_full_attn` is false: LSH attention then draws hash rotations in each forward pass, the same for all "
-            "heads, and has as many buckets as chunks. Our rotations have a seed and differ among heads, and the number "
-            "of buckets is fixed or follows another rule."
+            "heads, and has as many buckets as chunks. Our rotations have a seed and differ among heads, and the "
+            "number of buckets is fixed or follows another rule."
         )
         if not any(arguments.get(f"{kind}_position_emb") for kind in ("absolute", "axial", "fixed")):
             yield (
@@ -330,7 +329,7 @@ def _load(cls: type[PreTrainedModel], source: Folder) -> PreTrainedModel:
     model, info = loaded
     wrong = {
         "are missing": info["missing_keys"],
-        "are unknown": [key for key in info["unexpected_keys"] if not key.endswith(_MASK_VALUES)],
+        "are unknown": info["unexpected_keys"],
         "have other shapes": [key for key, *_ in info["mismatched_keys"]],
     }
     for what, keys in wrong.items():

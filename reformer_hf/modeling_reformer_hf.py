@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
-from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -38,6 +38,7 @@ from .input_checks import (
     check_last_tokens,
     check_not_in_tree_cache,
     check_position_ids,
+    context_of_call,
     documents_of_call,
 )
 from .label_checks import check_token_labels
@@ -74,16 +75,16 @@ class ReformerHfEncoder(nn.Module):
         hidden_states: Tensor,
         call: AttentionCall,
         cache: Cache | None = None,
+        cross_cache: Cache | None = None,
         output_hidden_states: bool = False,
     ) -> ReformerHfModelOutput:
         """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
         x1 = x2 = hidden_states
-        positions = call.batch_size * call.length
-        recomputes = self.reversible and recomputes_activations(self.config, positions, call.device)
+        recomputes = self.reversible and recomputes_activations(self.config, call.num_positions, call.device)
         tape = Tape() if recomputes and torch.is_grad_enabled() else None
         all_hidden_states, all_weights = [x2], []
         for layer in self.layers:
-            x1, x2, weights = layer(x1, x2, call, tape, cache)
+            x1, x2, weights = layer(x1, x2, call, tape, cache, cross_cache)
             if output_hidden_states:
                 all_hidden_states.append(x2)
             all_weights.append(weights)
@@ -98,8 +99,9 @@ class ReformerHfEncoder(nn.Module):
         return ReformerHfModelOutput(
             last_hidden_state=dropout(hidden_states, self.dropout) if self.training else hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(weights for weights, _ in all_weights) if with_weights else None,
-            attention_positions=tuple(positions for _, positions in all_weights) if with_weights else None,
+            attentions=tuple(each.values for each in all_weights) if with_weights else None,
+            attention_positions=tuple(each.positions for each in all_weights) if with_weights else None,
+            cross_attentions=tuple(each.cross for each in all_weights) if with_weights and call.context else None,
             cache=cache,
         )
 
@@ -107,13 +109,15 @@ class ReformerHfEncoder(nn.Module):
 class ReformerHfPreTrainedModel(PreTrainedModel):
     """Base class of the models, with weight initialization, saving and unsupported features."""
 
-    config_class = ReformerHfConfig
+    config_class: type[ReformerHfConfig] = ReformerHfConfig
     config: ReformerHfConfig
     base_model_prefix = "reformer"
     supports_gradient_checkpointing = False
     _input_embed_layer = "word_embeddings"
     _no_split_modules = ["ReformerHfEmbeddings", "ReformerHfLayer"]
     _supports_context_parallel = False
+    # Constants in checkpoints of old versions of Transformers.
+    _keys_to_ignore_on_load_unexpected = [r"\.(self_)?mask_value_float(16|32)$"]
     # Entries of a saved config for the classes in the code files that are saved with it.
     _auto_map = {
         "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
@@ -201,6 +205,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         output_attentions: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cross_cache: Cache | None = None,
         **kwargs,
     ) -> ReformerHfModelOutput:
         """
@@ -225,6 +232,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 `ReformerHfModelOutput`.
             seq_idx (`[B, L]`, *optional*): Index of the packed document that each token belongs to.
             cu_seq_lens_q (`[N + 1]`, *optional*): Cumulative lengths of packed documents, over all rows.
+            encoder_hidden_states (`[B, S, 2 * E]`, *optional*): Encoder output, with `add_cross_attention`.
+            encoder_attention_mask (`[B, S]`, *optional*): 1 for tokens of the encoder, 0 for padding.
+            cross_cache (`Cache`, *optional*): Cache of the keys and values of the encoder output.
 
         Returns:
             `ReformerHfModelOutput`.
@@ -246,6 +256,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             check_input_ids(self.config, input_ids)
             check_position_ids(self.config, position_ids)
             check_attention_mask(attention_mask, inputs.shape[1])
+        context = context_of_call(self.config, encoder_hidden_states, encoder_attention_mask, inputs.shape[0])
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
         padding = None
@@ -271,9 +282,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         with torch.no_grad() if cache is not None and torch.is_grad_enabled() else nullcontext():
             return encode(
                 (input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
-                cache,
+                (cache, cross_cache),
                 output_hidden_states,
                 padding=padding,
+                context=context,
                 num_hashes=num_hashes,
                 num_buckets=factors,
                 output_attentions=output_attentions,
@@ -281,10 +293,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             )
 
     def _encode(
-        self, inputs: tuple, cache: Cache | None, output_hidden_states: bool, **options
+        self, inputs: tuple, caches: tuple[Cache | None, Cache | None], output_hidden_states: bool, **options
     ) -> ReformerHfModelOutput:
         hidden_states = self.embeddings(*inputs)
-        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), cache, output_hidden_states)
+        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), *caches, output_hidden_states)
 
     @torch.compiler.disable(reason="Only decoding steps with a static cache are compiled: set `fullgraph=False`.")
     def _encode_uncompiled(self, *args, **options) -> ReformerHfModelOutput:
@@ -314,13 +326,15 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
     # An alias of `lm_head.bias`. `Trainer` must not report it as missing in a checkpoint.
     _keys_to_ignore_on_save = ["lm_head.decoder.bias"]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _base_class: type[PreTrainedModel] = ReformerHfModel
+    reformer: ReformerHfModel
     # The name of the default loss in Transformers.
     _loss_name: str
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__(config)
-        self.reformer = ReformerHfModel(config)
-        self.lm_head = ReformerHfLMHead(config)
+        setattr(self, self.base_model_prefix, self._base_class(config))
+        self.lm_head: Any = ReformerHfLMHead(config)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -358,7 +372,32 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
     def check_labels(self, labels: Tensor, states: Tensor, ignore_index: int = IGNORED, **kwargs) -> None:
         """Raise a `ValueError` if labels do not match hidden states `[B, L, …]` or the vocabulary."""
         vocabulary = self.config.vocab_size, "vocab_size"
-        check_token_labels(labels, states, *vocabulary, self.reformer.checks_values, ignore_index)
+        check_token_labels(labels, states, *vocabulary, bool(self.base_model.checks_values), ignore_index)
+
+    def logits_and_loss(
+        self, hidden_states: Tensor, labels: Tensor | None, **kwargs
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """
+        Compute logits and, given labels, the loss of the token at each position.
+
+        Args:
+            hidden_states: The output of the base model, `[B, L, 2 * E]`.
+            labels: `[B, L]`, -100 for positions without loss.
+            **kwargs: Arguments of the loss.
+
+        Returns:
+            Logits `[B, L, vocab_size]` and loss; the logits are `None` in training with `chunk_size_lm_head`.
+        """
+        if labels is None:
+            return self.lm_head(hidden_states), None
+        self.check_labels(labels, hidden_states, **kwargs)
+        if self._loss_without_logits:
+            return None, self.lm_head.loss(hidden_states, labels, **kwargs)
+        logits = self.lm_head(hidden_states)
+        if self._has_default_loss and logits.dtype == torch.float64:
+            # The default loss rounds logits to fp32. The in-tree loss does not.
+            return logits, fixed_cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), **kwargs)
+        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
     @property
     def _has_default_loss(self) -> bool:

@@ -76,23 +76,8 @@ class ReformerHfForMaskedLM(ReformerHfLMHeadModel):
             num_hashes=num_hashes,
             **{**kwargs, "return_dict": True},
         )
-        hidden_states = outputs.last_hidden_state
-        logits = loss = None
-        if labels is not None:
-            self.check_labels(labels, hidden_states, **kwargs)
-        if labels is not None and self._loss_without_logits:
-            loss = self.lm_head.loss(hidden_states, labels, **kwargs)
-        else:
-            logits = self.lm_head(hidden_states)
-            if labels is not None:
-                loss = self._loss(logits, labels, **kwargs)
+        logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, **kwargs)
         return ReformerHfMaskedLMOutput(loss=loss, logits=logits, **_more_outputs(outputs))
-
-    def _loss(self, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
-        if self._has_default_loss and logits.dtype == torch.float64:
-            # The default loss rounds logits to fp32. The in-tree loss does not.
-            return fixed_cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), **kwargs)
-        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
 
 class ReformerHfTaskModel(ReformerHfPreTrainedModel):

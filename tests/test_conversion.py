@@ -158,6 +158,7 @@ REFUSED = [
     (ReformerHfForCausalLM, {"feed_forward_dropout_prob": 0.1}, ["`feed_forward_dropout_prob` is 0.1,"]),
     (ReformerHfForCausalLM, {"lsh_num_chunks_before": 3}, ["`lsh_num_chunks_before` is 3,"]),
     (ReformerHfModel, {"is_decoder": False, "local_num_chunks_after": 4}, ["`local_num_chunks_after` is 4,"]),
+    (ReformerHfForCausalLM, {"add_cross_attention": True}, ["`add_cross_attention` is True,"]),
     (ReformerHfForCausalLM, {"tie_word_embeddings": True}, ["`tie_word_embeddings` is True,"]),
     (ReformerHfForCausalLM, {"axial_pos_shape": (4, 8, 8)}, ["`axial_pos_shape` is (4, 8, 8),"]),
     (
@@ -237,7 +238,7 @@ def test_biases_of_old_checkpoints(tmp_path, cls):
     """Whichever name of the head's bias there is gives the bias; of both, the one that the in-tree model adds."""
     in_tree = in_tree_head(cls)
     weights = in_tree.state_dict()
-    # Until Transformers 4.3x, checkpoints had these constants too.
+    # Old checkpoints have these constants too.
     attention = "reformer.encoder.layers.1.attention.self_attention."
     for name in ("self_mask_value_float16", "self_mask_value_float32", "mask_value_float16", "mask_value_float32"):
         weights[attention + name] = torch.tensor(-1e4)
@@ -248,7 +249,8 @@ def test_biases_of_old_checkpoints(tmp_path, cls):
         _save_as_bin(in_tree, source, {**weights, **{name: both[name] for name in names}})
         from_in_tree(source, target)
         for folder in (source, target):
-            ours = CLASSES[cls].from_pretrained(folder)
+            ours, info = CLASSES[cls].from_pretrained(folder, output_loading_info=True)
+            assert not any(info.values()), info
             assert ours.lm_head.bias is ours.lm_head.decoder.bias
             assert torch.equal(ours.lm_head.bias, both[names[-1]]), names
 
