@@ -33,6 +33,8 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "lsh_deduplicate_keys": False,
     "lsh_across_buckets": True,
     "wrap_chunks": True,
+    # Of a folder without `tokenizer_config.json`. By the type of our config, `AutoTokenizer` would take ours.
+    "tokenizer_class": "ReformerTokenizer",
 }
 
 
@@ -312,8 +314,9 @@ class ReformerHfConfig(PreTrainedConfig):
         if config_dict.get("model_type") != "reformer":
             return dict(config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
-        # The in-tree config ignores it.
+        # The in-tree models ignore them.
         adopted.pop("num_hidden_layers", None)
+        adopted["tie_word_embeddings"] = adopted["add_cross_attention"] = False
         if adopted.get("axial_pos_embds", True):
             # The in-tree config allows more positions than the axes hold and fails only in `forward`.
             num_positions = math.prod(adopted["axial_pos_shape"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
-from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -116,10 +116,13 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "word_embeddings"
     _no_split_modules = ["ReformerHfEmbeddings", "ReformerHfLayer"]
     _supports_context_parallel = False
+    # Constants in checkpoints of old versions of Transformers.
+    _keys_to_ignore_on_load_unexpected = [r"\.(self_)?mask_value_float(16|32)$"]
     # Entries of a saved config for the classes in the code files that are saved with it.
     _auto_map = {
         "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
         "AutoModel": "modeling_reformer_hf.ReformerHfModel",
+        "AutoModelForTextEncoding": "modeling_reformer_hf.ReformerHfModel",
         "AutoModelForCausalLM": "modeling_reformer_hf.ReformerHfForCausalLM",
         "AutoModelForMaskedLM": "task_heads.ReformerHfForMaskedLM",
         "AutoModelForSequenceClassification": "task_heads.ReformerHfForSequenceClassification",
@@ -391,12 +394,19 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
         if self._loss_without_logits:
             return None, self.lm_head.loss(hidden_states, labels, **kwargs)
         logits = self.lm_head(hidden_states)
+        if self._has_default_loss and logits.dtype == torch.float64:
+            # The default loss rounds logits to fp32. The in-tree loss does not.
+            return logits, fixed_cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), **kwargs)
         return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+    @property
+    def _has_default_loss(self) -> bool:
+        return self.loss_function is LOSS_MAPPING[self._loss_name]
 
     @property
     def _loss_without_logits(self) -> bool:
         """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
-        is_default = self.loss_function is LOSS_MAPPING[self._loss_name] and type(self.lm_head.decoder) is nn.Linear
+        is_default = self._has_default_loss and type(self.lm_head.decoder) is nn.Linear
         return self.training and self.lm_head.chunk_size > 0 and is_default
 
 
