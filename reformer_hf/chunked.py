@@ -92,11 +92,11 @@ def vjp_chunks(
             out = function(chunk)
         results = [out] if isinstance(out, Tensor) else list(out)
         grad, *new_grads = torch.autograd.grad(results, [chunk, *parameters], grads_of(positions), allow_unused=True)
-        _accumulate(grad_parameters, new_grads)
+        accumulate(grad_parameters, new_grads)
         yield positions, [x.detach() for x in results], torch.zeros_like(chunk) if grad is None else grad
 
 
-def _accumulate(sums: list[Tensor | None], new_grads: Sequence[Tensor | None]) -> None:
+def accumulate(sums: list[Tensor | None], new_grads: Sequence[Tensor | None]) -> None:
     """Add new gradients to their sums; `None` means zero."""
     for i, new in enumerate(new_grads):
         if new is not None:

@@ -13,6 +13,7 @@ from .peft_defaults import register_peft_defaults
 
 ATTENTION_LAYER_TYPES = ("local", "lsh", "full")
 LSH_PATTERNS = ("chunk", "window")
+POOLINGS = ("first", "last", "mean")
 
 # Defaults of an in-tree `config.json`, and the values of our own fields that give the in-tree behavior.
 _IN_TREE_DEFAULTS: dict[str, Any] = {
@@ -69,7 +70,14 @@ class ReformerHfConfig(PreTrainedConfig):
             layers. The fused kernels have no such dropout: a rate above 0 makes training slower. The in-tree default
             is 0.05.
         lsh_attention_probs_dropout_prob (`float`, defaults to 0.0): The same for LSH and full layers.
+        classifier_dropout (`float`, *optional*): Dropout rate before the output layers of classification heads. `None`
+            means `hidden_dropout_prob`, as in-tree.
+        pooling (`str`, *optional*): Which tokens a sequence head reads: the `"first"` one (in-tree), the `"last"` one,
+            or the `"mean"` over all. `None` means `"first"`, or `"last"` if attention is causal. It never reads
+            padding.
         is_decoder (`bool`, defaults to `False`): Whether attention is causal.
+        add_cross_attention (`bool`, defaults to `False`): Whether the layers of a causal model also attend to the
+            output of an encoder, `encoder_hidden_states`.
         max_position_embeddings (`int`, defaults to 4096): Maximum sequence length.
         axial_pos_embds (`bool`, defaults to `True`): Whether to use axial position embeddings. `False` uses one
             learned vector per position.
@@ -154,9 +162,12 @@ class ReformerHfConfig(PreTrainedConfig):
     hidden_act: str = "relu"
     hidden_dropout_prob: float | int = 0.05
     feed_forward_dropout_prob: float | int | None = 0.0
+    classifier_dropout: float | int | None = None
+    pooling: str | None = None
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     is_decoder: bool = False
+    add_cross_attention: bool = False
     max_position_embeddings: int = 4096
     axial_pos_embds: bool = True
     axial_pos_shape: list[int] | tuple[int, ...] | None = None
@@ -221,6 +232,16 @@ class ReformerHfConfig(PreTrainedConfig):
     def output_size(self) -> int:
         """Width of the encoder output, which concatenates both residual streams: `2 * hidden_size`."""
         return 2 * self.hidden_size
+
+    @property
+    def classifier_dropout_prob(self) -> float:
+        """Dropout rate of classification heads: `classifier_dropout`, or `hidden_dropout_prob` if it is `None`."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
+    @property
+    def pooled_tokens(self) -> str:
+        """Which tokens a sequence head reads: `pooling`, or its default if it is `None`."""
+        return self.pooling or ("last" if self.is_decoder else "first")
 
     @property
     def layer_types(self) -> list[str]:
@@ -339,6 +360,7 @@ class ReformerHfConfig(PreTrainedConfig):
     def validate_reformer(self):
         """Check all fields. Raises `ValueError` if one is out of range or contradicts another."""
         self._check_sizes()
+        self._check_pooling()
         self._check_layers()
         self._check_positions()
         self._check_attention()
@@ -366,11 +388,25 @@ class ReformerHfConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}, but must be one of {sorted(ACT2FN)}.")
         attention_rates = ("local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
-        for name in ("hidden_dropout_prob", "feed_forward_dropout_prob", *attention_rates):
+        for name in ("hidden_dropout_prob", "feed_forward_dropout_prob", "classifier_dropout", *attention_rates):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but a dropout rate must be in [0, 1).")
 
+    def _check_pooling(self):
+        if self.pooling not in (None, *POOLINGS):
+            raise ValueError(f"`pooling` is {self.pooling!r}, but must be one of {list(POOLINGS)}, or None.")
+        if self.pooling == "first" and self.is_decoder:
+            raise ValueError(
+                "`pooling` is 'first', but the first token of a causal model (`is_decoder=True`) sees no other token: "
+                "set it to 'last', 'mean' or None, or `is_decoder=False`."
+            )
+
     def _check_layers(self):
+        if self.add_cross_attention and not self.is_decoder:
+            raise ValueError(
+                "`add_cross_attention` is True, but only a causal model attends to the output of an encoder: set "
+                "`is_decoder=True`, or use `ReformerHfForConditionalGeneration`."
+            )
         if not self.attn_layers:
             raise ValueError(f"`attn_layers` is empty, but needs at least one of {list(ATTENTION_LAYER_TYPES)}.")
         for layer_type in self.attn_layers:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from .input_checks import EMPTY_INPUT
 from .lsh_attention import factors_of
@@ -36,7 +36,7 @@ class ReformerHfGenerationMixin(GenerationMixin):
         self, input_ids, next_sequence_length=None, inputs_embeds=None, cache=None, **kwargs
     ):
         """Prepare inputs as in Transformers. Without a cache, each step processes the whole sequence."""
-        if inputs_embeds is not None and cache is None:
+        if inputs_embeds is not None and cache is None and not self.config.is_encoder_decoder:
             # Append the embeddings of the generated tokens to a prompt of embeddings. Their number follows from the
             # position ids, because a mask of ones is not passed on.
             num_new = kwargs["position_ids"].shape[-1] - inputs_embeds.shape[1]
@@ -63,15 +63,23 @@ class ReformerHfGenerationMixin(GenerationMixin):
         If the number of buckets follows from the length, all steps use the number for the planned length of prompt and
         new tokens, with and without a cache.
         """
+        given = model_kwargs.get("cache")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("cache")
+        if isinstance(cache, EncoderDecoderCache):
+            if given is None:
+                # Transformers creates layers for self-attention.
+                cache.cross_attention_cache = DynamicCache()
+            cache = cache.self_attention_cache
         if self.config.num_buckets is not None or model_kwargs.get("num_buckets") is not None:
             return
-        layers = getattr(model_kwargs.get("cache"), "layers", ())
+        layers = getattr(cache, "layers", ())
         if any(layer.is_initialized for layer in layers):
             # The tokens in the cache are already hashed.
             return
         planned = min(generation_config.max_length, self.config.max_position_embeddings)
-        model_kwargs["num_buckets"] = factors_of(self.config, planned)
+        config = self.config.decoder_config if self.config.is_encoder_decoder else self.config
+        model_kwargs["num_buckets"] = factors_of(config, planned)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         """

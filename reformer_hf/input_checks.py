@@ -10,6 +10,7 @@ from transformers import Cache
 
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
+from .cross_attention import Context
 from .documents import Documents, starts_by_index, starts_by_length, starts_by_position
 
 EMPTY_INPUT = (
@@ -250,6 +251,36 @@ def documents_of_call(
             "`wrap_chunks=False`."
         )
     return documents
+
+
+def context_of_call(
+    config: ReformerHfConfig, hidden_states: Tensor | None, attention_mask: Tensor | None, batch_size: int
+) -> Context | None:
+    """Check the encoder output that a decoder attends to, with its mask, and return both; `None` for other models."""
+    if not config.add_cross_attention:
+        if hidden_states is not None:
+            raise ValueError(
+                "`encoder_hidden_states` is given, but `add_cross_attention` is False, so the model would not read "
+                "it: build the model with `add_cross_attention=True`, or use `ReformerHfForConditionalGeneration`."
+            )
+        return None
+    if hidden_states is None:
+        raise ValueError(
+            "`encoder_hidden_states` is missing, but `add_cross_attention` is True: pass the output of an encoder."
+        )
+    width = config.output_size
+    if hidden_states.dim() != 3 or hidden_states.shape[0] != batch_size or hidden_states.shape[2] != width:
+        raise ValueError(
+            f"`encoder_hidden_states` has shape {tuple(hidden_states.shape)}, but must be [{batch_size}, S, {width}] "
+            "(2 * `hidden_size`), with one row for each row of the decoder input."
+        )
+    shape = tuple(hidden_states.shape[:2])
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise ValueError(
+            f"`encoder_attention_mask` has shape {tuple(attention_mask.shape)}, but must be {shape}, one entry for "
+            "each token of the encoder."
+        )
+    return Context.of(hidden_states, attention_mask)
 
 
 def bucket_factors_of_call(config: ReformerHfConfig, num_buckets: int | Sequence[int] | None) -> list[int] | None:

@@ -69,17 +69,24 @@ class ReformerHfLMHead(nn.Module):
                 options=chunk,
             )
 
-    def causal_loss(
+    def loss(
         self,
         hidden_states: Tensor,
-        labels: Tensor | None,
-        shift_labels: Tensor | None = None,
+        targets: Tensor,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORED,
         **kwargs,
     ) -> Tensor:
-        """Compute the same loss as `ForCausalLMLoss` in Transformers, without logits of all positions."""
-        targets = pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+        """
+        Compute the cross entropy of the losses in Transformers, without logits of all positions.
+
+        Args:
+            hidden_states: `[B, L, 2 * hidden_size]`.
+            targets: `[B, L]`, the token to predict at each position.
+            num_items_in_batch: The number to divide the sum by; by default, that of the targets.
+            ignore_index: The target of positions to ignore.
+            **kwargs: Ignored, as in Transformers.
+        """
         targets = targets.to(hidden_states.device)
         targets = targets.masked_fill(targets == ignore_index, IGNORED)
         if num_items_in_batch is None:
@@ -87,6 +94,13 @@ class ReformerHfLMHead(nn.Module):
         elif torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(hidden_states.device)
         return self(hidden_states, targets) / num_items_in_batch
+
+
+def next_tokens(
+    labels: Tensor | None, shift_labels: Tensor | None = None, ignore_index: int = IGNORED, **kwargs
+) -> Tensor:
+    """Return the token after each position: `shift_labels`, or `labels` `[B, L]` moved by one position."""
+    return pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
 
 
 def check_not_fused(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

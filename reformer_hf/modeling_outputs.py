@@ -5,6 +5,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import ModelOutput
 
 
@@ -20,6 +29,7 @@ class ReformerHfModelOutput(ModelOutput):
             query's window, before dropout. They sum to 1 over R and W, and have no gradient.
         attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys of these weights,
             -1 for masked keys.
+        cross_attentions (*optional*): For each layer, the attention weights `[B, H, L, S]` of the encoder output.
         cache (*optional*): The KV cache, including this input.
     """
 
@@ -27,6 +37,7 @@ class ReformerHfModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
     cache: Cache | None = None
 
 
@@ -47,3 +58,54 @@ class ReformerHfCausalLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
     cache: Cache | None = None
+
+
+@dataclass
+class ReformerHfMaskedLMOutput(MaskedLMOutput):
+    """`MaskedLMOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfSequenceClassifierOutput(SequenceClassifierOutput):
+    """`SequenceClassifierOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfTokenClassifierOutput(TokenClassifierOutput):
+    """`TokenClassifierOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """`QuestionAnsweringModelOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfMultipleChoiceOutput(MultipleChoiceModelOutput):
+    """`MultipleChoiceModelOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfSeq2SeqModelOutput(Seq2SeqModelOutput):
+    """`Seq2SeqModelOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    decoder_attention_positions: tuple[Tensor, ...] | None = None
+    encoder_attention_positions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReformerHfSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """`Seq2SeqLMOutput` with the positions of attention weights, see `ReformerHfModelOutput`."""
+
+    decoder_attention_positions: tuple[Tensor, ...] | None = None
+    encoder_attention_positions: tuple[Tensor, ...] | None = None

@@ -9,7 +9,7 @@ Parameter names are those of the in-tree model, so that its checkpoints load wit
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,11 @@ from .input_checks import (
     check_last_tokens,
     check_not_in_tree_cache,
     check_position_ids,
+    context_of_call,
     documents_of_call,
 )
-from .lm_head import ReformerHfLMHead, check_not_fused, states_to_keep
+from .label_checks import check_token_labels
+from .lm_head import IGNORED, ReformerHfLMHead, check_not_fused, next_tokens, states_to_keep
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
 from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
@@ -55,6 +57,10 @@ from .reversible import Tape
 from .rng import dropout
 from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
+
+if TYPE_CHECKING:
+    # Transformers saves the files of all relative imports with a model: with this one, the other heads as well.
+    from .task_heads import ReformerHfForMaskedLM  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -75,16 +81,16 @@ class ReformerHfEncoder(nn.Module):
         hidden_states: Tensor,
         call: AttentionCall,
         cache: Cache | None = None,
+        cross_cache: Cache | None = None,
         output_hidden_states: bool = False,
     ) -> ReformerHfModelOutput:
         """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
         x1 = x2 = hidden_states
-        positions = call.batch_size * call.length
-        recomputes = self.reversible and recomputes_activations(self.config, positions, call.device)
+        recomputes = self.reversible and recomputes_activations(self.config, call.num_positions, call.device)
         tape = Tape() if recomputes and torch.is_grad_enabled() else None
         all_hidden_states, all_weights = [x2], []
         for layer in self.layers:
-            x1, x2, weights = layer(x1, x2, call, tape, cache)
+            x1, x2, weights = layer(x1, x2, call, tape, cache, cross_cache)
             if output_hidden_states:
                 all_hidden_states.append(x2)
             all_weights.append(weights)
@@ -99,8 +105,9 @@ class ReformerHfEncoder(nn.Module):
         return ReformerHfModelOutput(
             last_hidden_state=dropout(hidden_states, self.dropout) if self.training else hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(weights for weights, _ in all_weights) if with_weights else None,
-            attention_positions=tuple(positions for _, positions in all_weights) if with_weights else None,
+            attentions=tuple(each.values for each in all_weights) if with_weights else None,
+            attention_positions=tuple(each.positions for each in all_weights) if with_weights else None,
+            cross_attentions=tuple(each.cross for each in all_weights) if with_weights and call.context else None,
             cache=cache,
         )
 
@@ -108,7 +115,7 @@ class ReformerHfEncoder(nn.Module):
 class ReformerHfPreTrainedModel(PreTrainedModel):
     """Base class of the models, with weight initialization, saving and unsupported features."""
 
-    config_class = ReformerHfConfig
+    config_class: type[ReformerHfConfig] = ReformerHfConfig
     config: ReformerHfConfig
     base_model_prefix = "reformer"
     supports_gradient_checkpointing = False
@@ -120,6 +127,11 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
         "AutoModel": "modeling_reformer_hf.ReformerHfModel",
         "AutoModelForCausalLM": "modeling_reformer_hf.ReformerHfForCausalLM",
+        "AutoModelForMaskedLM": "task_heads.ReformerHfForMaskedLM",
+        "AutoModelForSequenceClassification": "task_heads.ReformerHfForSequenceClassification",
+        "AutoModelForTokenClassification": "task_heads.ReformerHfForTokenClassification",
+        "AutoModelForQuestionAnswering": "task_heads.ReformerHfForQuestionAnswering",
+        "AutoModelForMultipleChoice": "task_heads.ReformerHfForMultipleChoice",
     }
 
     def __init__(self, config: ReformerHfConfig, *args, **kwargs):
@@ -235,6 +247,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         output_attentions: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cross_cache: Cache | None = None,
         **kwargs,
     ) -> ReformerHfModelOutput:
         """
@@ -259,6 +274,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 `ReformerHfModelOutput`.
             seq_idx (`[B, L]`, *optional*): Index of the packed document that each token belongs to.
             cu_seq_lens_q (`[N + 1]`, *optional*): Cumulative lengths of packed documents, over all rows.
+            encoder_hidden_states (`[B, S, 2 * E]`, *optional*): Encoder output, with `add_cross_attention`.
+            encoder_attention_mask (`[B, S]`, *optional*): 1 for tokens of the encoder, 0 for padding.
+            cross_cache (`Cache`, *optional*): Cache of the keys and values of the encoder output.
 
         Returns:
             `ReformerHfModelOutput`.
@@ -280,6 +298,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             check_input_ids(self.config, input_ids)
             check_position_ids(self.config, position_ids)
             check_attention_mask(attention_mask, inputs.shape[1])
+        context = context_of_call(self.config, encoder_hidden_states, encoder_attention_mask, inputs.shape[0])
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
         padding = None
@@ -305,9 +324,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         with torch.no_grad() if cache is not None and torch.is_grad_enabled() else nullcontext():
             return encode(
                 (input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
-                cache,
+                (cache, cross_cache),
                 output_hidden_states,
                 padding=padding,
+                context=context,
                 num_hashes=num_hashes,
                 num_buckets=factors,
                 output_attentions=output_attentions,
@@ -315,10 +335,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             )
 
     def _encode(
-        self, inputs: tuple, cache: Cache | None, output_hidden_states: bool, **options
+        self, inputs: tuple, caches: tuple[Cache | None, Cache | None], output_hidden_states: bool, **options
     ) -> ReformerHfModelOutput:
         hidden_states = self.embeddings(*inputs)
-        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), cache, output_hidden_states)
+        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), *caches, output_hidden_states)
 
     @torch.compiler.disable(reason="Only decoding steps with a static cache are compiled: set `fullgraph=False`.")
     def _encode_uncompiled(self, *args, **options) -> ReformerHfModelOutput:
@@ -341,21 +361,22 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         return [layer.attention.self_attention.cache_spec_for(num_hashes) for layer in layers]
 
 
-class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel):
-    """A causal Reformer that predicts the next token."""
+class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
+    """Base class of the language models: a Reformer with an LM head, which may share the word embeddings."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "reformer.embeddings.word_embeddings.weight"}
     # An alias of `lm_head.bias`. `Trainer` must not report it as missing in a checkpoint.
     _keys_to_ignore_on_save = ["lm_head.decoder.bias"]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _base_class: type[PreTrainedModel] = ReformerHfModel
+    reformer: ReformerHfModel
+    # The name of the default loss in Transformers.
+    _loss_name: str
 
     def __init__(self, config: ReformerHfConfig):
-        check_is_causal(config)
         super().__init__(config)
-        self.reformer = ReformerHfModel(config)
-        self.lm_head = ReformerHfLMHead(config)
-        if config.tie_word_embeddings:
-            self.register_forward_pre_hook(check_not_fused, with_kwargs=True)
+        setattr(self, self.base_model_prefix, self._base_class(config))
+        self.lm_head: Any = ReformerHfLMHead(config)
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -389,6 +410,51 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         if missing_keys is not None and not missing_keys & {"lm_head.bias", "lm_head.decoder.bias"}:
             self.lm_head.bias = self.lm_head.decoder.bias
         super().tie_weights(missing_keys, recompute_mapping)
+
+    def check_labels(self, labels: Tensor, states: Tensor, ignore_index: int = IGNORED, **kwargs) -> None:
+        """Raise a `ValueError` if labels do not match hidden states `[B, L, …]` or the vocabulary."""
+        vocabulary = self.config.vocab_size, "vocab_size"
+        check_token_labels(labels, states, *vocabulary, bool(self.base_model.checks_values), ignore_index)
+
+    def logits_and_loss(
+        self, hidden_states: Tensor, labels: Tensor | None, **kwargs
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """
+        Compute logits and, given labels, the loss of the token at each position.
+
+        Args:
+            hidden_states: The output of the base model, `[B, L, 2 * E]`.
+            labels: `[B, L]`, -100 for positions without loss.
+            **kwargs: Arguments of the loss.
+
+        Returns:
+            Logits `[B, L, vocab_size]` and loss; the logits are `None` in training with `chunk_size_lm_head`.
+        """
+        if labels is None:
+            return self.lm_head(hidden_states), None
+        self.check_labels(labels, hidden_states, **kwargs)
+        if self._loss_without_logits:
+            return None, self.lm_head.loss(hidden_states, labels, **kwargs)
+        logits = self.lm_head(hidden_states)
+        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+    @property
+    def _loss_without_logits(self) -> bool:
+        """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
+        is_default = self.loss_function is LOSS_MAPPING[self._loss_name] and type(self.lm_head.decoder) is nn.Linear
+        return self.training and self.lm_head.chunk_size > 0 and is_default
+
+
+class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
+    """A causal Reformer that predicts the next token."""
+
+    _loss_name = "ForCausalLM"
+
+    def __init__(self, config: ReformerHfConfig):
+        check_is_causal(config)
+        super().__init__(config)
+        if config.tie_word_embeddings:
+            self.register_forward_pre_hook(check_not_fused, with_kwargs=True)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
@@ -444,8 +510,10 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
         )
         logits = loss = None
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if labels is not None:
+            self.check_labels(labels, outputs.last_hidden_state, **kwargs)
         if has_labels and self._loss_without_logits:
-            loss = self.lm_head.causal_loss(outputs.last_hidden_state, labels, **kwargs)
+            loss = self.lm_head.loss(outputs.last_hidden_state, next_tokens(labels, **kwargs), **kwargs)
         else:
             logits = self.lm_head(states_to_keep(outputs.last_hidden_state, logits_to_keep, attention_mask))
             if has_labels:
@@ -458,12 +526,6 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfPreTrainedModel
             attention_positions=outputs.attention_positions,
             cache=outputs.cache,
         )
-
-    @property
-    def _loss_without_logits(self) -> bool:
-        """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
-        is_default = self.loss_function is LOSS_MAPPING["ForCausalLM"] and type(self.lm_head.decoder) is nn.Linear
-        return self.training and self.lm_head.chunk_size > 0 and is_default
 
 
 # `DynamicCache` and `StaticCache` look up cache layers by the names in `config.layer_types`.

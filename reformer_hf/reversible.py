@@ -5,15 +5,16 @@ Reversible residual layers (Gomez et al. 2017; Kitaev et al. 2020, section 3).
     y1 = x1 + attention(x2)        x2 = y2 - feed_forward(y1)
     y2 = x2 + feed_forward(y1)     x1 = y1 - attention(x2)
 
-Each layer is one autograd function whose inputs include its parameters, so that tools with hooks on modules and
-parameters (DDP, FSDP2, adapters) work as for any other layer. Layers do not save their inputs. Consecutive layers form
-a segment, which holds a single pair of streams: at first the output of its last layer. The backward pass of a layer
-replaces the layer's output in the segment by its input. A layer whose inputs are not the outputs of the layer before,
-because a hook or a wrapper changed them, begins a new segment.
+A layer may have more than these two branches, see `residual_layer`. Each layer is one autograd function whose inputs
+include its parameters, so that tools with hooks on modules and parameters (DDP, FSDP2, adapters) work as for any other
+layer. Layers do not save their inputs. Consecutive layers form a segment, which holds a single pair of streams: at
+first the output of its last layer. The backward pass of a layer replaces the layer's output in the segment by its
+input. A layer whose inputs are not the outputs of the layer before, because a hook or a wrapper changed them, begins a
+new segment.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .chunked import chunks_of, map_chunks, vjp_chunks
+from .chunked import accumulate, chunks_of, map_chunks, vjp_chunks
 from .rng import ReplayState, SeededDropout
 
 logger = logging.get_logger(__name__)
@@ -41,7 +42,7 @@ class Branch(ABC):
     Args:
         module: The module that computes the function, with all of its parameters.
         uses_rng: Whether the function uses the global random number generators.
-        parameters: Parameters of the module that require gradients.
+        parameters: Tensors other than the stream that require gradients, such as the parameters of the module.
     """
 
     module: nn.Module
@@ -116,6 +117,69 @@ class PositionWiseBranch(Branch):
         for positions, (added,), grad in chunks:
             torch.sub(total[:, positions], added, out=rest[:, positions])
             torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
+        return grad_sum, grads
+
+
+@dataclass
+class ContextBranch(Branch):
+    """
+    A branch that acts on each position independently, given what it computes from a context for all positions.
+
+    Args:
+        module: The module that computes the functions, with all of its parameters.
+        function: Maps a chunk of positions and the prepared context to the values that are added to them.
+        context: Another input of the branch, which may require a gradient.
+        prepare: Maps the context to tensors, such as keys and values.
+        uses_rng, parameters: See `Branch`.
+        chunk_size: Positions per chunk; 0 for all.
+        observe: Maps the stream and the prepared context to intermediate results.
+    """
+
+    module: nn.Module
+    function: Callable[..., Tensor]
+    context: Tensor
+    prepare: Callable[[Tensor], Sequence[Tensor]]
+    uses_rng: bool = False
+    chunk_size: int = 0
+    observe: Callable[[Tensor, Sequence[Tensor]], Any] | None = None
+    parameters: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = trainable_parameters(self.module)
+        if self.context.requires_grad:
+            self.parameters.append(self.context)
+
+    def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, Any]:
+        prepared, out = self.prepare(self.context), torch.empty_like(other)
+        for positions in chunks_of(stream, self.chunk_size):
+            added = self.function(stream[:, positions], *prepared)
+            torch.add(other[:, positions], added, alpha=sign, out=out[:, positions])
+        return out, self.observe(stream, prepared) if self.observe is not None else None
+
+    def reverse_and_grad(
+        self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Any
+    ) -> tuple[Tensor, Gradients]:
+        with torch.enable_grad():
+            prepared = self.prepare(self.context)
+        leaves = [tensor.detach().requires_grad_() for tensor in prepared]
+        grad_sum = torch.empty_like(grad_stream)
+        grads: Gradients = [None] * (len(leaves) + len(self.parameters))
+        chunks = vjp_chunks(
+            lambda chunk: self.function(chunk, *leaves),
+            stream,
+            lambda at: (grad_total[:, at],),
+            self.chunk_size,
+            [*leaves, *self.parameters],
+            grads,
+        )
+        for positions, (added,), grad in chunks:
+            torch.sub(total[:, positions], added, out=rest[:, positions])
+            torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
+        grads_of_leaves, grads = grads[: len(leaves)], grads[len(leaves) :]
+        tracked = [(x, grad) for x, grad in zip(prepared, grads_of_leaves, strict=True) if x.requires_grad]
+        if tracked and self.parameters:
+            outputs, grads_of_outputs = zip(*tracked, strict=True)
+            accumulate(grads, torch.autograd.grad(outputs, self.parameters, grads_of_outputs, allow_unused=True))
         return grad_sum, grads
 
 
@@ -229,9 +293,32 @@ def _at(tensors: Sequence[Tensor], positions: slice) -> Sequence[Tensor]:
 class _Record:
     """The branches of a layer, the state under which each of them ran, and their intermediate results."""
 
-    branches: tuple[Branch, Branch]
-    states: tuple[ReplayState, ReplayState] | None = None
-    found: tuple[Any, Any] = (None, None)
+    branches: Sequence[Branch]
+    states: list[ReplayState] = field(default_factory=list)
+    found: list[Any] = field(default_factory=list)
+
+    def run(self, x1: Tensor, x2: Tensor, captures_states: bool = False) -> Streams:
+        """Compute the output of the layer without gradient, and record the results."""
+        for branch in self.branches:
+            if captures_states:
+                self.states.append(branch.replay_state(x1.device))
+            total, found = branch.add_to(x1, x2)
+            self.found.append(found)
+            x1, x2 = x2, total
+        return x1, x2
+
+    def reversed(self) -> Iterator[tuple[Branch, ReplayState, Any]]:
+        """Iterate over the branches from the last to the first, with their states and results."""
+        return zip(reversed(self.branches), reversed(self.states), reversed(self.found), strict=True)
+
+    def invert(self, streams: Streams) -> Streams:
+        """Recompute the input of the layer from its output."""
+        stream, total = streams
+        for branch, state, found in self.reversed():
+            with state.replay():
+                rest, _ = branch.add_to(total, stream, sign=-1, found=found)
+            stream, total = rest, stream
+        return stream, total
 
 
 class _Segment:
@@ -281,7 +368,7 @@ class _Segment:
         while index < len(self._records) - 1:
             record = self._records.pop()
             with torch.no_grad():
-                self._set_streams(_invert(record, self._streams), private=True)
+                self._set_streams(record.invert(self._streams), private=True)
         streams, self._streams = self._streams, None
         return self._records.pop(), streams, self._private
 
@@ -325,83 +412,69 @@ class Tape:
 
 
 def residual_layer(
-    x1: Tensor, x2: Tensor, attention: Branch, feed_forward: Branch, tape: Tape | None
-) -> tuple[Tensor, Tensor, Any]:
+    x1: Tensor, x2: Tensor, branches: Sequence[Branch], tape: Tape | None
+) -> tuple[Tensor, Tensor, Sequence[Any]]:
     """
-    Compute one layer of two residual branches. The backward pass recomputes its input from its output.
+    Compute one layer of residual branches. The backward pass recomputes its input from its output.
+
+    Each branch reads one stream and is added to the other. Then the streams change places: the next branch reads the
+    stream that was changed last.
 
     Args:
-        x1, x2: The two streams `[B, L, E]`, at least in fp32 for an accurate inversion.
-        attention, feed_forward: The branches. A second run in the backward pass must reproduce the first one.
+        x1, x2: The two streams `[B, L, E]`, at least in fp32 for an accurate inversion. The first branch reads `x2`.
+        branches: Two branches or more. A second run in the backward pass must reproduce the first one.
         tape: The tape that the layers of one forward pass share. Not needed without gradient.
 
     Returns:
-        The two streams after the layer, and the intermediate results of `attention`.
+        The two streams after the layer, the one that was changed last in the second place, and the intermediate
+        results of each branch.
 
     Raises:
         RuntimeError: In a second backward pass through the layer, or in one with `create_graph=True`, or if one of the
             streams after the layer was changed in place.
     """
-    needs_grad = x1.requires_grad or x2.requires_grad or attention.parameters or feed_forward.parameters
+    parameters = [parameter for branch in branches for parameter in branch.parameters]
+    needs_grad = x1.requires_grad or x2.requires_grad or parameters
+    record = _Record(branches)
     if tape is None or not (torch.is_grad_enabled() and needs_grad):
-        y1, found = attention.add_to(x1, x2)
-        y2, _ = feed_forward.add_to(x2, y1)
-        return y1, y2, found
+        x1, x2 = record.run(x1, x2)
+        return x1, x2, record.found
     if x1.dtype.itemsize < 4:
         logger.warning_once(
             f"The residual streams are in {x1.dtype}, so recomputed activations are inaccurate: keep them "
             "in fp32, for FSDP2 with `MixedPrecisionPolicy(…, cast_forward_inputs=False)`."
         )
-    record = _Record((attention, feed_forward))
-    parameters = (*attention.parameters, *feed_forward.parameters)
-    y1, y2 = _ReversibleLayer.apply(record, tape.segment_after(x1, x2), x1, x2, *parameters)
-    return y1, y2, record.found[0]
+    x1, x2 = _ReversibleLayer.apply(record, tape.segment_after(x1, x2), x1, x2, *parameters)
+    return x1, x2, record.found
 
 
 class _ReversibleLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, record, segment, x1, x2, *parameters):
-        attention, feed_forward = record.branches
-        attention_state = attention.replay_state(x1.device)
-        y1, found = attention.add_to(x1, x2)
-        feed_forward_state = feed_forward.replay_state(x1.device)
-        y2, feed_forward_found = feed_forward.add_to(x2, y1)
-        record.states, record.found = (attention_state, feed_forward_state), (found, feed_forward_found)
+        y1, y2 = record.run(x1, x2, captures_states=True)
         # For autograd's check that parameters have not changed since.
         ctx.save_for_backward(*parameters)
         ctx.segment, ctx.index = segment, segment.push(record, (y1.detach(), y2.detach()))
         return y1, y2
 
     @staticmethod
-    def backward(ctx, grad_y1, grad_y2):
+    def backward(ctx, grad1, grad2):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Second derivatives through a reversible layer (`create_graph=True`) are not supported: build the "
                 "model with `reversible=False`."
             )
         _ = ctx.saved_tensors
-        record, (y1, y2), private = ctx.segment.rewind(ctx.index)
-        (attention, feed_forward), (found, feed_forward_found) = record.branches, record.found
-        attention_state, feed_forward_state = record.states
-        x2 = y2 if private else torch.empty_like(y2)
-        with feed_forward_state.replay():
-            grad_x1, feed_forward_grads = feed_forward.reverse_and_grad(
-                y2, y1, grad_y2, grad_y1, rest=x2, found=feed_forward_found
-            )
-        del y2
-        x1 = y1 if private else torch.empty_like(y1)
-        with attention_state.replay():
-            grad_x2, attention_grads = attention.reverse_and_grad(y1, x2, grad_x1, grad_y2, rest=x1, found=found)
-        ctx.segment.put_back((x1, x2))
-        return None, None, grad_x1, grad_x2, *attention_grads, *feed_forward_grads
-
-
-def _invert(record: _Record, streams: Streams) -> Streams:
-    """Recompute the input of a layer from its output."""
-    y1, y2 = streams
-    (attention, feed_forward), (found, feed_forward_found) = record.branches, record.found
-    attention_state, feed_forward_state = record.states
-    with feed_forward_state.replay():
-        x2, _ = feed_forward.add_to(y2, y1, sign=-1, found=feed_forward_found)
-    with attention_state.replay():
-        return attention.add_to(y1, x2, sign=-1, found=found)[0], x2
+        record, (stream, total), stream_is_private = ctx.segment.rewind(ctx.index)
+        total_is_private = stream_is_private
+        grads: list[Gradients] = []
+        for branch, state, found in record.reversed():
+            rest = total if total_is_private else torch.empty_like(total)
+            with state.replay():
+                grad1, of_parameters = branch.reverse_and_grad(total, stream, grad2, grad1, rest=rest, found=found)
+            grads.insert(0, of_parameters)
+            # Before this branch, the streams were in the other order.
+            (stream, total), (grad1, grad2) = (rest, stream), (grad2, grad1)
+            stream_is_private, total_is_private = True, stream_is_private
+        ctx.segment.put_back((stream, total))
+        return None, None, grad1, grad2, *(grad for of_parameters in grads for grad in of_parameters)

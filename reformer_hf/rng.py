@@ -40,17 +40,19 @@ class DropoutMask:
 
         Args:
             like: A tensor of the shape and on the device of the mask.
-            rate: Dropout rate, rounded to a multiple of 1/256 if that changes it by at most 2 %, else of 2^-16.
+            rate: Dropout rate, rounded to a multiple of 1/256 if that changes it and its complement by at most
+                2 %, else of 2^-16.
             generator: A generator; `None` uses the global one of the device.
         """
-        bits = 8 if abs(round(rate * 256) / 256 - rate) <= 0.02 * rate else 16
+        bits = 8 if abs(round(rate * 256) / 256 - rate) <= 0.02 * min(rate, 1 - rate) else 16
         num_levels = 1 << bits
-        dropped = min(round(rate * num_levels), num_levels - 1)
+        dropped = min(max(round(rate * num_levels), 1), num_levels - 1)
         drawn = torch.empty(math.ceil(like.numel() * bits / 64), dtype=torch.int64, device=like.device)
         drawn.random_(-(2**63), None, generator=generator)
         levels = drawn.view(torch.int8 if bits == 8 else torch.int16)[: like.numel()].view(like.shape)
-        # A byte converts to a float faster than a boolean.
-        keep = (levels >= dropped - num_levels // 2).view(torch.int8)
+        # 0 below the lowest level to keep and 1 from there on. Clamping is ten times as fast as a comparison.
+        lowest_kept = dropped - num_levels // 2
+        keep = levels.clamp_(lowest_kept - 1, lowest_kept).sub_(lowest_kept - 1).to(torch.int8)
         return cls(keep, num_levels / (num_levels - dropped))
 
     def apply(self, tensor: Tensor, positions: slice = slice(None)) -> Tensor:

@@ -14,6 +14,7 @@ from .attention_pattern import AttentionPattern
 from .cache import CacheSpec, Past, Seen
 from .chunk_attention import chunk_attention, chunk_attention_weights
 from .configuration_reformer_hf import ReformerHfConfig
+from .cross_attention import Context
 from .device_policy import policy_for
 from .documents import Documents
 from .rng import draw_seed
@@ -36,6 +37,7 @@ class AttentionCall:
         num_buckets: Factors of the number of buckets; overrides those that follow from the config and the length.
         output_attentions: Whether to return attention weights.
         documents: The documents of packed rows; `None` if each row is one document.
+        context: The encoder output, in the decoder of an encoder-decoder.
         fills_cache: Whether to return keys, values and buckets for the cache.
         past: Cached tokens before the input.
         projections: Rotations that hash all heads, as `hashing.projections_of` returns them.
@@ -55,6 +57,7 @@ class AttentionCall:
     num_buckets: Sequence[int] | None = None
     output_attentions: bool = False
     documents: Documents | None = None
+    context: Context | None = None
     fills_cache: bool = False
     past: Past | None = None
     projections: Sequence[Tensor] = ()
@@ -62,6 +65,11 @@ class AttentionCall:
     document_hashing: tuple[Sequence[tuple[Tensor, Sequence[Tensor]]], Tensor] | None = None
     document_order: Tensor | None = None
     dropout_seed: int = 0
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions, summed over the batch."""
+        return self.batch_size * self.length
 
     @classmethod
     def on(cls, hidden_states: Tensor, **options: Any) -> "AttentionCall":

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, ReformerConfig, ReformerModelWithLMHead
 
+import reformer_hf
 from examples.byte_data import load_corpus
-from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf import (
+    ReformerHfConfig,
+    ReformerHfEncoderDecoderConfig,
+    ReformerHfForCausalLM,
+    ReformerHfForConditionalGeneration,
+    ReformerHfModel,
+)
 from reformer_hf.embeddings import ReformerHfEmbeddings, resize_positions
 
 from .helpers import random_model, tiny_config
@@ -149,6 +156,47 @@ def test_config_and_checkpoint(fields, tmp_path):
             assert torch.equal(base(input_ids=ids)[0], model.reformer(input_ids=ids)[0])
 
 
+HEADS = ["MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads(head, tmp_path):
+    cls = getattr(reformer_hf, f"ReformerHfFor{head}")
+    model, ids = random_model(cls=cls, is_decoder=False), _ids(300)
+    model.resize_position_embeddings(300)
+    model.save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path).eval()
+    ids = ids[:, None] if head == "MultipleChoice" else ids
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids)[0], model(input_ids=ids)[0])
+
+
+@pytest.mark.parametrize("axial", [True, False], ids=["axial", "plain"])
+def test_encoder_decoder(axial, tmp_path):
+    """Both stacks have the new number of positions."""
+    fields = tiny_config(
+        axial_pos_embds=axial, is_decoder=False, num_buckets=None, max_position_embeddings=64
+    ).to_dict()
+    torch.manual_seed(0)
+    model = ReformerHfForConditionalGeneration(
+        ReformerHfEncoderDecoderConfig.from_dict({**fields, "is_encoder_decoder": True})
+    ).eval()
+    ids = _ids(64)
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=ids).logits
+        model.resize_position_embeddings(72)
+        assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
+        model.save_pretrained(tmp_path)
+        loaded = ReformerHfForConditionalGeneration.from_pretrained(tmp_path).eval()
+        assert loaded.config.max_position_embeddings == 72
+        assert len(loaded.get_position_embeddings()) == 2
+        ids = _ids(72)
+        expected = model(input_ids=ids, decoder_input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids, decoder_input_ids=ids).logits, expected)
+        options = {"max_new_tokens": 70, "min_new_tokens": 70, "do_sample": False, "use_cache": True}
+        assert loaded.generate(input_ids=ids, **options).shape[1] == 71
+
+
 def test_getter():
     assert random_model(axial_pos_embds=False).get_position_embeddings().weight.shape == (256, 32)
     model = random_model()
@@ -197,8 +245,8 @@ def test_wrong_number(number):
 def test_generate(fields):
     model = random_model(num_buckets=None, eos_token_id=None, **fields)
     prompt = _ids(250)
-    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
-    with pytest.raises(ValueError, match=r"289 tokens.*1 to 256.*`model.resize_position_embeddings`"):
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    with pytest.raises(ValueError, match=r"261 tokens.*1 to 256.*`model.resize_position_embeddings`"):
         model.generate(input_ids=prompt, **options)
     # A cache that was filled before can be continued.
     cache = DynamicCache(config=model.config)
@@ -206,7 +254,7 @@ def test_generate(fields):
         model(input_ids=prompt, cache=cache, num_buckets=8)
     model.resize_position_embeddings(300)
     expected = model.generate(input_ids=prompt, use_cache=False, **options)
-    assert expected.shape[1] == 290
+    assert expected.shape[1] == 262
     assert torch.equal(model.generate(input_ids=prompt, **options), expected)
     with torch.no_grad():
         found = model(input_ids=_ids(20), cache=cache).logits
@@ -349,7 +397,9 @@ def _continued_losses(seed, old=4096, new=16384):
     _train(model, batches[0], 5e-3)
     model.resize_position_embeddings(new)
     models = {"resized": model, "random rows": copy.deepcopy(model), "random tables": copy.deepcopy(model)}
-    torch.nn.init.normal_(models["random rows"].get_position_embeddings().weights[0].data[64:], std=config.axial_norm_std)
+    torch.nn.init.normal_(
+        models["random rows"].get_position_embeddings().weights[0].data[64:], std=config.axial_norm_std
+    )
     for weight in models["random tables"].get_position_embeddings().weights:
         torch.nn.init.normal_(weight, std=config.axial_norm_std)
     losses = {}

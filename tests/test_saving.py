@@ -25,7 +25,14 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
+import reformer_hf
+from reformer_hf import (
+    ReformerHfByteTokenizer,
+    ReformerHfConfig,
+    ReformerHfForCausalLM,
+    ReformerHfForSequenceClassification,
+    ReformerHfModel,
+)
 
 from .helpers import random_model, tiny_config
 from .processes import ROOT, run_python
@@ -45,13 +52,18 @@ each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"]
 # What each process runs: `load` gives what the models and the tokenizer of a folder compute.
 LOAD = """
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+)
 
 saved, again, results, text, tokenizer_alone = sys.argv[1:]
 
 def load(folder):
-    classes = (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM)
-    config, tokenizer, base, causal_lm = loaded = [each.from_pretrained(folder, **options) for each in classes]
+    classes = (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
+    loaded = [each.from_pretrained(folder, **options) for each in classes]
+    config, tokenizer, base, causal_lm, classifier = loaded
+    for linear in (classifier.classifier.dense, classifier.classifier.out_proj):
+        torch.nn.init.constant_(linear.weight, 0.1)
     inputs = tokenizer(text, return_tensors="pt")
     with torch.no_grad():
         outputs = {
@@ -61,6 +73,7 @@ def load(folder):
             "bytes": tokenizer.decode_bytes(inputs["input_ids"][0]),
             "last_hidden_state": base(**inputs).last_hidden_state,
             "logits": causal_lm(**inputs).logits,
+            "classes": classifier(**inputs).logits,
             "generated": causal_lm.generate(**inputs, max_new_tokens=3, do_sample=False),
             "modules": [type(each).__module__ for each in loaded],
         }
@@ -194,8 +207,13 @@ def _heads():
     return heads
 
 
+def _file_of(head):
+    return getattr(reformer_hf, head).__module__.rpartition(".")[2]
+
+
 def test_folder_has_every_file(saved):
-    code = {path.name: path.read_bytes() for path in FLAT_FILES}
+    of_others = {"configuration_encoder_decoder.py", "encoder_decoder.py"}
+    code = {path.name: path.read_bytes() for path in FLAT_FILES if path.name not in of_others}
     weights = {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in saved.iterdir()} == weights | {"tokenizer.json", "tokenizer_config.json"} | set(code)
     for name, content in code.items():
@@ -205,8 +223,9 @@ def test_folder_has_every_file(saved):
 def test_folder_names_every_head(saved):
     heads = _heads()
     assert {"AutoModel": "ReformerHfModel", "AutoModelForCausalLM": "ReformerHfForCausalLM"}.items() <= heads.items()
-    auto_map = {name: f"modeling_reformer_hf.{head}" for name, head in heads.items()}
+    auto_map = {name: f"{_file_of(head)}.{head}" for name, head in heads.items()}
     auto_map["AutoConfig"] = "configuration_reformer_hf.ReformerHfConfig"
+    assert len(heads) == 7
     config = _json(saved / "config.json")
     assert config["auto_map"] == auto_map
     assert config["architectures"] == ["ReformerHfForCausalLM"]
@@ -400,6 +419,10 @@ def _assert_same(found, saved):
     with torch.no_grad():
         assert torch.equal(found["last_hidden_state"], model.reformer(**inputs).last_hidden_state)
         assert torch.equal(found["logits"], model(**inputs).logits)
+        classifier = ReformerHfForSequenceClassification.from_pretrained(saved)
+        for linear in (classifier.classifier.dense, classifier.classifier.out_proj):
+            torch.nn.init.constant_(linear.weight, 0.1)
+        assert torch.equal(found["classes"], classifier(**inputs).logits)
     assert torch.equal(found["generated"], model.generate(**inputs, max_new_tokens=3, do_sample=False))
 
 

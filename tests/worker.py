@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
+import reformer_hf
 from reformer_hf import ReformerHfForCausalLM
 from reformer_hf.training import CausalCollator, SaveOnSigterm, StopOnNonFinite, last_intact_checkpoint
 
@@ -66,12 +67,16 @@ def sharded_at_load(model: ReformerHfForCausalLM, folder: Path) -> ReformerHfFor
     return ReformerHfForCausalLM.from_pretrained(folder, distributed_config=config, dtype=model.dtype)
 
 
-def gradients(folder: str, wrap: str, tied: bool = False, head_chunk: int = 0) -> None:
+def gradients(
+    folder: str, wrap: str, tied: bool = False, head_chunk: int = 0, head: str = "ReformerHfForCausalLM"
+) -> None:
     """Loss and gradients of one global batch, each rank with its share of it."""
     if WORLD_SIZE > 1 and not is_initialized():
         init_process_group("gloo")
     fields = {"tie_word_embeddings": tied, "chunk_size_lm_head": head_chunk, "hash_seed": 0, "attn_layers": LAYERS}
-    model = random_model(torch.float64, **fields).train()
+    causal = head == "ReformerHfForCausalLM"
+    cls = getattr(reformer_hf, head)
+    model = random_model(torch.float64, cls, is_decoder=causal, pad_token_id=0, **fields).train()
     if wrap == "plan":
         model = sharded_at_load(model, Path(folder, "initial")).train()
     elif wrap == "fully_shard":
@@ -82,7 +87,7 @@ def gradients(folder: str, wrap: str, tied: bool = False, head_chunk: int = 0) -
         handler = DistributedDataParallelKwargs(find_unused_parameters=wrap == "ddp-unused")
         model = Accelerator(cpu=True, kwargs_handlers=[handler]).prepare(model)
     share = data(GLOBAL_BATCH).chunk(WORLD_SIZE)[RANK]
-    loss = model(share, labels=share).loss
+    loss = model(share, labels=share if causal else share[:, 0] % 2).loss
     loss.backward()
     module = model.module if wrap.startswith("ddp") else model
     found = {name: parameter.grad for name, parameter in module.named_parameters()}
