@@ -24,7 +24,13 @@ from transformers.utils.generic import can_return_tuple
 from .activation_memory import recomputes_activations
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
-from .embeddings import AxialTables, ReformerHfEmbeddings
+from .embeddings import (
+    AxialPositionEmbeddings,
+    AxialTables,
+    PositionEmbeddings,
+    ReformerHfEmbeddings,
+    resize_positions,
+)
 from .full_cache import FullCacheLayer, StaticFullCacheLayer
 from .generation_reformer_hf import ReformerHfGenerationMixin
 from .input_checks import (
@@ -144,6 +150,45 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
                 initialization.normal_(weight, std=self.config.axial_norm_std)
         elif isinstance(module, ReformerHfLMHead):
             initialization.zeros_(module.bias)
+
+    def get_position_embeddings(self) -> nn.Module:  # type: ignore[override]
+        """Return the position embeddings: an `AxialPositionEmbeddings`, or an `nn.Embedding` if they are not axial."""
+        positions = cast(ReformerHfModel, self.base_model).embeddings.position_embeddings
+        return positions.embedding if isinstance(positions, PositionEmbeddings) else positions
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """
+        Change the number of positions, and with it `max_position_embeddings` and `axial_pos_shape` of the config.
+
+        Old positions keep their vectors bit for bit. New positions start with the vectors of the old ones, repeated in
+        order, and have to be trained: text there first looks to the model like text that it knows, and training only
+        has to tell the positions apart. Nothing is random, so that an adapter can be loaded to a model that was
+        resized in the same way.
+
+        Plain embeddings give the new position `p` the vector of `p % old`. Axial embeddings grow along the first axis
+        only, because any other would move old positions, and repeat its complete rows: `p` starts as `p % (old // row
+        * row)`, where a row has as many positions as all other axes together. The rest of an incomplete last row keeps
+        the vectors that its coordinates already have. Entries of `axial_pos_shape` beyond the old maximum, which no
+        input could train, are replaced in the same way.
+
+        A smaller number removes the last positions, in axial embeddings only whole rows.
+
+        Parameters whose size changes are new objects: create the optimizer afterwards. Set `model_max_length` of a
+        tokenizer as well. With `num_buckets=None`, some lengths may be hashed by another factorization of the same
+        number of buckets if more than `lsh_attn_chunk_length ** 3` positions are involved (in-tree formula).
+
+        Args:
+            new_num_position_embeddings (`int`): The new number of positions, at least 1.
+
+        Raises:
+            ValueError: If it is not an `int` of at least 1, or if other modules wrap or replace the position
+                embeddings, as PEFT does with `modules_to_save`.
+        """
+        embeddings = cast(ReformerHfModel, self.base_model).embeddings
+        resize_positions(embeddings, self.config.max_position_embeddings, new_num_position_embeddings)
+        self.config.max_position_embeddings = new_num_position_embeddings
+        if isinstance(embeddings.position_embeddings, AxialPositionEmbeddings):
+            self.config.axial_pos_shape = embeddings.position_embeddings.axes
 
     def activation_checkpointing_enable(self, *args, **kwargs):
         """
