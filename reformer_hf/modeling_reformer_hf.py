@@ -13,23 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, initialization
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .activation_memory import recomputes_activations
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
 from .embeddings import (
-    AxialPositionEmbeddings,
-    AxialTables,
-    PositionEmbeddings,
     ReformerHfEmbeddings,
-    resize_positions,
 )
 from .full_cache import FullCacheLayer, StaticFullCacheLayer
 from .generation_reformer_hf import ReformerHfGenerationMixin
@@ -52,172 +46,14 @@ from .lm_head import IGNORED, ReformerHfLMHead, check_not_fused, next_tokens, st
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
 from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
+from .pretrained_model import ReformerHfPreTrainedModel
+from .reformer_encoder import ReformerHfEncoder
 from .reformer_layer import ReformerHfLayer
-from .reversible import Tape
-from .rng import dropout
 from .self_attention import AttentionCall
-from .stream_norm import StreamLayerNorm
 
 if TYPE_CHECKING:
     # Transformers saves the files of all relative imports with a model: with this one, the other heads as well.
     from .task_heads import ReformerHfForMaskedLM  # noqa: F401
-
-logger = logging.get_logger(__name__)
-
-
-class ReformerHfEncoder(nn.Module):
-    """The stack of layers and the layer norm over both streams."""
-
-    def __init__(self, config: ReformerHfConfig):
-        super().__init__()
-        self.config = config
-        self.reversible = config.reversible
-        self.dropout = config.hidden_dropout_prob
-        self.layers = nn.ModuleList(ReformerHfLayer(config, i) for i in range(len(config.attn_layers)))
-        self.layer_norm = StreamLayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        call: AttentionCall,
-        cache: Cache | None = None,
-        cross_cache: Cache | None = None,
-        output_hidden_states: bool = False,
-    ) -> ReformerHfModelOutput:
-        """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
-        x1 = x2 = hidden_states
-        recomputes = self.reversible and recomputes_activations(self.config, call.num_positions, call.device)
-        tape = Tape() if recomputes and torch.is_grad_enabled() else None
-        all_hidden_states, all_weights = [x2], []
-        for layer in self.layers:
-            x1, x2, weights = layer(x1, x2, call, tape, cache, cross_cache)
-            if output_hidden_states:
-                all_hidden_states.append(x2)
-            all_weights.append(weights)
-        streams = torch.cat([x1, x2], dim=-1)
-        if tape is not None:
-            # The layer norm saves the concatenated streams for its backward pass.
-            width = x1.shape[-1]
-            tape.share(x1, x2, (streams.detach()[..., :width], streams.detach()[..., width:]))
-        del x1, x2
-        hidden_states = self.layer_norm(streams)
-        with_weights = call.output_attentions
-        return ReformerHfModelOutput(
-            last_hidden_state=dropout(hidden_states, self.dropout) if self.training else hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(each.values for each in all_weights) if with_weights else None,
-            attention_positions=tuple(each.positions for each in all_weights) if with_weights else None,
-            cross_attentions=tuple(each.cross for each in all_weights) if with_weights and call.context else None,
-            cache=cache,
-        )
-
-
-class ReformerHfPreTrainedModel(PreTrainedModel):
-    """Base class of the models, with weight initialization, saving and unsupported features."""
-
-    config_class: type[ReformerHfConfig] = ReformerHfConfig
-    config: ReformerHfConfig
-    base_model_prefix = "reformer"
-    supports_gradient_checkpointing = False
-    _input_embed_layer = "word_embeddings"
-    _no_split_modules = ["ReformerHfEmbeddings", "ReformerHfLayer"]
-    _supports_context_parallel = False
-    # Constants in checkpoints of old versions of Transformers.
-    _keys_to_ignore_on_load_unexpected = [r"\.(self_)?mask_value_float(16|32)$"]
-    # Entries of a saved config for the classes in the code files that are saved with it.
-    _auto_map = {
-        "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
-        "AutoModel": "modeling_reformer_hf.ReformerHfModel",
-        "AutoModelForTextEncoding": "modeling_reformer_hf.ReformerHfModel",
-        "AutoModelForCausalLM": "modeling_reformer_hf.ReformerHfForCausalLM",
-        "AutoModelForMaskedLM": "task_heads.ReformerHfForMaskedLM",
-        "AutoModelForSequenceClassification": "task_heads.ReformerHfForSequenceClassification",
-        "AutoModelForTokenClassification": "task_heads.ReformerHfForTokenClassification",
-        "AutoModelForQuestionAnswering": "task_heads.ReformerHfForQuestionAnswering",
-        "AutoModelForMultipleChoice": "task_heads.ReformerHfForMultipleChoice",
-    }
-
-    def __init__(self, config: ReformerHfConfig, *args, **kwargs):
-        # Fields may have changed since the config was created.
-        config.validate_reformer()
-        super().__init__(config, *args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, AxialTables):
-            for weight in module:
-                initialization.normal_(weight, std=self.config.axial_norm_std)
-        elif isinstance(module, ReformerHfLMHead):
-            initialization.zeros_(module.bias)
-
-    def get_position_embeddings(self) -> nn.Module:  # type: ignore[override]
-        """Return the position embeddings: an `AxialPositionEmbeddings`, or an `nn.Embedding` if they are not axial."""
-        positions = cast(ReformerHfModel, self.base_model).embeddings.position_embeddings
-        return positions.embedding if isinstance(positions, PositionEmbeddings) else positions
-
-    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
-        """
-        Change the number of positions, and with it `max_position_embeddings` and `axial_pos_shape` of the config.
-
-        Old positions keep their vectors bit for bit. New positions start with the vectors of the old ones, repeated in
-        order, and have to be trained: text there first looks to the model like text that it knows, and training only
-        has to tell the positions apart. Nothing is random, so that an adapter can be loaded to a model that was
-        resized in the same way.
-
-        Plain embeddings give the new position `p` the vector of `p % old`. Axial embeddings grow along the first axis
-        only, because any other would move old positions, and repeat its complete rows: `p` starts as `p % (old // row
-        * row)`, where a row has as many positions as all other axes together. The rest of an incomplete last row keeps
-        the vectors that its coordinates already have. Entries of `axial_pos_shape` beyond the old maximum, which no
-        input could train, are replaced in the same way.
-
-        A smaller number removes the last positions, in axial embeddings only whole rows.
-
-        Parameters whose size changes are new objects: create the optimizer afterwards. Set `model_max_length` of a
-        tokenizer as well. With `num_buckets=None`, some lengths may be hashed by another factorization of the same
-        number of buckets if more than `lsh_attn_chunk_length ** 3` positions are involved (in-tree formula).
-
-        Args:
-            new_num_position_embeddings (`int`): The new number of positions, at least 1.
-
-        Raises:
-            ValueError: If it is not an `int` of at least 1, or if other modules wrap or replace the position
-                embeddings, as PEFT does with `modules_to_save`.
-        """
-        embeddings = cast(ReformerHfModel, self.base_model).embeddings
-        resize_positions(embeddings, self.config.max_position_embeddings, new_num_position_embeddings)
-        self.config.max_position_embeddings = new_num_position_embeddings
-        if isinstance(embeddings.position_embeddings, AxialPositionEmbeddings):
-            self.config.axial_pos_shape = embeddings.position_embeddings.axes
-
-    def activation_checkpointing_enable(self, *args, **kwargs):
-        """
-        Accept `gradient_checkpointing=True`, whatever its options: reversible layers already recompute activations.
-
-        With `reversible=False` in the config, the layers recompute them from now on, until
-        `activation_checkpointing_disable`. They compute the same function.
-        """
-        if self.config.reversible:
-            logger.warning_once(
-                "`gradient_checkpointing=True` has no effect: reversible layers already recompute activations that "
-                "take more than `max_kept_activations` bytes. To save more memory, lower it, or set "
-                "`chunk_size_feed_forward` and `chunk_size_lm_head`."
-            )
-        self._set_recomputation(True)
-
-    def activation_checkpointing_disable(self):
-        super().activation_checkpointing_disable()
-        self._set_recomputation(self.config.reversible)
-
-    def _set_recomputation(self, reversible: bool):
-        for module in self.modules():
-            if isinstance(module, ReformerHfEncoder):
-                module.reversible = reversible
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the model as in Transformers, together with its code for `trust_remote_code=True`."""
-        self.config.auto_map = dict(self._auto_map)
-        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class ReformerHfModel(ReformerHfPreTrainedModel):

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from reformer_hf import ReformerHfForCausalLM, ReformerHfModel, modeling_reformer_hf
+from reformer_hf import ReformerHfForCausalLM, ReformerHfModel, reformer_encoder
 from reformer_hf.reversible import Tape
 
 from .helpers import DROPOUT, assert_close, gradients, tiny_config
@@ -111,7 +111,7 @@ def test_saved_activations_do_not_grow_with_depth():
 def test_last_streams_exist_once(monkeypatch):
     """The tape refers to the concatenated streams, which the layer norm saves as well."""
     tapes = []
-    monkeypatch.setattr(modeling_reformer_hf, "Tape", lambda: tapes.append(Tape()) or tapes[0])
+    monkeypatch.setattr(reformer_encoder, "Tape", lambda: tapes.append(Tape()) or tapes[0])
     output = _loss(_pair()[0], output_hidden_states=True)
     _, (y1, y2), _ = tapes[0]._segment.rewind(2)
     assert torch.equal(y2, output.hidden_states[-1])
