@@ -15,7 +15,7 @@ class ReformerHfEncoderDecoderConfig(ReformerHfConfig):
     Configuration of a Reformer encoder-decoder (Kitaev, Kaiser, Levskaya 2020, section 5).
 
     All fields of `ReformerHfConfig` apply to both stacks, except that the decoder is causal, so that it sees no chunks
-    after (`*_num_chunks_after`).
+    after (`*_num_chunks_after`). `max_position_embeddings` and `max_kept_activations` are limits for each stack.
 
     Args:
         attn_layers (`list[str]`): Type of each encoder layer.
@@ -25,7 +25,7 @@ class ReformerHfEncoderDecoderConfig(ReformerHfConfig):
             in T5.
 
     Raises:
-        `ValueError`: As for `ReformerHfConfig`.
+        `ValueError`: As for `ReformerHfConfig`, or if `decoder_start_token_id` is not in the vocabulary.
 
     ```python
     >>> from reformer_hf import ReformerHfEncoderDecoderConfig
@@ -92,6 +92,12 @@ class ReformerHfEncoderDecoderConfig(ReformerHfConfig):
                 "False: leave them out, or use `ReformerHfConfig` for a single stack."
             )
         super().validate_reformer()
+        self._check_layer_types("decoder_attn_layers")
+        if not 0 <= (self.decoder_start_token_id or 0) < self.vocab_size:
+            raise ValueError(
+                f"`decoder_start_token_id` is {self.decoder_start_token_id}, but must be in [0, {self.vocab_size - 1}] "
+                f"(`vocab_size` is {self.vocab_size}): choose another token, such as `pad_token_id`."
+            )
         # Both stacks check their fields when their configs are created.
         for name in ("encoder_config", "decoder_config"):
             getattr(self, name)

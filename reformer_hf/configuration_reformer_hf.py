@@ -71,7 +71,8 @@ class ReformerHfConfig(PreTrainedConfig):
         local_attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout rate of the attention weights of local
             layers. The fused kernels have no such dropout: a rate above 0 makes training slower. The in-tree default
             is 0.05.
-        lsh_attention_probs_dropout_prob (`float`, defaults to 0.0): The same for LSH and full layers.
+        lsh_attention_probs_dropout_prob (`float`, defaults to 0.0): The same for LSH and full layers, and for
+            cross-attention.
         classifier_dropout (`float`, *optional*): Dropout rate before the output layers of classification heads. `None`
             means `hidden_dropout_prob`, as in-tree.
         pooling (`str`, *optional*): Which tokens a sequence head reads: the `"first"` one (in-tree), the `"last"` one,
@@ -410,12 +411,16 @@ class ReformerHfConfig(PreTrainedConfig):
                 "`add_cross_attention` is True, but only a causal model attends to the output of an encoder: set "
                 "`is_decoder=True`, or use `ReformerHfForConditionalGeneration`."
             )
-        if not self.attn_layers:
-            raise ValueError(f"`attn_layers` is empty, but needs at least one of {list(ATTENTION_LAYER_TYPES)}.")
-        for layer_type in self.attn_layers:
+        self._check_layer_types("attn_layers")
+
+    def _check_layer_types(self, name: str):
+        layer_types = getattr(self, name)
+        if not layer_types:
+            raise ValueError(f"`{name}` is empty, but needs at least one of {list(ATTENTION_LAYER_TYPES)}.")
+        for layer_type in layer_types:
             if layer_type not in ATTENTION_LAYER_TYPES:
                 raise ValueError(
-                    f"`attn_layers` holds {layer_type!r}, but each entry must be one of {list(ATTENTION_LAYER_TYPES)}."
+                    f"`{name}` holds {layer_type!r}, but each entry must be one of {list(ATTENTION_LAYER_TYPES)}."
                 )
 
     def _check_positions(self):
