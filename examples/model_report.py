@@ -71,9 +71,10 @@ def plot_loss_curve(log_history: list[dict[str, Any]], bigram: float, folder: Pa
     plt.close(figure)
 
 
-def read_curve(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of the learning curve in the output folder of a run."""
-    return [json.loads(line) for line in Path(folder, "curve.jsonl").read_text().splitlines()]
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a learning curve, of a `.jsonl` file or of the output folder of a run."""
+    path = path / "curve.jsonl" if path.is_dir() else path
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def plot_learning_curve(
@@ -88,16 +89,18 @@ def plot_learning_curve(
     Plot a metric against the time of training.
 
     Args:
-        curves: The learning curves of runs, by name. Runs of the same name share a color.
+        curves: The learning curves of runs, by name. Names that are equal up to a comma share a color.
         key, label: Name of the metric in the curves and on the axis.
         path: PNG file to write.
         baselines: Values to draw as horizontal lines.
         time: `"seconds"` or `"cpu_seconds"`.
     """
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    colors: dict[str, str] = {}
     for name, curve in curves.items():
+        color = colors.setdefault(name.partition(",")[0], f"C{len(colors)}")
         points = [(entry[time] / 60, entry[key]) for entry in curve if key in entry]
-        axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", label=name)
+        axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", color=color, label=name)
     for style, (name, value) in zip(("--", ":", "-."), (baselines or {}).items(), strict=False):
         axes.axhline(value, color="gray", linestyle=style, label=name.replace("_", " "))
     axes.set(xlabel=f"minutes of training{' (CPU time)' if time == 'cpu_seconds' else ''}", ylabel=label)
