@@ -52,9 +52,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("folder", type=Path, help="folder of NAME-SEED.jsonl files")
     parser.add_argument("--key", default="eval_accuracy", help="metric to compare")
     parser.add_argument("--label", default="accuracy", help="name of the metric in the figure")
-    parser.add_argument(
-        "--time", default="cpu_seconds", choices=["seconds", "cpu_seconds"], help="time to plot against"
-    )
+    parser.add_argument("--time", default="cpu_seconds", choices=["seconds", "cpu_seconds"], help="time on the axis")
     parser.add_argument("--baselines", default="", help="horizontal lines: name=value,name=value")
     parser.add_argument("--figure", type=Path, help="PNG file to write")
     options = parser.parse_args(argv)
