@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import (
     AutoConfig,
@@ -35,7 +36,7 @@ from reformer_hf.self_attention import AttentionCall
 
 from .helpers import DROPOUT, assert_close, gradients, memory_of, random_model, relative_rms, tiny_config
 from .policies import set_policy
-from .processes import run_python
+from .processes import run_python, run_worker
 from .reference import cross_attention, full_decoder_layer
 from .test_flat_files import FLAT_FILES
 from .test_hub import WITHOUT_PACKAGE
@@ -642,6 +643,31 @@ def test_lora():
     assert torch.equal(found, _generate(model, _sources(), use_cache=False))
     with model.disable_adapter():
         assert not torch.equal(found, _generate(model, _sources()))
+
+
+def _gradients_of_ranks(folder, wrap, tied=False):
+    options = {"head": "ReformerHfForConditionalGeneration", "wrap": wrap, "tied": tied}
+    run_worker("gradients", folder, ranks=1 if wrap == "none" else 2, **options)
+    return load_file(folder / "gradients.safetensors")
+
+
+def test_ddp_gradients(tmp_path):
+    """Of two ranks, each with half of the batch: those of one process."""
+    found, expected = (_gradients_of_ranks(tmp_path / wrap, wrap) for wrap in ("ddp", "none"))
+    _compare_gradients(found, expected, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("wrap", ["ddp-unused", "fully_shard", "plan"])
+def test_sharded_gradients(wrap, tied, tmp_path):
+    found, expected = (_gradients_of_ranks(tmp_path / kind, kind, tied) for kind in (wrap, "none"))
+    _compare_gradients(found, expected, 1e-6)
+    if wrap == "plan":
+        cls = ReformerHfForConditionalGeneration
+        loaded = [cls.from_pretrained(tmp_path / wrap / name).state_dict() for name in ("saved", "initial")]
+        for name, weight in loaded[0].items():
+            assert torch.equal(weight, loaded[1][name]), name
 
 
 @torch.no_grad()
