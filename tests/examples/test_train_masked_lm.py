@@ -160,7 +160,7 @@ def test_masks_do_not_depend_on_the_run(trained, text, tmp_path):
 
 def test_curve(trained):
     entries = [json.loads(line) for line in (trained[0] / "curve.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries if "eval_bits_per_masked_byte" in entry] == [2, 4, 4]
+    assert {entry["step"] for entry in entries if "eval_bits_per_masked_byte" in entry} == {2, 4}
 
 
 def test_resume(trained, text, tmp_path):
