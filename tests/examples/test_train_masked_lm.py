@@ -152,8 +152,11 @@ def test_bits_per_masked_byte(trained):
 
 
 def test_masks_do_not_depend_on_the_run(trained, text, tmp_path):
-    """Another seed and batch size are evaluated on the same bytes."""
-    other, _ = run(text, tmp_path, "--seed", "3", "--max_steps", "1", "--per_device_eval_batch_size", "1")
+    """With another seed, batch size and number of epochs, evaluation masks the same bytes."""
+    options = ["--seed", "3", "--max_steps", "2", "--per_device_train_batch_size", "64"]
+    other, _ = run(text, tmp_path, *options, "--per_device_eval_batch_size", "1")
+    # One step for each epoch.
+    assert other.data_collator.epoch == 1
     for found, expected in zip(other.eval_dataset, trained[1].eval_dataset, strict=True):
         assert torch.equal(found["labels"], expected["labels"])
 
