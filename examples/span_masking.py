@@ -39,6 +39,7 @@ def draw_spans(maskable: Tensor, share: float, mean_span: float, generator: torc
     changes.scatter_(1, lengths.cumsum(1).clamp(max=length).long(), 1)
     inside = (begins_inside + changes[:, :length].cumsum(1)) % 2 == 1
     masked = inside & maskable
+    # The mean loss over no tokens would be NaN. Maskable tokens have values above 1, others 0.
     fallback = (torch.rand(batch_size, length, generator=generator) + 1) * maskable
     is_fallback = torch.arange(length) == fallback.argmax(1, keepdim=True)
     return masked | (is_fallback & maskable & ~masked.any(1, keepdim=True))
