@@ -22,7 +22,6 @@ and `*_results.json` to `output_dir`, a folder for `pipeline("text-classificatio
 """
 
 import logging
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ from transformers import (
 )
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig
-from reformer_hf.training import SaveOnSigterm, StopOnNonFinite
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +250,7 @@ def train(
         }
 
     encoded = task.examples.map(encode, batched=True, remove_columns=["text", "label"], desc="Tokenizing")
-    metric, on_sigterm = ClassificationMetrics(keep_in_memory=True), SaveOnSigterm()
+    metric = ClassificationMetrics(keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
@@ -263,22 +261,15 @@ def train(
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PADDING_MULTIPLE),
-        callbacks=[StopOnNonFinite(), on_sigterm],
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if on_sigterm.stopped:
-        logger.warning("Stopped after step %d. Run the same command again to resume.", trainer.state.global_step)
-        raise SystemExit(128 + signal.SIGTERM)
+    metrics = trainer.train_or_exit(checkpoint)
     prediction = trainer.predict(encoded["validation"], metric_key_prefix="eval")
     metrics |= prediction.metrics
     guesses = baselines(task.examples) if data_args.data is None else {"majority": majority(task.examples)}
     metrics |= {f"baseline_{name}": accuracy for name, accuracy in guesses.items()}
-    trainer.save_model()
-    trainer.save_state()
-    for split, prefixes in {"train": ("train_", "epoch"), "eval": ("eval_", "baseline_")}.items():
-        trainer.save_metrics(split, {name: value for name, value in metrics.items() if name.startswith(prefixes)})
+    trainer.save_run(metrics)
     if trainer.is_world_process_zero():
         folder = Path(training_args.output_dir)
         plot_confusion_matrix(prediction.predictions.argmax(-1), prediction.label_ids, task.label_names, folder)
