@@ -1,6 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Write the loss curve and the model card of a training run."""
 
+import json
 import math
 import platform
 from enum import Enum
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 import transformers
 from byte_data import Corpus
@@ -17,7 +19,8 @@ from transformers import Trainer
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "causal_lm.md"
+_CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+TEMPLATE, TASK_TEMPLATE = _CARDS / "causal_lm.md", _CARDS / "task.md"
 MODEL_SETTINGS = (
     "attn_layers",
     "hidden_size",
@@ -66,6 +69,118 @@ def plot_loss_curve(log_history: list[dict[str, Any]], bigram: float, folder: Pa
     axes.grid(alpha=0.3)
     figure.savefig(folder / "loss_curve.png", dpi=120)
     plt.close(figure)
+
+
+def read_curve(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of the learning curve in the output folder of a run."""
+    return [json.loads(line) for line in Path(folder, "curve.jsonl").read_text().splitlines()]
+
+
+def plot_learning_curve(
+    curves: dict[str, list[dict[str, Any]]],
+    key: str,
+    label: str,
+    path: Path,
+    baselines: dict[str, float] | None = None,
+    time: str = "seconds",
+) -> None:
+    """
+    Plot a metric against the time of training.
+
+    Args:
+        curves: The learning curves of runs, by name. Runs of the same name share a color.
+        key, label: Name of the metric in the curves and on the axis.
+        path: PNG file to write.
+        baselines: Values to draw as horizontal lines.
+        time: `"seconds"` or `"cpu_seconds"`.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, curve in curves.items():
+        points = [(entry[time] / 60, entry[key]) for entry in curve if key in entry]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", label=name)
+    for style, (name, value) in zip(("--", ":", "-."), (baselines or {}).items(), strict=False):
+        axes.axhline(value, color="gray", linestyle=style, label=name.replace("_", " "))
+    axes.set(xlabel=f"minutes of training{' (CPU time)' if time == 'cpu_seconds' else ''}", ylabel=label)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_confusion_matrix(found: np.ndarray, right: np.ndarray, names: list[str], folder: Path) -> None:
+    """Write `confusion_matrix.png`: for each true class, the share of each predicted class."""
+    counts = np.zeros((len(names), len(names)))
+    np.add.at(counts, (right, found), 1)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 10 else 0)
+    axes.set_yticks(range(len(names)), names)
+    figure.colorbar(image, label="share of the true class")
+    figure.savefig(folder / "confusion_matrix.png", dpi=120)
+    plt.close(figure)
+
+
+def write_task_card(
+    trainer: Trainer,
+    summary: str,
+    pipeline_tag: str,
+    results: dict[str, str],
+    results_note: str,
+    figures: dict[str, str],
+    data_description: str,
+    dataset_id: str | None,
+    base_model: str | None,
+    metric: tuple[str, str, float],
+    usage: str,
+) -> None:
+    """Write the model card `README.md` of a task from `model_cards/task.md`, with settings and results of the run."""
+    args, model = trainer.args, trainer.model
+    name = args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).resolve().name
+    metric_type, metric_name, value = metric
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=["reformer", "lsh-attention"],
+        datasets=[dataset_id] if dataset_id else None,
+        base_model=base_model if base_model and not Path(base_model).exists() else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type=pipeline_tag,
+                dataset_type=dataset_id or "generated",
+                dataset_name=data_description.split(":")[0].replace("`", ""),
+                dataset_split="validation",
+                metric_type=metric_type,
+                metric_name=metric_name,
+                metric_value=value,
+            )
+        ],
+    )
+    run = {
+        "Training steps": f"{trainer.state.global_step:,}",
+        "Minutes of training": f"{trainer.curve.spent()['seconds'] / 60:.1f}",
+    }
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TASK_TEMPLATE),
+        model_name=name,
+        summary=summary,
+        origin=f"Fine-tuned from `{base_model}`." if base_model else "Trained from random weights.",
+        num_parameters=f"{model.num_parameters():,}",
+        max_position_embeddings=f"{model.config.max_position_embeddings:,}",
+        results=results | run,
+        results_note=results_note,
+        figures=figures,
+        data_description=data_description,
+        model_settings=_settings(model.config, MODEL_SETTINGS),
+        training_settings=_settings(args, TRAINING_SETTINGS) | {"processes": args.world_size},
+        software=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        hardware=_hardware(args.device),
+        usage=usage.replace("{model_id}", args.hub_model_id or name),
+    )
+    card.save(Path(args.output_dir) / "README.md")
 
 
 def write_model_card(
@@ -134,7 +249,7 @@ def write_model_card(
 
 
 def _settings(source: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    values = {name: getattr(source, name) for name in names}
+    values = {name: getattr(source, name) for name in names if hasattr(source, name)}
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 

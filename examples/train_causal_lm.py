@@ -26,10 +26,7 @@ options, including every field of `TrainingArguments`. The script writes weights
 model card, loss curve and `*_results.json` to `output_dir`.
 """
 
-import json
 import logging
-import re
-import shutil
 import signal
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -42,7 +39,8 @@ from bits_per_byte import BitsPerByte, bigram_bits_per_byte
 from byte_data import END_ID, PAD_ID, Corpus, count_bytes, documents_of, load_corpus
 from model_report import plot_loss_curve, write_model_card
 from torch import Tensor
-from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides
+from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, set_seed
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
 from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
@@ -50,8 +48,6 @@ from reformer_hf.training import (
     CausalCollator,
     SaveOnSigterm,
     StopOnNonFinite,
-    find_corruption,
-    last_intact_checkpoint,
     pack_to_file,
 )
 
@@ -135,39 +131,6 @@ class DataArguments:
     sample_length: int = field(default=256, metadata={"help": "Bytes to generate after training; 0 for none."})
 
 
-@dataclass
-class ScriptTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for small models on long sequences."""
-
-    output_dir: str | None = field(default="outputs/causal_lm", metadata={"help": "Output folder."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the checkpoints in `output_dir` and start over."}
-    )
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Training batch size per device."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Evaluation batch size per device."})
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Pin memory, for faster copies to a GPU."}
-    )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Warm-up steps, or a fraction of all steps if below 1."}
-    )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    logging_steps: float = field(default=10, metadata={"help": "Number of steps between two logs."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    eval_steps: float | None = field(default=200, metadata={"help": "Number of steps between two evaluations."})
-    save_steps: float = field(default=200, metadata={"help": "Number of steps between two checkpoints."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Maximum number of checkpoints to keep."})
-
-
-class ByteTrainer(Trainer):
-    """A `Trainer` that does not write a model card, because the script writes its own."""
-
-    def create_model_card(self, *args, **kwargs):
-        """Keep the existing model card."""
-
-
 def build_config(args: ModelArguments) -> ReformerHfConfig:
     """Build the config of a new causal model or of the model to fine-tune. Raises `ValueError` if it does not fit."""
     given = {name: value for name, value in vars(args).items() if value is not None and name in _CONFIG_FIELDS}
@@ -176,7 +139,7 @@ def build_config(args: ModelArguments) -> ReformerHfConfig:
     if args.num_buckets is not None:
         factors = [int(factor) for factor in args.num_buckets.split(",")]
         given["num_buckets"] = factors if len(factors) > 1 else factors[0]
-    given |= parse_overrides(args.config_overrides)
+    given |= parse_overrides(args.config_overrides, ReformerHfConfig)
     if args.sequence_length < 2:
         raise ValueError(f"`sequence_length` is {args.sequence_length}, but must be at least 2.")
     if args.model_name_or_path is None:
@@ -194,23 +157,6 @@ def build_config(args: ModelArguments) -> ReformerHfConfig:
             "choose another model."
         )
     return config
-
-
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """Parse `key=value,key=value` into a dictionary. Raises `ValueError` for keys that are no config fields."""
-    overrides = {}
-    for item in re.split(r",(?=\s*\w+=)", text) if text else []:
-        name, separator, value = item.strip().partition("=")
-        if not separator or name not in _CONFIG_FIELDS:
-            raise ValueError(
-                f"`config_overrides` contains {item!r}, but each entry must be key=value, with a field of "
-                "`ReformerHfConfig` as the key."
-            )
-        try:
-            overrides[name] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[name] = value
-    return overrides
 
 
 def pack_stream(
@@ -287,7 +233,7 @@ def train(
         num_bytes = [count_bytes(labels[1:]) for labels in prediction.label_ids]
         return metric.compute(predictions=prediction.predictions, references=num_bytes)
 
-    trainer = ByteTrainer(
+    trainer = ScriptTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -326,35 +272,6 @@ def train(
     return trainer, metrics | {"sample": sample}
 
 
-def find_checkpoint(args: ScriptTrainingArguments) -> str | None:
-    """Return the checkpoint to resume from: the requested one, or the last intact one in `output_dir`."""
-    output_dir = Path(args.output_dir)
-    if args.overwrite_output_dir:
-        if args.should_save:
-            for folder in output_dir.glob("checkpoint-*"):
-                shutil.rmtree(folder)
-        return None
-    requested = args.resume_from_checkpoint
-    if requested is not None and str(requested).lower() not in {"true", "last"}:
-        if not Path(requested).is_dir():
-            raise ValueError(
-                f"`resume_from_checkpoint` is {requested!r}, which is not a folder: give a checkpoint folder."
-            )
-        corruption = find_corruption(requested)
-        if corruption:
-            raise ValueError(f"The checkpoint {requested!r} is corrupt: {corruption}. Give an intact checkpoint.")
-        return requested
-    checkpoint = last_intact_checkpoint(output_dir)
-    if requested is not None and checkpoint is None:
-        raise ValueError(
-            f"`resume_from_checkpoint` is {requested!r}, but there is no checkpoint in "
-            f"{args.output_dir!r}: leave it out to train from the start."
-        )
-    if checkpoint is not None:
-        logger.info("Resuming from %s. Use `--overwrite_output_dir` to start over.", checkpoint)
-    return checkpoint
-
-
 def generate_sample(trainer: Trainer, corpus: Corpus, length: int) -> tuple[str, str]:
     """Return a prompt from the held-out text and the generated continuation."""
     tokenizer, model = trainer.processing_class, trainer.model
@@ -378,6 +295,7 @@ def main(argv: list[str] | None = None) -> tuple[Trainer, dict[str, Any]]:
     """Run the script with the options `argv`, or those of the command line. Returns the result of `train`."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments), description=__doc__)
+    parser.set_defaults(output_dir="outputs/causal_lm")
     return train(*parser.parse_args_into_dataclasses(argv))
 
 

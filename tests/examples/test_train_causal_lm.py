@@ -10,10 +10,11 @@ import pytest
 import torch
 from byte_data import PAD_ID, count_bytes
 from huggingface_hub import ModelCard
-from train_causal_lm import ModelArguments, build_config, main, parse_overrides, sum_nll
+from train_causal_lm import ModelArguments, build_config, main, sum_nll
+from training_run import parse_overrides
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
+from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
 from reformer_hf.training import CausalCollator
 
 OPTIONS = """
@@ -159,7 +160,7 @@ def test_config_from_options():
 @pytest.mark.parametrize("overrides", ["no_such_field=1", "hidden_act"])
 def test_bad_config_overrides(overrides):
     with pytest.raises(ValueError, match="`config_overrides` contains"):
-        parse_overrides(overrides)
+        parse_overrides(overrides, ReformerHfConfig)
 
 
 def test_bad_input(text, tmp_path):

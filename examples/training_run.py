@@ -1,0 +1,195 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""What the training scripts share: arguments, trainer, checkpoints to resume from, time budgets, learning curves."""
+
+import json
+import logging
+import re
+import shutil
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+
+from reformer_hf.training import find_corruption, last_intact_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_MANY_EPOCHS = 1e6
+
+
+@dataclass
+class ScriptTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for small models on long sequences."""
+
+    output_dir: str | None = field(default="outputs/model", metadata={"help": "Output folder."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the checkpoints in `output_dir` and start over."}
+    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Training batch size per device."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Evaluation batch size per device."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Pin memory, for faster copies to a GPU."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Warm-up steps, or a fraction of all steps if below 1."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Number of steps between two logs."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Number of steps between two evaluations."})
+    save_steps: float = field(default=200, metadata={"help": "Number of steps between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Maximum number of checkpoints to keep."})
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Minutes of training, without evaluations; replaces the number of epochs. The learning rate "
+            "then follows the time: it rises during the fraction `warmup_steps` and falls to zero."
+        },
+    )
+
+    cpu_time: bool = field(
+        default=False,
+        metadata={"help": "`max_minutes` are CPU time of the process, for comparisons on a machine that is shared."},
+    )
+
+    def __post_init__(self):
+        if self.max_minutes is not None:
+            if self.max_minutes <= 0 or self.max_steps > 0 or not 0 <= self.warmup_steps < 1:
+                raise ValueError(
+                    f"`max_minutes` is {self.max_minutes}, `max_steps` {self.max_steps} and `warmup_steps` "
+                    f"{self.warmup_steps}: give minutes above 0, no `max_steps`, and a fraction below 1 as warm-up."
+                )
+            self.num_train_epochs = _MANY_EPOCHS
+        super().__post_init__()
+
+
+class LearningCurve(TrainerCallback):
+    """
+    Write losses and metrics to `curve.jsonl` in the output folder, with the seconds of training before each.
+
+    The seconds leave out evaluations. `cpu_seconds` are those of all threads of the process.
+
+    Args:
+        max_minutes: Time after which training stops; `None` for no limit.
+        cpu_time: Whether the limit is one of CPU time.
+    """
+
+    def __init__(self, max_minutes: float | None = None, cpu_time: bool = False):
+        self.max_seconds = None if max_minutes is None else 60 * max_minutes
+        self.limited = "cpu_seconds" if cpu_time else "seconds"
+        self._spent = {"seconds": 0.0, "cpu_seconds": 0.0}
+        self._started: dict[str, float] | None = None
+
+    def spent(self) -> dict[str, float]:
+        """Return the seconds of training so far, by the clock and of CPU time."""
+        if self._started is None:
+            return dict(self._spent)
+        now = self._now()
+        return {name: spent + now[name] - self._started[name] for name, spent in self._spent.items()}
+
+    def share_spent(self) -> float:
+        """Return the share of the limit that is spent."""
+        return self.spent()[self.limited] / self.max_seconds
+
+    @staticmethod
+    def _now() -> dict[str, float]:
+        return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._started is None:
+            self._started = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.max_seconds is not None and self.share_spent() >= 1:
+            control.should_training_stop = control.should_evaluate = True
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            self._spent, self._started = self.spent(), None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            path = Path(args.output_dir, "curve.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            entry = {"step": state.global_step, **self.spent(), **(logs or {})}
+            with path.open("a") as file:
+                file.write(json.dumps({name: _rounded(value) for name, value in entry.items()}) + "\n")
+
+
+class ScriptTrainer(Trainer):
+    """A `Trainer` with a time budget and a learning curve that writes no model card: the scripts write their own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.curve = LearningCurve(self.args.max_minutes, self.args.cpu_time)
+        self.add_callback(self.curve)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Create the schedule of the arguments, or, with `max_minutes`, one that follows the time."""
+        if self.args.max_minutes is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._share_of_learning_rate)
+        return self.lr_scheduler
+
+    def _share_of_learning_rate(self, step: int) -> float:
+        done, warmup = self.curve.share_spent(), self.args.warmup_steps
+        return min(done / warmup if warmup else 1.0, max(1.0 - done, 0.0) / (1.0 - warmup))
+
+    def create_model_card(self, *args, **kwargs):
+        """Keep the existing model card."""
+
+
+def find_checkpoint(args: ScriptTrainingArguments) -> str | None:
+    """Return the checkpoint to resume from: the requested one, or the last intact one in `output_dir`."""
+    output_dir = Path(args.output_dir)
+    if args.overwrite_output_dir:
+        if args.should_save:
+            for folder in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+            (output_dir / "curve.jsonl").unlink(missing_ok=True)
+        return None
+    requested = args.resume_from_checkpoint
+    if requested is not None and str(requested).lower() not in {"true", "last"}:
+        if not Path(requested).is_dir():
+            raise ValueError(
+                f"`resume_from_checkpoint` is {requested!r}, which is not a folder: give a checkpoint folder."
+            )
+        corruption = find_corruption(requested)
+        if corruption:
+            raise ValueError(f"The checkpoint {requested!r} is corrupt: {corruption}. Give an intact checkpoint.")
+        return requested
+    checkpoint = last_intact_checkpoint(output_dir)
+    if requested is not None and checkpoint is None:
+        raise ValueError(
+            f"`resume_from_checkpoint` is {requested!r}, but there is no checkpoint in "
+            f"{args.output_dir!r}: leave it out to train from the start."
+        )
+    if checkpoint is not None:
+        logger.info("Resuming from %s. Use `--overwrite_output_dir` to start over.", checkpoint)
+    return checkpoint
+
+
+def parse_overrides(text: str | None, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Parse `key=value,key=value` into a dictionary. Raises `ValueError` for keys that are no config fields."""
+    names = {each.name for each in fields(config_class)}
+    overrides = {}
+    for item in re.split(r",(?=\s*\w+=)", text) if text else []:
+        name, separator, value = item.strip().partition("=")
+        if not separator or name not in names:
+            raise ValueError(
+                f"`config_overrides` contains {item!r}, but each entry must be key=value, with a field of "
+                f"`{config_class.__name__}` as the key."
+            )
+        try:
+            overrides[name] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[name] = value
+    return overrides
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
