@@ -330,6 +330,8 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__(config)
+        # By the name of its class, Transformers would give an encoder-decoder the loss of a causal model.
+        self.loss_type = self._loss_name
         setattr(self, self.base_model_prefix, self._base_class(config))
         self.lm_head: Any = ReformerHfLMHead(config)
         self.post_init()
