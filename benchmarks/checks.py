@@ -247,16 +247,20 @@ def _output_and_gradients(module: nn.Module, function: Callable[[Tensor], Tensor
     return {**tensors, **{name: parameter.grad for name, parameter in module.named_parameters()}}
 
 
-def _make_comparable(in_tree: nn.Module) -> None:
+def soften_self_mask(in_tree: nn.Module) -> None:
     """
-    Set the score of a position with itself to -100 instead of -1e5, and the biases of the LM head to zero.
+    Set the score of a position with itself to -100 instead of -1e5.
 
-    exp(-100) is as negligible as exp(-1e5), but fp32 resolves a logsumexp of -1e5 only to 1/128. The LM head has two
-    biases, one of which is not used.
+    exp(-100) is as negligible as exp(-1e5), but fp32 resolves a logsumexp of -1e5 only to 1/128.
     """
     for module in in_tree.modules():
         if isinstance(module, modeling_reformer.LSHSelfAttention):
             module.self_mask_value_float32.fill_(-100.0)
+
+
+def _make_comparable(in_tree: nn.Module) -> None:
+    """Soften the self mask, and set the biases of the LM head to zero: it has two, one of which is not used."""
+    soften_self_mask(in_tree)
     for name, parameter in in_tree.get_submodule("lm_head").named_parameters():
         if name.endswith("bias"):
             parameter.data.zero_()

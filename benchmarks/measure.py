@@ -41,8 +41,8 @@ def measure(implementation: Implementation, case: Case, device: torch.device) ->
     # Load libraries and start threads by running the same work at a small size, so that neither is measured.
     implementation.prepare(replace(case, length=min(case.length, case.shape.check_length)), device)()
     run = implementation.prepare(case, device)
-    peak = _PeakMemory(device)
-    runs = time_runs(lambda: _run_and_synchronize(run, device), _check_finite)
+    peak = PeakMemory(device)
+    runs = time_runs(lambda: _run_and_synchronize(run, device), check_finite)
     return {
         "seconds": statistics.median(runs),
         "runs": runs,
@@ -78,13 +78,13 @@ def _run_and_synchronize(run: Run, device: torch.device) -> Tensor:
     return result
 
 
-def _check_finite(result: Tensor) -> None:
+def check_finite(result: Tensor) -> None:
     # The sum avoids a mask as large as the result.
     if not result.sum().isfinite():
         raise RuntimeError("The result is not finite.")
 
 
-class _PeakMemory:
+class PeakMemory:
     """Peak of CUDA's allocator or of resident memory, above the memory in use when this object is created."""
 
     def __init__(self, device: torch.device):

@@ -149,7 +149,8 @@ def build_config(args: ModelArguments) -> ReformerHfConfig:
     if config.max_position_embeddings < args.sequence_length:
         raise ValueError(
             f"`sequence_length` is {args.sequence_length}, but the model reads at most "
-            f"{config.max_position_embeddings} tokens (`max_position_embeddings`): lower `sequence_length`."
+            f"{config.max_position_embeddings} tokens (`max_position_embeddings`): lower `sequence_length`, "
+            "or save the model with more positions (`model.resize_position_embeddings`)."
         )
     if config.vocab_size <= LAST_BYTE_ID:
         raise ValueError(

@@ -6,6 +6,7 @@ import transformers
 from .configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
 from .configuration_reformer_hf import ReformerHfConfig
 from .encoder_decoder import ReformerHfEncoderDecoderModel, ReformerHfForConditionalGeneration
+from .in_tree import replace_in_tree
 from .modeling_reformer_hf import ReformerHfForCausalLM, ReformerHfModel, ReformerHfPreTrainedModel
 from .task_heads import (
     ReformerHfForMaskedLM,
@@ -33,6 +34,7 @@ for model_class in (
     ReformerHfForConditionalGeneration,
 ):
     getattr(transformers, model_class._auto_class).register(model_class.config_class, model_class)
+transformers.AutoModelForTextEncoding.register(ReformerHfConfig, ReformerHfModel)
 
 __all__ = [
     "ReformerHfByteTokenizer",
@@ -48,4 +50,5 @@ __all__ = [
     "ReformerHfForTokenClassification",
     "ReformerHfModel",
     "ReformerHfPreTrainedModel",
+    "replace_in_tree",
 ]

@@ -33,6 +33,8 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "lsh_deduplicate_keys": False,
     "lsh_across_buckets": True,
     "wrap_chunks": True,
+    # Of a folder without `tokenizer_config.json`. By the type of our config, `AutoTokenizer` would take ours.
+    "tokenizer_class": "ReformerTokenizer",
 }
 
 
@@ -298,8 +300,25 @@ class ReformerHfConfig(PreTrainedConfig):
         config_dict = cls._adopt_in_tree(config_dict)
         # Apply overrides before the config is built, so that derived fields and checks use them.
         fields = (cls.__dataclass_fields__.keys() | {"num_hidden_layers"}) & kwargs.keys() - {"dtype"}
-        config_dict.update({name: kwargs.pop(name) for name in fields})
-        return super().from_dict(config_dict, **kwargs)
+        overrides = {name: kwargs.pop(name) for name in fields}
+        built = super().from_dict({**config_dict, **overrides}, **kwargs)
+        cls._check_growth(config_dict, built[0] if isinstance(built, tuple) else built)
+        return built
+
+    @classmethod
+    def _check_growth(cls, saved: dict[str, Any], config: "ReformerHfConfig"):
+        """Raise a `ValueError` if overrides let inputs reach entries of saved axial tables that no input trained."""
+        old, new = saved.get("max_position_embeddings", cls.max_position_embeddings), config.max_position_embeddings
+        same_tables = config.axial_pos_embds and list(config.axial_pos_shape) == list(
+            saved.get("axial_pos_shape") or ()
+        )
+        if new > old and same_tables:
+            raise ValueError(
+                f"`max_position_embeddings` is {new}, but the saved config has {old}: `axial_pos_shape` "
+                f"{config.axial_pos_shape} has embeddings for more positions, but they are untrained. Load the model "
+                f"without this argument and call `model.resize_position_embeddings({new})`. For a new model, create a "
+                "new config."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as in Transformers. PEFT calls this before it looks up the default target modules."""
@@ -312,12 +331,16 @@ class ReformerHfConfig(PreTrainedConfig):
         if config_dict.get("model_type") != "reformer":
             return dict(config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
-        # The in-tree config ignores it.
+        # The in-tree models ignore them.
         adopted.pop("num_hidden_layers", None)
+        adopted["tie_word_embeddings"] = adopted["add_cross_attention"] = False
         if adopted.get("axial_pos_embds", True):
-            # The in-tree config allows more positions than the axes hold and fails only in `forward`.
+            # The in-tree model takes, and in training requires, inputs of all positions of the axes. It uses the field
+            # only for the number of buckets, which its first input fixes.
             num_positions = math.prod(adopted["axial_pos_shape"])
-            adopted["max_position_embeddings"] = min(adopted.get("max_position_embeddings", 4096), num_positions)
+            has_hashed = adopted.get("num_buckets") is not None or "lsh" not in adopted.get("attn_layers", ["lsh"])
+            limit = num_positions if has_hashed else adopted.get("max_position_embeddings", 4096)
+            adopted["max_position_embeddings"] = min(limit, num_positions)
         return adopted
 
     def _divided_head_size(self) -> int:
@@ -414,7 +437,8 @@ class ReformerHfConfig(PreTrainedConfig):
                 f"`axial_pos_shape` {shape} holds {math.prod(shape)} positions, fewer than `max_position_embeddings` "
                 f"({self.max_position_embeddings}): enlarge the first axis, to "
                 f"{(math.ceil(self.max_position_embeddings / math.prod(shape[1:])), *shape[1:])}, or lower "
-                "`max_position_embeddings`. Any other axis would move the positions of a trained model."
+                "`max_position_embeddings`. To continue a trained model, load it with its own config and call "
+                f"`model.resize_position_embeddings({self.max_position_embeddings})`."
             )
 
     def _check_attention(self):

@@ -68,6 +68,17 @@ class ReformerHfEncoderDecoderPreTrainedModel(ReformerHfPreTrainedModel):
             stack.config.vocab_size = self.config.vocab_size
         return embeddings
 
+    def get_position_embeddings(self) -> tuple[nn.Module, nn.Module]:  # type: ignore[override]
+        """Return the position embeddings of both stacks, see `ReformerHfPreTrainedModel`."""
+        return self.get_encoder().get_position_embeddings(), self.get_decoder().get_position_embeddings()
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Change the number of positions of both stacks, see `ReformerHfPreTrainedModel`."""
+        for stack in (self.get_encoder(), self.get_decoder()):
+            stack.resize_position_embeddings(new_num_position_embeddings)
+            self.config.axial_pos_shape = stack.config.axial_pos_shape
+        self.config.max_position_embeddings = new_num_position_embeddings
+
 
 class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
     """A bidirectional encoder, and a causal decoder that attends to its output."""

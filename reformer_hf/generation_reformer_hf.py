@@ -97,5 +97,5 @@ class ReformerHfGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"Generation would process up to {generation_config.max_length - 1} tokens, but this model takes 1 to "
                 f"{longest} (`max_position_embeddings`): lower `max_new_tokens` (or `max_length`), truncate the "
-                "prompt, or train a model with more positions."
+                "prompt, or add positions (`model.resize_position_embeddings`) and train them."
             )

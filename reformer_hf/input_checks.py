@@ -64,7 +64,8 @@ def check_inputs(
     if shape[1] > config.max_position_embeddings and not may_be_packed:
         raise ValueError(
             f"The input is {shape[1]} tokens long, but this model takes at most {config.max_position_embeddings} "
-            "(`max_position_embeddings`): truncate the input, or train a model with more positions."
+            "(`max_position_embeddings`): truncate the input, or add positions (`model.resize_position_embeddings`) "
+            "and train them."
         )
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
         length = 0 if cache is None or torch.compiler.is_compiling() else int(cache.get_seq_length())
@@ -117,7 +118,8 @@ def _check_range(name: str, ids: Tensor | None, limit: int, field: str) -> None:
         bad_id = smallest if smallest < 0 else largest
         raise ValueError(
             f"`{name}` holds {bad_id}, but ids of this model must be in [0, {limit - 1}] (`{field}` is {limit}): "
-            "use the tokenizer of the model, or enlarge the model (`resize_token_embeddings` for tokens)."
+            "use the tokenizer of the model, or enlarge the model (`resize_token_embeddings` for tokens, "
+            "`resize_position_embeddings` for positions)."
         )
 
 

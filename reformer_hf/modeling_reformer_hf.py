@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
-from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -24,7 +24,13 @@ from transformers.utils.generic import can_return_tuple
 from .activation_memory import recomputes_activations
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
-from .embeddings import AxialTables, ReformerHfEmbeddings
+from .embeddings import (
+    AxialPositionEmbeddings,
+    AxialTables,
+    PositionEmbeddings,
+    ReformerHfEmbeddings,
+    resize_positions,
+)
 from .full_cache import FullCacheLayer, StaticFullCacheLayer
 from .generation_reformer_hf import ReformerHfGenerationMixin
 from .input_checks import (
@@ -116,10 +122,13 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "word_embeddings"
     _no_split_modules = ["ReformerHfEmbeddings", "ReformerHfLayer"]
     _supports_context_parallel = False
+    # Constants in checkpoints of old versions of Transformers.
+    _keys_to_ignore_on_load_unexpected = [r"\.(self_)?mask_value_float(16|32)$"]
     # Entries of a saved config for the classes in the code files that are saved with it.
     _auto_map = {
         "AutoConfig": "configuration_reformer_hf.ReformerHfConfig",
         "AutoModel": "modeling_reformer_hf.ReformerHfModel",
+        "AutoModelForTextEncoding": "modeling_reformer_hf.ReformerHfModel",
         "AutoModelForCausalLM": "modeling_reformer_hf.ReformerHfForCausalLM",
         "AutoModelForMaskedLM": "task_heads.ReformerHfForMaskedLM",
         "AutoModelForSequenceClassification": "task_heads.ReformerHfForSequenceClassification",
@@ -141,6 +150,45 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
                 initialization.normal_(weight, std=self.config.axial_norm_std)
         elif isinstance(module, ReformerHfLMHead):
             initialization.zeros_(module.bias)
+
+    def get_position_embeddings(self) -> nn.Module:  # type: ignore[override]
+        """Return the position embeddings: an `AxialPositionEmbeddings`, or an `nn.Embedding` if they are not axial."""
+        positions = cast(ReformerHfModel, self.base_model).embeddings.position_embeddings
+        return positions.embedding if isinstance(positions, PositionEmbeddings) else positions
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """
+        Change the number of positions, and with it `max_position_embeddings` and `axial_pos_shape` of the config.
+
+        Old positions keep their vectors bit for bit. New positions start with the vectors of the old ones, repeated in
+        order, and have to be trained: text there first looks to the model like text that it knows, and training only
+        has to tell the positions apart. Nothing is random, so that an adapter can be loaded to a model that was
+        resized in the same way.
+
+        Plain embeddings give the new position `p` the vector of `p % old`. Axial embeddings grow along the first axis
+        only, because any other would move old positions, and repeat its complete rows: `p` starts as `p % (old // row
+        * row)`, where a row has as many positions as all other axes together. The rest of an incomplete last row keeps
+        the vectors that its coordinates already have. Entries of `axial_pos_shape` beyond the old maximum, which no
+        input could train, are replaced in the same way.
+
+        A smaller number removes the last positions, in axial embeddings only whole rows.
+
+        Parameters whose size changes are new objects: create the optimizer afterwards. Set `model_max_length` of a
+        tokenizer as well. With `num_buckets=None`, some lengths may be hashed by another factorization of the same
+        number of buckets if more than `lsh_attn_chunk_length ** 3` positions are involved (in-tree formula).
+
+        Args:
+            new_num_position_embeddings (`int`): The new number of positions, at least 1.
+
+        Raises:
+            ValueError: If it is not an `int` of at least 1, or if other modules wrap or replace the position
+                embeddings, as PEFT does with `modules_to_save`.
+        """
+        embeddings = cast(ReformerHfModel, self.base_model).embeddings
+        resize_positions(embeddings, self.config.max_position_embeddings, new_num_position_embeddings)
+        self.config.max_position_embeddings = new_num_position_embeddings
+        if isinstance(embeddings.position_embeddings, AxialPositionEmbeddings):
+            self.config.axial_pos_shape = embeddings.position_embeddings.axes
 
     def activation_checkpointing_enable(self, *args, **kwargs):
         """
@@ -393,12 +441,19 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
         if self._loss_without_logits:
             return None, self.lm_head.loss(hidden_states, labels, **kwargs)
         logits = self.lm_head(hidden_states)
+        if self._has_default_loss and logits.dtype == torch.float64:
+            # The default loss rounds logits to fp32. The in-tree loss does not.
+            return logits, fixed_cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), **kwargs)
         return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+    @property
+    def _has_default_loss(self) -> bool:
+        return self.loss_function is LOSS_MAPPING[self._loss_name]
 
     @property
     def _loss_without_logits(self) -> bool:
         """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
-        is_default = self.loss_function is LOSS_MAPPING[self._loss_name] and type(self.lm_head.decoder) is nn.Linear
+        is_default = self._has_default_loss and type(self.lm_head.decoder) is nn.Linear
         return self.training and self.lm_head.chunk_size > 0 and is_default
 
 

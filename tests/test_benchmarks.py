@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
-from benchmarks import checks, measure, runner  # noqa: E402
+from benchmarks import checks, measure, old_checkpoints, runner  # noqa: E402
 from benchmarks.__main__ import main, select  # noqa: E402
 from benchmarks.cases import SHAPES, SUITES, Case  # noqa: E402
 from benchmarks.checks import Finding  # noqa: E402
@@ -338,3 +338,31 @@ def test_growth():
         times = {(Case("step", "base", n, 2), "reformer_hf"): (n / 1024) ** power for n in lengths}
         (figure,) = (figure for figure in required_figures(_measured(times)) if "exponent" in figure.title)
         assert figure.met is met
+
+
+def test_old_checkpoints(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "LONG_SECONDS", 0)
+    old_checkpoints.main(["--quick"])
+    text = capsys.readouterr().out
+    assert [row[0] for row in _table_rows(text, 6)] == ["tokens", "1,024"] * 2
+    assert text.count("Relative difference of the logits of 500 tokens") == 2
+
+
+def test_old_checkpoints_that_do_not_fit():
+    """The in-tree model is tried with half as many tokens until it fits; both run at the same lengths."""
+
+    def launch(task):
+        if task["model"] == "transformers" and task["length"] > 2000:
+            return {"error": "exit status 1: RuntimeError: can't allocate memory"}
+        return {"seconds": task["length"] / (1 if task["model"] == "transformers" else 2), "peak_bytes": 1e6}
+
+    rows = old_checkpoints.compare({}, launch, [4096, 2048], min_length=600)
+    assert [row[0] for row in rows] == ["4,096", "2,048", "1,024"]
+    assert [row[3] for row in rows] == ["out of memory", "out of memory", "1024.00 s"]
+    assert [row[5] for row in rows] == ["–", "–", "2.0 ×, 1.0 ×"]
+
+
+def test_old_checkpoints_with_wrong_logits(monkeypatch):
+    monkeypatch.setattr(old_checkpoints, "relative_rms", lambda *args: math.nan)
+    with pytest.raises(RuntimeError, match="The logits of reformer-enwik8 differ by nan"):
+        old_checkpoints.main(["--quick", "--checkpoints", "reformer-enwik8"])

@@ -36,7 +36,7 @@ def _definition(embeddings, position):
 
 
 def test_growing_an_axis():
-    """A longer first axis moves no position, as the message of the config says; any other one does."""
+    """A longer first axis moves no position, so the message of the config suggests it; any other one does."""
     config = {"axial_pos_embds_dim": (8, 24), "max_position_embeddings": 60}
     embeddings = AxialPositionEmbeddings(tiny_config(axial_pos_shape=(6, 10), **config)).eval()
     for weight in embeddings.weights:

@@ -6,18 +6,23 @@ import copy
 import pytest
 import torch
 import transformers
-from transformers import ReformerConfig, ReformerModel, ReformerModelWithLMHead
-from transformers.models.reformer import modeling_reformer
+from transformers import ReformerForSequenceClassification
 
-from reformer_hf import ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf import ReformerHfConfig
 
 from .helpers import assert_close, gradients, relative_rms
+from .in_tree import (
+    CLASSES,
+    TRAINING_LENGTH,
+    each_class,
+    in_tree_head,
+    in_tree_model,
+    load_ours,
+    random_inputs,
+    random_targets,
+    soften_self_mask,
+)
 
-# Training of the in-tree model takes the product of its axes for a length, no other.
-AXES = (8, 32)
-TRAINING_LENGTH = 256
-
-LAYERS = {"local": ["local"], "lsh": ["lsh"], "mixed": ["local", "lsh", "local", "lsh"]}
 each_direction = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 each_round = pytest.mark.parametrize("num_hashes", [1, 2, 4], ids=lambda rounds: f"R{rounds}")
 
@@ -35,77 +40,6 @@ def _quiet():
     yield
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
-
-
-class _TorchWithRotationsOfFp32:
-    """What the in-tree module sees as `torch`: it draws in fp32, in which ours are drawn too, whatever it asks for."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    @staticmethod
-    def randn(*size, dtype=None, **kwargs):
-        return torch.randn(*size, **kwargs).to(dtype or torch.float32)
-
-
-@pytest.fixture
-def rotations_of_fp32(monkeypatch):
-    monkeypatch.setattr(modeling_reformer, "torch", _TorchWithRotationsOfFp32())
-
-
-def _in_tree(causal, layers="mixed", bias=False, **fields):
-    """An in-tree model whose parameters are all random, the bias of the head too if wanted."""
-    torch.manual_seed(0)
-    after = 0 if causal else 1
-    defaults = {
-        "attn_layers": LAYERS[layers],
-        "num_hashes": 2,
-        "num_buckets": 8,
-        "axial_pos_shape": AXES,
-        "axial_pos_embds_dim": (8, 24),
-        "max_position_embeddings": TRAINING_LENGTH,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "attention_head_size": 16,
-        "feed_forward_size": 48,
-        "is_decoder": causal,
-        "local_num_chunks_after": after,
-        "lsh_num_chunks_after": after,
-        "lsh_attn_chunk_length": 16,
-        "local_attn_chunk_length": 8,
-        "vocab_size": 50,
-        "hash_seed": 3,
-        "hidden_dropout_prob": 0.0,
-        "local_attention_probs_dropout_prob": 0.0,
-    }
-    config = ReformerConfig(**{**defaults, **fields})
-    model = (ReformerModelWithLMHead if causal else ReformerModel)(config)
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    if causal and not bias:
-        # In-tree does not add it before Transformers 5.24.
-        model.lm_head.bias.data.zero_()
-        if model.lm_head.decoder.bias is not None:
-            model.lm_head.decoder.bias.data.zero_()
-    return model.eval()
-
-
-def _ours(in_tree, folder):
-    """What in-tree saved, loaded by our class."""
-    in_tree.save_pretrained(folder)
-    cls = ReformerHfForCausalLM if in_tree.config.is_decoder else ReformerHfModel
-    ours, info = cls.from_pretrained(folder, dtype=in_tree.dtype, max_kept_activations=0, output_loading_info=True)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not info[what], (what, info[what])
-    return ours.eval()
-
-
-def _inputs(length, padded):
-    torch.manual_seed(1)
-    attention_mask = torch.ones(2, length, dtype=torch.long)
-    if padded:
-        attention_mask[1, -3:] = 0
-    return {"input_ids": torch.randint(0, 50, (2, length)), "attention_mask": attention_mask}
 
 
 def _assert_equal_outputs(in_tree, ours, inputs, limit):
@@ -138,9 +72,9 @@ def _assert_equal_gradients(in_tree, ours, inputs, limit):
 
 def _assert_equal(in_tree, folder, inputs, output_limit=1e-9, gradient_limit=1e-9):
     """Equal outputs for inputs of these lengths, padded or not, and equal gradients where in-tree trains."""
-    ours = _ours(in_tree, folder)
+    ours = load_ours(in_tree, folder)
     for length, padded in inputs:
-        batch = _inputs(length, padded)
+        batch = random_inputs(length, padded)
         # The first length that it meets would fix its number of buckets.
         fresh = copy.deepcopy(in_tree)
         _assert_equal_outputs(fresh, ours, batch, output_limit)
@@ -150,14 +84,14 @@ def _assert_equal(in_tree, folder, inputs, output_limit=1e-9, gradient_limit=1e-
 
 @each_direction
 def test_local_fp64(tmp_path, causal):
-    _assert_equal(_in_tree(causal, "local").double(), tmp_path, ALL_INPUTS)
+    _assert_equal(in_tree_model(causal, "local").double(), tmp_path, ALL_INPUTS)
 
 
 @each_direction
 @each_round
 @pytest.mark.parametrize("layers", ["lsh", "mixed"])
 def test_lsh_fp64(tmp_path, rotations_of_fp32, layers, num_hashes, causal):
-    _assert_equal(_in_tree(causal, layers, num_hashes=num_hashes).double(), tmp_path, INPUTS)
+    _assert_equal(in_tree_model(causal, layers, num_hashes=num_hashes).double(), tmp_path, INPUTS)
 
 
 @pytest.mark.slow
@@ -166,7 +100,7 @@ def test_lsh_fp64(tmp_path, rotations_of_fp32, layers, num_hashes, causal):
 @pytest.mark.parametrize("layers", ["lsh", "mixed"])
 @pytest.mark.parametrize("num_buckets", [8, None, [4, 8]], ids=str)
 def test_fp64_grid(tmp_path, rotations_of_fp32, num_buckets, layers, num_hashes, causal):
-    in_tree = _in_tree(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets).double()
+    in_tree = in_tree_model(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets).double()
     _assert_equal(in_tree, tmp_path, [*ALL_INPUTS, (120, False), (120, True)])
 
 
@@ -175,7 +109,7 @@ def test_fp64_grid(tmp_path, rotations_of_fp32, num_buckets, layers, num_hashes,
 def test_bucket_counts_fp64(tmp_path, rotations_of_fp32, num_buckets, num_hashes):
     """The number of buckets for 120 is another than that for 128, to which in-tree pads."""
     for causal, padded in ((False, False), (True, True)):
-        in_tree = _in_tree(causal, num_hashes=num_hashes, num_buckets=num_buckets).double()
+        in_tree = in_tree_model(causal, num_hashes=num_hashes, num_buckets=num_buckets).double()
         _assert_equal(in_tree, tmp_path, [(120, padded), (120, not padded), (TRAINING_LENGTH, padded)])
 
 
@@ -198,7 +132,7 @@ def _fields_id(fields):
 @pytest.mark.parametrize("fields", OTHER_FIELDS, ids=_fields_id)
 def test_other_fields_fp64(tmp_path, rotations_of_fp32, fields):
     for causal, padded in ((False, True), (True, False)):
-        _assert_equal(_in_tree(causal, **fields).double(), tmp_path, [(TRAINING_LENGTH, padded)])
+        _assert_equal(in_tree_model(causal, **fields).double(), tmp_path, [(TRAINING_LENGTH, padded)])
 
 
 @pytest.mark.slow
@@ -208,14 +142,16 @@ def test_other_fields_fp64_grid(tmp_path, rotations_of_fp32, fields, causal):
     # In-tree, an input is a multiple of the feed-forward's chunks.
     multiple = fields.get("chunk_size_feed_forward", 1)
     inputs = [(length, padded) for length, padded in ALL_INPUTS if length % multiple == 0]
-    _assert_equal(_in_tree(causal, **fields).double(), tmp_path, inputs)
+    _assert_equal(in_tree_model(causal, **fields).double(), tmp_path, inputs)
 
 
 @pytest.mark.parametrize(("layers", "length"), [("local", 13), ("lsh", 13), ("lsh", 29)])
 def test_ring_of_chunks_before_fp64(tmp_path, rotations_of_fp32, layers, length):
     """As many chunks before as there are: rings of two chunks, of 8 (local) and 16 (LSH)."""
     for causal in (False, True):
-        in_tree = _in_tree(causal, layers, num_hashes=1, lsh_num_chunks_before=2, local_num_chunks_before=2).double()
+        in_tree = in_tree_model(
+            causal, layers, num_hashes=1, lsh_num_chunks_before=2, local_num_chunks_before=2
+        ).double()
         _assert_equal(in_tree, tmp_path, [(length, False)])
 
 
@@ -223,23 +159,10 @@ def test_ring_of_chunks_before_fp64(tmp_path, rotations_of_fp32, layers, length)
 @each_direction
 def test_ring_walked_twice_differs(tmp_path, rotations_of_fp32, causal, layers, length):
     """In-tree, a chunk farther away than the ring is long is the query's own; ours, the ring is walked once more."""
-    in_tree = _in_tree(causal, layers, num_hashes=1, lsh_num_chunks_before=3, local_num_chunks_before=3).double()
-    ours, inputs = _ours(in_tree, tmp_path), _inputs(length, False)
+    in_tree = in_tree_model(causal, layers, num_hashes=1, lsh_num_chunks_before=3, local_num_chunks_before=3).double()
+    ours, inputs = load_ours(in_tree, tmp_path), random_inputs(length, False)
     with torch.no_grad():
         assert relative_rms(ours(**inputs)[0], in_tree(**inputs)[0]) > 1e-3
-
-
-def _soften_self_mask(in_tree):
-    """
-    Score a position itself at -100 instead of -1e5.
-
-    It is the same rule, since exp(-100) counts nothing beside real scores. But a logsumexp of -1e5 has a step of 1/128
-    in fp32: rows that see only themselves in several rounds lose that much, and what follows may hash elsewhere.
-    """
-    for module in in_tree.modules():
-        if isinstance(module, modeling_reformer.LSHSelfAttention):
-            module.self_mask_value_float32.fill_(-100.0)
-    return in_tree
 
 
 FP32 = [
@@ -256,7 +179,7 @@ FP32 = [
 @pytest.mark.parametrize(("layers", "num_hashes", "num_buckets"), FP32)
 def test_fp32(tmp_path, layers, num_hashes, num_buckets):
     for causal, inputs in ((False, [(13, True), (TRAINING_LENGTH, False)]), (True, [(100, False), (256, True)])):
-        in_tree = _soften_self_mask(_in_tree(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets))
+        in_tree = soften_self_mask(in_tree_model(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets))
         _assert_equal(in_tree, tmp_path, inputs, 1e-5, 1e-4)
 
 
@@ -264,17 +187,17 @@ def test_fp32(tmp_path, layers, num_hashes, num_buckets):
 @pytest.mark.parametrize(("layers", "num_hashes", "num_buckets"), FP32)
 @each_direction
 def test_fp32_grid(tmp_path, layers, num_hashes, num_buckets, causal):
-    in_tree = _soften_self_mask(_in_tree(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets))
+    in_tree = soften_self_mask(in_tree_model(causal, layers, num_hashes=num_hashes, num_buckets=num_buckets))
     _assert_equal(in_tree, tmp_path, ALL_INPUTS, 1e-5, 1e-4)
 
 
 @pytest.mark.parametrize("num_hashes", [2, 4], ids=lambda rounds: f"R{rounds}")
 def test_fp32_beats_in_tree_fp32(tmp_path, rotations_of_fp32, num_hashes):
     """Our fp32 is nearer to the in-tree fp64 than the in-tree fp32 is."""
-    in_tree = _in_tree(True, "lsh", num_hashes=num_hashes)
-    ours = _ours(in_tree, tmp_path)
+    in_tree = in_tree_model(True, "lsh", num_hashes=num_hashes)
+    ours = load_ours(in_tree, tmp_path)
     for padded in (False, True):
-        inputs = _inputs(TRAINING_LENGTH, padded)
+        inputs = random_inputs(TRAINING_LENGTH, padded)
         real = inputs["attention_mask"].bool()
         with torch.no_grad():
             found, single = ours(**inputs)[0][real], in_tree(**inputs)[0][real]
@@ -285,18 +208,18 @@ def test_fp32_beats_in_tree_fp32(tmp_path, rotations_of_fp32, num_hashes):
 
 def test_other_hash_seed_differs(tmp_path):
     """The measure tells models apart: another hash seed moves the output by much more than any limit above."""
-    in_tree = _in_tree(True, "lsh")
-    ours = _ours(in_tree, tmp_path)
+    in_tree = in_tree_model(True, "lsh")
+    ours = load_ours(in_tree, tmp_path)
     ours.config.hash_seed = 4
-    inputs = _inputs(TRAINING_LENGTH, False)
+    inputs = random_inputs(TRAINING_LENGTH, False)
     with torch.no_grad():
         assert relative_rms(ours(**inputs)[0], in_tree(**inputs)[0]) > 0.01
 
 
 def test_head_bias(tmp_path, rotations_of_fp32):
-    in_tree = _in_tree(True, bias=True).double()
-    ours = _ours(in_tree, tmp_path)
-    inputs = _inputs(100, False)
+    in_tree = in_tree_model(True, bias=True).double()
+    ours = load_ours(in_tree, tmp_path)
+    inputs = random_inputs(100, False)
     head = in_tree.lm_head
     # Transformers 5.24 gave the decoder a bias of its own and adds that. Before, none was added.
     added_in_tree = head.decoder.bias is not None
@@ -308,25 +231,113 @@ def test_head_bias(tmp_path, rotations_of_fp32):
         assert_close(ours(**inputs).logits, in_tree(**inputs).logits + (0 if added_in_tree else bias), 1e-9)
 
 
+def _outputs_and_loss(model, inputs, targets):
+    """All outputs where there is no padding, and the loss."""
+    with torch.no_grad():
+        outputs = model(**inputs, **targets)
+    real = inputs["attention_mask"].bool()
+    names = {"loss", "logits", "start_logits", "end_logits", "last_hidden_state"} & outputs.keys()
+    return {name: outputs[name][real] if outputs[name].shape[:2] == real.shape else outputs[name] for name in names}
+
+
+def _loss_gradients(model, inputs, targets):
+    model.train().zero_grad()
+    outputs = model(**inputs, **targets)
+    # Padding has no part in the gradient of the model without a head.
+    loss = outputs.loss if targets else outputs[0][inputs["attention_mask"].bool()].square().sum()
+    loss.backward()
+    model.eval()
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+def _assert_equal_heads(in_tree, folder, output_limit, gradient_limit, targets=None):
+    ours = load_ours(in_tree, folder)
+    for length, padded in ((13, True), (100, False), (TRAINING_LENGTH, True)):
+        inputs = random_inputs(length, padded)
+        given = random_targets(type(in_tree), inputs) if targets is None else targets
+        expected, found = (_outputs_and_loss(model, inputs, given) for model in (copy.deepcopy(in_tree), ours))
+        assert expected.keys() == found.keys()
+        assert ("loss" in found) == bool(given)
+        if padded and "start_logits" in found:
+            # A softmax over all positions, which includes those of padding.
+            del expected["loss"]
+        for name, tensor in expected.items():
+            assert_close(found[name], tensor, output_limit, name)
+    if "start_positions" in given:
+        inputs = random_inputs(TRAINING_LENGTH, False)
+    expected, found = (_loss_gradients(model, inputs, given) for model in (in_tree, ours))
+    # In-tree, this parameter is not used.
+    names = {name for name, _ in in_tree.named_parameters()} - {"lm_head.bias"}
+    assert expected.keys() - {"lm_head.bias"} == found.keys() - {"lm_head.bias"} == names
+    if "start_positions" in given:
+        # A softmax over positions does not change if the same number is added to all.
+        for name in ("qa_outputs.bias", "reformer.encoder.layer_norm.bias"):
+            assert max(gradients[name].abs().max() for gradients in (expected, found)) < 1e-6
+            names.remove(name)
+    for name in sorted(names):
+        assert_close(found[name], expected[name], gradient_limit, name)
+
+
+@each_class
+def test_heads_fp64(tmp_path, rotations_of_fp32, cls):
+    _assert_equal_heads(in_tree_head(cls).double(), tmp_path, 1e-9, 1e-9)
+
+
+@each_class
+def test_heads_fp32(tmp_path, cls):
+    _assert_equal_heads(soften_self_mask(in_tree_head(cls)), tmp_path, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_sequence_losses_fp64(tmp_path, rotations_of_fp32, problem):
+    for num_labels in (1, 3):
+        fields = {"num_labels": num_labels, "problem_type": problem}
+        in_tree = in_tree_head(ReformerForSequenceClassification, **fields).double()
+        labels = torch.rand((2, num_labels), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        _assert_equal_heads(in_tree, tmp_path / str(num_labels), 1e-9, 1e-9, {"labels": labels})
+
+
+@each_class
+def test_parameter_counts(cls):
+    in_tree = in_tree_head(cls)
+    ours = CLASSES[cls](ReformerHfConfig.from_dict(in_tree.config.to_dict()))
+    sizes = [
+        {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+        for model in (in_tree, ours)
+    ]
+    assert sizes[0] == sizes[1]
+    # In-tree, one of the two biases of an LM head is not used. Ours have two names for one parameter.
+    unused = in_tree.lm_head.bias.numel() if hasattr(in_tree, "lm_head") else 0
+    assert ours.num_parameters() == in_tree.num_parameters() - unused
+
+
+def test_tied_in_tree_config(tmp_path):
+    """The in-tree LM head has weights of its own whatever its config says."""
+    in_tree = in_tree_model(True, tie_word_embeddings=True)
+    ours = load_ours(in_tree, tmp_path)
+    assert torch.equal(ours.lm_head.decoder.weight, in_tree.lm_head.decoder.weight)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_forward_writes_nothing(tmp_path, training):
     """In-tree, the first length fixes the number of buckets, in the config too."""
-    ours = _ours(_in_tree(True, num_buckets=None), tmp_path).train(training)
+    ours = load_ours(in_tree_model(True, num_buckets=None), tmp_path).train(training)
     before = copy.deepcopy(ours.config.to_dict())
     fresh = copy.deepcopy(ours)
-    ours(**_inputs(TRAINING_LENGTH, True))
-    ours(**_inputs(17, False))
+    ours(**random_inputs(TRAINING_LENGTH, True))
+    ours(**random_inputs(17, False))
     assert ours.config.to_dict() == before
-    inputs = _inputs(100, False)
+    inputs = random_inputs(100, False)
     assert torch.equal(ours(**inputs)[0], fresh(**inputs)[0])
 
 
 def test_num_hashes_in_training(tmp_path):
     """In-tree, backward fails."""
-    ours = _ours(_in_tree(True, num_hashes=1), tmp_path).train()
+    ours = load_ours(in_tree_model(True, num_hashes=1), tmp_path).train()
     other = copy.deepcopy(ours)
     other.config.num_hashes = 4
-    inputs = _inputs(TRAINING_LENGTH, True)
+    inputs = random_inputs(TRAINING_LENGTH, True)
     found, expected = _gradients(ours, {**inputs, "num_hashes": 4}), _gradients(other, inputs)
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
@@ -336,8 +347,8 @@ def test_num_hashes_in_training(tmp_path):
 
 def test_backward_in_eval(tmp_path):
     """In-tree asserts in the one and refuses the other."""
-    ours = _ours(_in_tree(True), tmp_path)
-    inputs = _inputs(77, True)
+    ours = load_ours(in_tree_model(True), tmp_path)
+    inputs = random_inputs(77, True)
     grads = []
     for training in (False, True):
         ours.train(training).zero_grad()
@@ -350,8 +361,8 @@ def test_backward_in_eval(tmp_path):
 
 def test_global_generator(tmp_path):
     """In-tree, a layer with a hash seed reseeds it, and one in training always does."""
-    ours = _ours(_in_tree(True), tmp_path)
-    inputs = _inputs(100, False)
+    ours = load_ours(in_tree_model(True), tmp_path)
+    inputs = random_inputs(100, False)
     torch.manual_seed(99)
     before = torch.get_rng_state()
     ours(**inputs)
@@ -360,8 +371,8 @@ def test_global_generator(tmp_path):
 
 
 def test_without_hash_seed(tmp_path):
-    ours = _ours(_in_tree(True, hash_seed=None), tmp_path)
-    inputs = _inputs(100, False)
+    ours = load_ours(in_tree_model(True, hash_seed=None), tmp_path)
+    inputs = random_inputs(100, False)
     assert torch.equal(ours(**inputs)[0], ours(**inputs)[0])
     ours.train()
     outs = []
@@ -374,8 +385,8 @@ def test_without_hash_seed(tmp_path):
 
 def test_frozen_embeddings(tmp_path):
     """In-tree, all weights of the encoder then go without."""
-    ours = _ours(_in_tree(True), tmp_path)
-    inputs = _inputs(TRAINING_LENGTH, False)
+    ours = load_ours(in_tree_model(True), tmp_path)
+    inputs = random_inputs(TRAINING_LENGTH, False)
     expected = _gradients(ours, inputs)
     ours.reformer.embeddings.requires_grad_(False)
     ours.zero_grad()

@@ -225,7 +225,7 @@ def test_folder_names_every_head(saved):
     assert {"AutoModel": "ReformerHfModel", "AutoModelForCausalLM": "ReformerHfForCausalLM"}.items() <= heads.items()
     auto_map = {name: f"{_file_of(head)}.{head}" for name, head in heads.items()}
     auto_map["AutoConfig"] = "configuration_reformer_hf.ReformerHfConfig"
-    assert len(heads) == 7
+    assert len(heads) == 8
     config = _json(saved / "config.json")
     assert config["auto_map"] == auto_map
     assert config["architectures"] == ["ReformerHfForCausalLM"]
