@@ -20,7 +20,7 @@ class Context:
 
     Args:
         hidden_states: The encoder output `[B, S, 2 * hidden_size]`.
-        bias: Bias of the scores, `[B, 1, 1, S]`; `None` if there is no padding.
+        bias: Bias of the scores, `[B, 1, 1, S]`, 0 or -inf; `None` if there is no padding.
     """
 
     hidden_states: Tensor
@@ -32,8 +32,7 @@ class Context:
         if attention_mask is None:
             return cls(hidden_states)
         bias = hidden_states.new_zeros(attention_mask.shape)
-        # Finite, so that a row of padding alone has no NaN.
-        bias.masked_fill_(~attention_mask.to(bias.device, torch.bool), torch.finfo(bias.dtype).min / 4)
+        bias.masked_fill_(~attention_mask.to(bias.device, torch.bool), -torch.inf)
         return cls(hidden_states, bias[:, None, None])
 
 
@@ -51,22 +50,22 @@ class CrossAttention(nn.Module):
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Project the encoder output `[B, S, 2 * hidden_size]` to keys and values `[B, H, S, D]`."""
-        context = context.to(self.key.weight.dtype)
         return self._heads(self.key(context)), self._heads(self.value(context))
 
     def forward(self, hidden_states: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the output of all heads `[B, n, H * D]` for hidden states `[B, n, E]`."""
         query = self._heads(self.query(hidden_states))
         dropout = self.dropout_rate if self.training else 0.0
-        bias = None if bias is None else bias.to(query.dtype)
-        out = scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype), bias, dropout)
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        out = scaled_dot_product_attention(query, key, value, _in_dtype(bias, query.dtype), dropout)
         return out.transpose(1, 2).flatten(2)
 
     def weights(self, hidden_states: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the attention weights `[B, H, n, S]`, before dropout."""
         query = self._heads(self.query(hidden_states))
         scores = query @ key.to(query.dtype).transpose(-1, -2) / self.head_size**0.5
-        return (scores if bias is None else scores + bias.to(query.dtype)).softmax(-1)
+        bias = _in_dtype(bias, query.dtype)
+        return (scores if bias is None else scores + bias).softmax(-1)
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -77,3 +76,8 @@ class CrossAttention(nn.Module):
         if layer_idx < len(layers) and layers[layer_idx].is_initialized:
             return layers[layer_idx].keys, layers[layer_idx].values
         return cache.update(*self.keys_and_values(context), layer_idx)
+
+
+def _in_dtype(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Convert a bias of the scores. It is finite then, so that a row of padding alone has no NaN."""
+    return None if bias is None else bias.clamp(min=torch.finfo(dtype).min / 4).to(dtype)

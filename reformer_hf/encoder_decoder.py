@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
 from .configuration_reformer_hf import ReformerHfConfig
 from .generation_reformer_hf import ReformerHfGenerationMixin
+from .input_checks import check_encoder_decoder_call
 from .lm_head import IGNORED
 from .modeling_outputs import ReformerHfModelOutput, ReformerHfSeq2SeqLMOutput, ReformerHfSeq2SeqModelOutput
 from .modeling_reformer_hf import ReformerHfLMHeadModel, ReformerHfModel, ReformerHfPreTrainedModel
@@ -141,6 +142,11 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
         Raises:
             ValueError: If an input does not match the config or another input.
         """
+        check_encoder_decoder_call(cache, kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         shared = {
             "num_hashes": num_hashes,
             "num_buckets": kwargs.get("num_buckets"),

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
 
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
@@ -244,6 +245,11 @@ def documents_of_call(
             "The input holds several documents in a row (positions start again), which a KV cache cannot continue: "
             "generate for one document per row, or pass no `cache`."
         )
+    if documents is not None and config.add_cross_attention:
+        raise ValueError(
+            "The decoder input holds several documents in a row (positions start again), each of which would attend "
+            "to the whole encoder output: give each document its own row."
+        )
     if documents is not None and config.wrap_chunks:
         raise ValueError(
             "The input holds several documents in a row (positions start again), but with `wrap_chunks=True` "
@@ -253,10 +259,34 @@ def documents_of_call(
     return documents
 
 
+def check_encoder_decoder_call(cache: Any, kwargs: dict[str, Any]) -> None:
+    """Check that an encoder-decoder gets a cache of both kinds of attention, and no packed documents."""
+    if cache is not None and not isinstance(cache, EncoderDecoderCache):
+        raise ValueError(
+            f"`cache` is a {type(cache).__name__}, but an encoder-decoder needs one for each kind of attention: create "
+            "it with `EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())`."
+        )
+    for name in ("seq_idx", "cu_seq_lens_q"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`{name}` is given, but an encoder-decoder takes no packed documents, because each would attend to "
+                "the encoder output of all: give each document its own row."
+            )
+
+
 def context_of_call(
-    config: ReformerHfConfig, hidden_states: Tensor | None, attention_mask: Tensor | None, batch_size: int
+    config: ReformerHfConfig,
+    hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+    batch_size: int,
+    cross_cache: Cache | None,
 ) -> Context | None:
-    """Check the encoder output that a decoder attends to, with its mask, and return both; `None` for other models."""
+    """
+    Check the encoder output that a decoder attends to, with its mask and a cache of its keys and values.
+
+    Returns:
+        The encoder output and its mask; `None` for models without cross-attention.
+    """
     if not config.add_cross_attention:
         if hidden_states is not None:
             raise ValueError(
@@ -280,7 +310,27 @@ def context_of_call(
             f"`encoder_attention_mask` has shape {tuple(attention_mask.shape)}, but must be {shape}, one entry for "
             "each token of the encoder."
         )
+    _check_cross_cache(cross_cache, shape)
     return Context.of(hidden_states, attention_mask)
+
+
+def _check_cross_cache(cache: Cache | None, shape: tuple[int, ...]) -> None:
+    layers: Sequence[Any] = getattr(cache, "layers", ())
+    if not layers:
+        return
+    if type(layers[0]) is not DynamicLayer:
+        raise ValueError(
+            f"The cache of cross-attention has layers of type {type(layers[0]).__name__}, but keys and values of the "
+            "encoder output need a plain one: create it with `EncoderDecoderCache(DynamicCache(config=model.config), "
+            "DynamicCache())`."
+        )
+    if layers[0].is_initialized:
+        cached = (layers[0].keys.shape[0], layers[0].keys.shape[2])
+        if cached != shape:
+            raise ValueError(
+                f"`cache` holds keys and values of an encoder output of shape {cached}, but this call has one of "
+                f"{shape}: pass the same encoder output in all calls, or start with a new cache."
+            )
 
 
 def bucket_factors_of_call(config: ReformerHfConfig, num_buckets: int | Sequence[int] | None) -> list[int] | None:

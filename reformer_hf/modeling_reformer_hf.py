@@ -301,7 +301,11 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             check_input_ids(self.config, input_ids)
             check_position_ids(self.config, position_ids)
             check_attention_mask(attention_mask, inputs.shape[1])
-        context = context_of_call(self.config, encoder_hidden_states, encoder_attention_mask, inputs.shape[0])
+        context = context_of_call(
+            self.config, encoder_hidden_states, encoder_attention_mask, inputs.shape[0], cross_cache
+        )
+        if context is not None and checks_values and encoder_attention_mask is not None:
+            check_attention_mask(encoder_attention_mask, encoder_attention_mask.shape[1])
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
         padding = None
@@ -378,7 +382,7 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__(config)
-        # By the name of its class, Transformers would give an encoder-decoder the loss of a causal model.
+        # By its name, Transformers would choose a loss with shifted labels for `ReformerHfForConditionalGeneration`.
         self.loss_type = self._loss_name
         setattr(self, self.base_model_prefix, self._base_class(config))
         self.lm_head: Any = ReformerHfLMHead(config)

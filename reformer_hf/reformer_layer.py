@@ -135,6 +135,8 @@ class ReformerHfCrossAttention(nn.Module):
 
     def keys_and_values(self, context: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """Return keys and values `[B, H, S, D]` of the encoder output, which a cache keeps after the first call."""
+        # As in `StreamLayerNorm`. The dtype of quantized projections is not that of their inputs.
+        context = context.to(self.layer_norm.weight.dtype)
         if cache is None:
             return self.attention.keys_and_values(context)
         return self.attention.cached_keys_and_values(context, cache, self.layer_idx)

@@ -1,6 +1,8 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """What tests share: closeness relative to the size of the reference, and small configurations."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def assert_close(actual: Tensor, expected: Tensor, limit: float, name: str = "ou
     assert error <= limit, f"{name}: relative RMS difference {error:.3g} > {limit:.3g}"
 
 
-def tiny_config(**fields) -> ReformerHfConfig:
+def tiny_config(cls=ReformerHfConfig, **fields) -> ReformerHfConfig:
     """A causal model of three kinds of layers that runs in milliseconds, and recomputes activations."""
     defaults = {
         "attn_layers": ["local", "lsh", "full"],
@@ -49,19 +51,19 @@ def tiny_config(**fields) -> ReformerHfConfig:
         "lsh_attn_chunk_length": 8,
         "num_hashes": 2,
         "num_buckets": 8,
-        "is_decoder": True,
+        "is_decoder": cls is ReformerHfConfig,
         "hidden_dropout_prob": 0.0,
         "local_attention_probs_dropout_prob": 0.0,
         "lsh_attention_probs_dropout_prob": 0.0,
         "max_kept_activations": 0,
     }
-    return ReformerHfConfig(**{**defaults, **fields})
+    return cls(**{**defaults, **fields})
 
 
 def random_model(dtype=torch.float32, cls=ReformerHfForCausalLM, **fields) -> torch.nn.Module:
     """A tiny model in evaluation, all of whose parameters are random, so that none that gets lost is missed."""
     torch.manual_seed(0)
-    model = cls(tiny_config(**fields)).to(dtype).eval()
+    model = cls(tiny_config(cls.config_class, **fields)).to(dtype).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     return model
@@ -72,3 +74,16 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not missing, f"without gradient: {missing}"
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def memory_of(function: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of the tensors that a function allocates: those alive at its end, with its result, and at the peak."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    del result
+    return alive, peak

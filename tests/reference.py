@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from reformer_hf.attention_pattern import AttentionPattern
 
@@ -104,3 +105,54 @@ def normalized_keys(query_BLHD: Tensor) -> Tensor:
     """Keys of shared query-key attention: queries at unit length, scaled by 1/√D (in-tree epsilon)."""
     mean_square = query_BLHD.pow(2).mean(-1, keepdim=True)
     return query_BLHD / torch.sqrt(mean_square + 1e-6) / query_BLHD.shape[-1] ** 0.5
+
+
+def cross_attention(
+    hidden_BLE: Tensor, context_BSE: Tensor, weights: dict[str, Tensor], num_heads: int, padding_BS: Tensor
+) -> Tensor:
+    """
+    Attention to an encoder output: out_i = Σ_j softmax_j(q_i · k_j / √D) v_j over all j that are not padding.
+
+    Args:
+        weights: `query`, `key` and `value`, each with `.weight`.
+    """
+    query, key, value = (
+        (x @ weights[f"{name}.weight"].T).unflatten(-1, (num_heads, -1))
+        for x, name in ((hidden_BLE, "query"), (context_BSE, "key"), (context_BSE, "value"))
+    )
+    counts = (~padding_BS)[:, None, None, :].expand(-1, num_heads, query.shape[1], -1)
+    return dense_attention(query / query.shape[-1] ** 0.5, key, value, counts, own_value=False).flatten(2)
+
+
+def full_decoder_layer(
+    x1: Tensor, x2: Tensor, context_BSE: Tensor, weights: dict[str, Tensor], num_heads: int, padding_BS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    One layer of a decoder, with full attention, without padding in the decoder and without dropout.
+
+    The three half-steps are y1 = x1 + Attention(x2), y2 = x2 + CrossAttention(y1, e), y3 = y1 + FeedForward(y2).
+
+    Returns:
+        y2 and y3.
+    """
+
+    def of(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+
+    def norm(x: Tensor, branch: str) -> Tensor:
+        return layer_norm(x, x.shape[-1:], *(weights[f"{branch}.layer_norm.{name}"] for name in ("weight", "bias")), 1e-12)
+
+    shared, value = (
+        (norm(x2, "attention") @ weights[f"attention.self_attention.{name}.weight"].T).unflatten(-1, (num_heads, -1))
+        for name in ("query_key", "value")
+    )
+    counts = full_attention_counts(True, torch.zeros(x2.shape[:2], dtype=torch.bool))
+    heads = dense_attention(shared, normalized_keys(shared), value, counts.expand(-1, num_heads, -1, -1), own_value=True)
+    y1 = x1 + heads.flatten(2) @ weights["attention.output.dense.weight"].T
+    heads = cross_attention(
+        norm(y1, "cross_attention"), context_BSE, of("cross_attention.attention."), num_heads, padding_BS
+    )
+    y2 = x2 + heads @ weights["cross_attention.output.dense.weight"].T
+    dense, output = of("feed_forward.dense.dense."), of("feed_forward.output.dense.")
+    inner = (norm(y2, "feed_forward") @ dense["weight"].T + dense["bias"]).relu()
+    return y2, y1 + inner @ output["weight"].T + output["bias"]

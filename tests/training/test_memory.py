@@ -7,6 +7,8 @@ import torch
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 from reformer_hf.training import estimate_training_memory
 
+from ..helpers import memory_of
+
 
 def _peak(config, length, batch_size, dtype=torch.float32) -> int:
     """Bytes of all tensors at the fullest moment of a step, those that were there before left out."""
@@ -15,15 +17,7 @@ def _peak(config, length, batch_size, dtype=torch.float32) -> int:
     ids = torch.randint(0, config.vocab_size, (batch_size, length))
     model(ids[:, :100], labels=ids[:, :100]).loss.backward()
     model.zero_grad()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(ids, labels=ids).loss.backward()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    alive = peak = 0
-    for event in events:
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    return memory_of(lambda: model(ids, labels=ids).loss.backward())[1]
 
 
 SIZES = {
