@@ -4,11 +4,11 @@ Tasks from sequence to sequence whose examples are generated.
 
 `reverse`: the target is the source, reversed.
 
-`lookup`: the source consists of records, such as `qx=3071;`, in random order. The first one has a question in place of
-a value, such as `ab=????;`, and the target is the value of the record with the same key. Where the question and that
-record meet matters: exact attention of a decoder reads the whole source, but each of its layers makes one step. The
-first token of the target needs two steps, from the start to the question and from its key to the record. A decoder of
-one layer therefore needs an encoder that brings both together, across any distance.
+`lookup`: the source consists of questions, such as `ab=????`, and of records with different keys, such as `qx=3071`,
+in random order. The targets are the values of the records with the keys of the questions. Exact attention of a decoder
+reads the whole source, but each of its layers makes one step, and the first token of an answer needs two: from its
+place to the question, and from the key of the question to the record. A decoder of one layer therefore needs an encoder
+that brings questions and records together, across any distance.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 RECORD_LENGTH = len("ab=1234;")
+MAX_QUESTIONS = 8
 
 # Draws one example, a source and a target, of at most so many characters.
 Draw = Callable[[np.random.Generator, int], tuple[str, str]]
@@ -89,19 +90,23 @@ def draw_reverse(rng: np.random.Generator, length: int) -> tuple[str, str]:
 
 
 def draw_lookup(rng: np.random.Generator, length: int) -> tuple[str, str]:
-    """Draw a question and as many records with different keys as fit into `length`, and the value asked for."""
-    num_records = (length + 1) // RECORD_LENGTH - 1
+    """
+    Draw questions, and as many records with different keys as fit into `length`, and the values asked for.
+
+    There are at most `MAX_QUESTIONS` questions, and at least as many records.
+    """
+    num_questions = min(MAX_QUESTIONS, (length + 1) // RECORD_LENGTH // 2)
+    num_records = (length + 1) // RECORD_LENGTH - num_questions
     num_keys = len(LETTERS) ** 2
-    if not 1 <= num_records <= num_keys:
+    if not 1 <= num_questions or num_records > num_keys:
         raise ValueError(
-            f"A source of {length} characters has {num_records} records, but must have 1 to {num_keys}, each with a "
-            f"key of its own: choose a length from {2 * RECORD_LENGTH} to {(num_keys + 1) * RECORD_LENGTH}."
+            f"A source of {length} characters has {num_questions} questions and {num_records} records, but must have "
+            f"1 to {num_keys}, each with a key of its own: choose a length from {2 * RECORD_LENGTH} to "
+            f"{(num_keys + MAX_QUESTIONS) * RECORD_LENGTH}."
         )
-    keys = [
-        f"{LETTERS[key // len(LETTERS)]}{LETTERS[key % len(LETTERS)]}"
-        for key in rng.choice(num_keys, num_records, replace=False)
-    ]
+    keys = ["".join(LETTERS[list(divmod(key, len(LETTERS)))]) for key in rng.choice(num_keys, num_records, False)]
     values = [f"{value:04}" for value in rng.integers(10000, size=num_records)]
-    asked = rng.integers(num_records)
+    asked = rng.choice(num_records, num_questions, replace=False)
+    questions = [f"{keys[i]}=????" for i in asked]
     records = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-    return ";".join([f"{keys[asked]}=????", *records]), values[asked]
+    return ";".join(questions + records), ";".join(values[i] for i in asked)

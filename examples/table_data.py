@@ -45,9 +45,10 @@ def load_columns(
     if "train" not in splits:
         raise ValueError(f"The data {data!r} have no split `train`, only {sorted(splits)}: choose other data.")
     found = splits["train"].column_names
-    for name, column in columns.items():
-        if column not in found:
-            raise ValueError(f"The data {data!r} have no column {column!r}: set `{name}_column` to one of {found}.")
+    missing = set(columns.values()) - set(found)
+    if missing:
+        options = " and ".join(f"`{name}_column`" for name in columns)
+        raise ValueError(f"The data {data!r} have no column {min(missing)!r}: set {options} to columns of {found}.")
     held_out = next((name for name in ("validation", "test") if name in splits), None)
     if held_out is None:
         splits = splits["train"].train_test_split(validation_fraction, seed=0)

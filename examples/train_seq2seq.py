@@ -8,8 +8,8 @@ as bytes:
     python examples/train_seq2seq.py --data letters.csv --source_column letter --target_column summary \
         --max_source_length 16384 --max_target_length 512 --output_dir outputs/letters --num_train_epochs 3
 
-Train on a task whose examples are generated (see `sequence_tasks.py`): reverse 16 to 64 letters, or find the value of
-a key in a source of 4,096 bytes:
+Train on a task whose examples are generated (see `sequence_tasks.py`): reverse 16 to 64 letters, or find the values
+of eight keys in a source of 4,096 bytes:
 
     python examples/train_seq2seq.py --task reverse --output_dir outputs/reverse
     python examples/train_seq2seq.py --task lookup --output_dir outputs/lookup
@@ -93,12 +93,19 @@ TASKS = {
     ),
     "lookup": SequenceTask(
         draw_lookup,
-        "a question such as `ab=????`, followed by records such as `qx=3071` in random order, 4,096 bytes in total; "
-        "the target is the value of the record with the key of the question",
+        "eight questions such as `ab=????`, followed by records such as `qx=3071` in random order, 4,096 bytes in "
+        "total; the targets are the values of the records with the keys of the questions",
         max_length=4096,
-        max_target_length=5,
+        max_target_length=40,
         stages=((128, 32000), (512, 6400), (4096, 3200)),
-        config=_SMALL | {"attn_layers": ["local", "lsh", "local"], "local_attn_chunk_length": 8},
+        config=_SMALL
+        | {
+            "attn_layers": ["local", "lsh"],
+            "axial_norm_std": 0.3,
+            # Local layers see one record.
+            "local_attn_chunk_length": 8,
+            "local_num_chunks_before": 0,
+        },
         options=_OPTIONS,
     ),
 }
@@ -169,7 +176,7 @@ class Seq2SeqScriptArguments(ScriptTrainingArguments, Seq2SeqTrainingArguments):
         super().__post_init__()
         if not self.predict_with_generate:
             raise ValueError(
-                "`predict_with_generate` is False, but the metrics of this script need generated targets."
+                "`predict_with_generate` is False, but the metrics need generated targets: leave it out."
             )
 
 
