@@ -7,8 +7,8 @@ Tasks from sequence to sequence whose examples are generated.
 `lookup`: the source consists of questions, such as `ab=????`, and of records with different keys, such as `qx=3071`,
 in random order. The targets are the values of the records with the keys of the questions. Exact attention of a decoder
 reads the whole source, but each of its layers makes one step, and the first token of an answer needs two: from its
-place to the question, and from the key of the question to the record. A decoder of one layer therefore needs an encoder
-that brings questions and records together, across any distance.
+place to the question, and from the key of the question to the record. A decoder of one layer therefore needs an
+encoder that brings questions and records together, across any distance.
 """
 
 from collections.abc import Callable

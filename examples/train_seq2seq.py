@@ -175,9 +175,7 @@ class Seq2SeqScriptArguments(ScriptTrainingArguments, Seq2SeqTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         if not self.predict_with_generate:
-            raise ValueError(
-                "`predict_with_generate` is False, but the metrics need generated targets: leave it out."
-            )
+            raise ValueError("`predict_with_generate` is False, but the metrics need generated targets: leave it out.")
 
 
 class Seq2SeqScriptTrainer(ScriptTrainer, Seq2SeqTrainer):

@@ -118,9 +118,7 @@ def test_decoder_layer_equals_reference():
     layer = _model(decoder_attn_layers=["full"]).get_decoder().encoder.layers[0].train()
     generator = torch.Generator().manual_seed(0)
     sizes = ((31, 32), (31, 32), (23, 64), (31, 32), (31, 32))
-    x1, x2, context, *upstream = (
-        torch.randn(2, *size, dtype=torch.float64, generator=generator) for size in sizes
-    )
+    x1, x2, context, *upstream = (torch.randn(2, *size, dtype=torch.float64, generator=generator) for size in sizes)
     weights = dict(layer.named_parameters())
     inputs = [x.requires_grad_() for x in (x1, x2, context, *weights.values())]
     for side in SIDES:
@@ -197,7 +195,7 @@ def test_memory_does_not_grow_with_either_depth():
                 model = _model(torch.float32, reversible=reversible, **both, **DROPOUT).train()
                 inputs = {"input_ids": _ids(256, 2), "labels": _ids(256, 2)}
                 model(**inputs)
-                alive.append(memory_of(lambda: model(**inputs).loss)[0])
+                alive.append(memory_of(lambda model=model, inputs=inputs: model(**inputs).loss)[0])
             grown[reversible, name] = (alive[1] - alive[0]) / 6 / stream
     # Each branch of a reversible layer keeps a generator state, a dozenth of a stream here.
     assert max(grown[True, name] for name in LAYERS) < 0.3, grown
@@ -249,7 +247,7 @@ def test_hooks_fire_once():
 
 
 def test_interventions():
-    """Hooks and wrappers of decoder layers, and hooks inside cross-attention, give the gradients of the plain model."""
+    """Hooks and wrappers of decoder layers, and hooks inside cross-attention, give gradients of the plain model."""
     inside = ("cross_attention", "cross_attention.layer_norm", "cross_attention.attention.value")
     interventions = {name: INTERVENTIONS[name] for name in ("wrapper", "undone", "two")}
     interventions |= {name: _inside(name) for name in inside}
@@ -456,7 +454,8 @@ def test_outputs():
         assert not weights.masked_select(sources["attention_mask"][:, None, None] == 0).any()
     # Evaluation creates a cache, training does not.
     for training in (False, True):
-        assert (model.train(training)(**sources, decoder_input_ids=decoder_ids, use_cache=True).cache is None) == training
+        output = model.train(training)(**sources, decoder_input_ids=decoder_ids, use_cache=True)
+        assert (output.cache is None) == training
 
 
 def test_loss():
@@ -626,9 +625,7 @@ def test_lora():
         for reversible in (True, False):
             model = _model(reversible=reversible, **DROPOUT)
             torch.manual_seed(4)
-            config = peft.LoraConfig(
-                task_type="SEQ_2_SEQ_LM", r=2, init_lora_weights=False, lora_dropout=lora_dropout
-            )
+            config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, init_lora_weights=False, lora_dropout=lora_dropout)
             model = peft.get_peft_model(model, config).double().train()
             if reversible:
                 model.enable_input_require_grads()
