@@ -19,7 +19,7 @@ only. Each value is of one run on a CPU; the twin of `sequence` was not trained 
 | sequence | 1 | 0.998 | | 0.500 |
 
 The initial weights matter: in earlier runs with half of this `initializer_range`, the tasks `tokens` and `choice` were
-not learned with some seeds, because hardly any attention falls on the right token at first.
+not learned with some seeds, probably because hardly any attention falls on the right token at first.
 """
 
 from collections.abc import Callable
