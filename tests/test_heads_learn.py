@@ -2,7 +2,24 @@
 """
 Each head learns from what only LSH layers find: texts in which the answer is beyond the reach of local layers.
 
-Accuracy on 512 other texts, of the model with an LSH layer and of its twin with local layers only:
+Accuracy on 512 other texts with the settings below, of the model with an LSH layer and of its twin with local layers
+only. Each value is of one run on a CPU; the twin of `sequence` was not trained with seed 1.
+
+| task | seed | LSH and local | local only | chance |
+|---|---|---|---|---|
+| masked | 0 | 0.849 | 0.039 | 0.038 |
+| masked | 1 | 0.848 | 0.042 | 0.038 |
+| tokens | 0 | 0.828 | 0.250 | 0.250 |
+| tokens | 1 | 0.778 | 0.248 | 0.250 |
+| span | 0 | 0.980 | 0.027 | at most 0.125 |
+| span | 1 | 0.949 | 0.020 | at most 0.125 |
+| choice | 0 | 0.941 | 0.256 | 0.250 |
+| choice | 1 | 0.967 | 0.262 | 0.250 |
+| sequence | 0 | 0.996 | 0.506 | 0.500 |
+| sequence | 1 | 0.998 | | 0.500 |
+
+The initial weights matter: in earlier runs with half of this `initializer_range`, the tasks `tokens` and `choice` were
+not learned with some seeds, probably because hardly any attention falls on the right token at first.
 """
 
 from collections.abc import Callable
@@ -124,7 +141,7 @@ class Task:
     Args:
         rows: Returns the inputs and labels of some examples.
         steps, batch_size: Length of the training.
-        chance: Accuracy of the best predictions from what local layers see.
+        chance: Accuracy of the best predictions from what local layers see, or an upper bound of it.
         learned: Accuracy that a model with LSH layers exceeds.
         fields: Fields of the config.
         collator: Returns the data collator.
@@ -145,7 +162,7 @@ TASKS = {
         ReformerHfForMaskedLM,
         repeated_text,
         chance=1 / 26,
-        # Of the masked letters, 15 % are masked in both halves.
+        # 15 % of the masked letters are masked in the other half, too: at best about 0.86.
         learned=0.8,
         steps=300,
         # Positions at the same place of a half share most of their embedding.
@@ -169,7 +186,7 @@ TASKS = {
 
 
 def small_config(attn_layers: list[str], fields: tuple[tuple[str, Any], ...] = ()) -> ReformerHfConfig:
-    """A bidirectional model of width 64. Its initial weights are as large as this width needs."""
+    """A bidirectional model of width 64. With the default initial weights, attention would be almost uniform."""
     defaults = {
         "attn_layers": attn_layers,
         "hidden_size": 64,
