@@ -17,7 +17,12 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model. `layers` gives the attention type of each layer."""
+    """
+    Sizes of a model. `layers` gives the attention type of each layer.
+
+    With `decoder_layers`, it is an encoder-decoder: the length of a case is that of the source, `target_length` that
+    of the target, and `layers` are those of the encoder.
+    """
 
     name: str
     layers: tuple[str, ...]
@@ -31,6 +36,8 @@ class Shape:
     # Positions that reformer_hf processes at a time; 0 for its default.
     feed_forward_chunk: int = 0
     head_chunk: int = 0
+    decoder_layers: tuple[str, ...] = ()
+    target_length: int = 0
 
     @property
     def check_length(self) -> int:
@@ -51,7 +58,21 @@ SHAPES = {
         # For generation: the layers and sizes of the default config.
         Shape("decoder", ("local", "lsh") * 3, 256, 4, 64, 512, 64, 64),
         Shape("decoder-ff1024", ("local", "lsh") * 3, 256, 4, 64, 1024, 64, 64),
+        # An encoder-decoder, with the layers and sizes of the default config in both stacks.
+        Shape(
+            "seq2seq",
+            ("local", "lsh") * 3,
+            256,
+            4,
+            64,
+            512,
+            64,
+            64,
+            decoder_layers=("local", "lsh") * 3,
+            target_length=256,
+        ),
         Shape("quick", ("lsh",) * 2, 32, 2, 16, 64, 16, 16),
+        Shape("quick-seq2seq", ("lsh",) * 2, 32, 2, 16, 64, 16, 16, decoder_layers=("lsh",), target_length=32),
     )
 }
 
@@ -83,6 +104,7 @@ Entry = tuple[Case, tuple[str, ...]]
 
 OURS, OURS_WIDE, OURS_IN_TREE = "reformer_hf", "reformer_hf-wide", "reformer_hf-in-tree"
 IN_TREE, DENSE, COMPILED, LOWER_BOUND = "transformers", "dense", "reformer_hf-compiled", "lower-bound"
+T5 = "t5"
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 ROUNDS = (1, 2, 4, 8)
 
@@ -159,11 +181,18 @@ def _generation() -> list[Entry]:
     return entries + [(Case(workload, "decoder", 65536, 4), (OURS, OURS_WIDE)) for workload in ("last", "prefill")]
 
 
+def _seq2seq() -> list[Entry]:
+    """Cases of the performance targets of the encoder-decoder."""
+    # T5 keeps biases of all pairs of positions: longer cases may not fit into memory.
+    return [(Case("step", "seq2seq", length, 1), (OURS, OURS_WIDE, T5)) for length in (1024, 2048, 4096, 8192, 16384)]
+
+
 def _quick() -> list[Entry]:
     reformers = (OURS, OURS_WIDE, OURS_IN_TREE, IN_TREE, "reformer-pytorch")
     return [
         (Case("step", "quick", 256, 2), (*reformers, DENSE, LOWER_BOUND)),
         (Case("step", "quick", 512, 2), (OURS, DENSE)),
+        (Case("step", "quick-seq2seq", 256, 2), (OURS, OURS_WIDE, T5)),
         (Case("forward", "quick", 256, 2), (*reformers, DENSE)),
         (Case("attention", "quick", 256, 2), reformers),
         (Case("attention-step", "quick", 256, 2), reformers),
@@ -181,5 +210,6 @@ SUITES = {
     "memory": _memory(),
     "million": _million(),
     "generation": _generation(),
+    "seq2seq": _seq2seq(),
     "quick": _quick(),
 }

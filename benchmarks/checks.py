@@ -18,8 +18,8 @@ from tests.reference import dense_attention, key_counts, normalized_keys
 
 from .cases import Shape
 from .decoding import steps_and_parallel_pass
-from .dense import dense_model
-from .reformers import in_tree_model, our_config, our_in_tree_model, random_ids, reformer_pytorch_model
+from .dense import dense_model, t5_model
+from .reformers import in_tree_model, our_config, our_in_tree_model, our_model, random_ids, reformer_pytorch_model
 
 Grads = dict[str, Tensor]
 
@@ -54,6 +54,66 @@ def worst(actual: Grads, expected: Grads) -> float:
     # `max` may ignore a NaN.
     differences = [relative_rms(actual[name], expected[name]) for name in expected]
     return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+
+def check_ours(shape: Shape, num_hashes: int) -> list[Finding]:
+    """Check our model: of an encoder-decoder, reversible layers and the order of target tokens."""
+    return (check_encoder_decoder if shape.decoder_layers else check_reference)(shape, num_hashes)
+
+
+def check_encoder_decoder(shape: Shape, num_hashes: int) -> list[Finding]:
+    """Compare the gradients of reversible layers with those of plain ones, and change target tokens."""
+    found = []
+    for reversible in (True, False):
+        # Recompute activations at this length too.
+        fields = {"reversible": reversible, "max_kept_activations": 0, "hash_seed": 0}
+        torch.manual_seed(0)
+        found.append(_seq2seq_gradients(our_model(shape, shape.check_length, num_hashes, **fields), shape))
+    errors = worst(*found)
+    torch.manual_seed(0)
+    model = our_model(shape, shape.check_length, num_hashes, hash_seed=0)
+    return [
+        Finding("gradients, compared with layers that are not reversible", errors, 1e-4),
+        *_check_target_order(model, shape),
+    ]
+
+
+def check_t5(shape: Shape, num_hashes: int) -> list[Finding]:
+    """Check that changed target tokens change later logits and no earlier ones, and that all gradients are finite."""
+    torch.manual_seed(0)
+    model = t5_model(shape, shape.check_length, num_hashes)
+    grads = _seq2seq_gradients(model, shape)
+    finite = all(grad is not None and grad.isfinite().all() for grad in grads.values())
+    return [
+        *_check_target_order(model, shape),
+        Finding("gradients that are missing or not finite", float(not finite), 0.0),
+    ]
+
+
+def _check_target_order(model: nn.Module, shape: Shape) -> list[Finding]:
+    """Check that changed decoder inputs change later logits and no earlier ones."""
+    ids, targets = random_ids(shape, shape.check_length), random_ids(shape, shape.target_length)
+    changed, middle = targets.clone(), shape.target_length // 2
+    changed[:, middle:] = (targets[:, middle:] + 1) % shape.vocab_size
+    with torch.no_grad():
+        logits, changed_logits = (
+            model.eval()(input_ids=ids, decoder_input_ids=decoder_ids)["logits"] for decoder_ids in (targets, changed)
+        )
+    after = relative_rms(changed_logits[:, middle:], logits[:, middle:])
+    return [
+        Finding(
+            "change of logits before the first changed target token",
+            relative_rms(changed_logits[:, :middle], logits[:, :middle]),
+            1e-5,
+        ),
+        Finding("no change of logits after it", float(after < 1e-3), 0.0),
+    ]
+
+
+def _seq2seq_gradients(model: nn.Module, shape: Shape) -> Grads:
+    ids, labels = random_ids(shape, shape.check_length), random_ids(shape, shape.target_length)
+    model.train()(input_ids=ids, labels=labels)["loss"].backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def check_reference(shape: Shape, num_hashes: int) -> list[Finding]:

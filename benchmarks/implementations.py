@@ -9,7 +9,7 @@ import torch
 from . import checks, reformers
 from .cases import WORKLOADS, Case, Shape
 from .checks import Finding
-from .dense import dense_model
+from .dense import dense_model, t5_model
 from .lower_bound import lower_bound
 from .workloads import Build, Run, prepare, prepare_compiled
 
@@ -45,9 +45,9 @@ _WITHOUT_ATTENTION = frozenset(WORKLOADS) - {"attention", "attention-step"}
 
 
 IMPLEMENTATIONS = {
-    "reformer_hf": _implementation(checks.check_reference, reformers.our_model, reformers.our_attention),
+    "reformer_hf": _implementation(checks.check_ours, reformers.our_model, reformers.our_attention),
     "reformer_hf-wide": _implementation(
-        checks.check_reference, reformers.our_default_model, reformers.our_default_attention
+        checks.check_ours, reformers.our_default_model, reformers.our_default_attention
     ),
     "reformer_hf-in-tree": _implementation(
         checks.check_in_tree, reformers.our_in_tree_model, reformers.our_in_tree_attention
@@ -67,5 +67,6 @@ IMPLEMENTATIONS = {
         _WITHOUT_CACHE,
     ),
     "dense": _implementation(checks.check_dense, dense_model, workloads=_WITHOUT_ATTENTION),
+    "t5": _implementation(checks.check_t5, t5_model, workloads=frozenset({"step"})),
     "lower-bound": Implementation(lower_bound, lambda shape, num_hashes: [], frozenset({"step", "tokens"})),
 }

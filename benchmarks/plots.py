@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from .cases import OURS, SHAPES, WORKLOADS  # noqa: E402
+from .cases import DENSE, OURS, SHAPES, T5, WORKLOADS  # noqa: E402
 from .required import fit_growth  # noqa: E402
 from .results import Results  # noqa: E402
 
@@ -20,6 +20,7 @@ _COLOURS = {
     "transformers": "C1",
     "reformer-pytorch": "C2",
     "dense": "black",
+    "t5": "black",
     "lower-bound": "C3",
 }
 _STYLES = {1: ":", 2: "-", 4: "--", 8: "-."}
@@ -43,7 +44,7 @@ def draw_plots(results: Results) -> list[Path]:
 def _draw(lines: dict[tuple[str, int], dict[int, float]], title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 5))
     for (name, num_hashes), times in sorted(lines.items()):
-        label = name if name == "dense" else f"{name}, {num_hashes} hashes"
+        label = name if name in (DENSE, T5) else f"{name}, {num_hashes} hashes"
         growth = fit_growth(times) if name == OURS else None
         if growth is not None:
             label += f": L^{growth[0]:.2f}"

@@ -10,6 +10,8 @@ from transformers import ReformerConfig, ReformerModelWithLMHead
 from transformers.models.reformer import modeling_reformer
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf.configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
+from reformer_hf.encoder_decoder import ReformerHfForConditionalGeneration
 from reformer_hf.hashing import bucket_factors
 from reformer_hf.lsh_attention import LSHSelfAttention
 
@@ -66,13 +68,23 @@ def _shared_fields(shape: Shape, length: int, num_hashes: int) -> dict:
 
 def our_config(shape: Shape, length: int, num_hashes: int, **fields) -> ReformerHfConfig:
     """Return our config; other fields, such as the pattern, have their defaults unless given."""
+    config_class = ReformerHfEncoderDecoderConfig if shape.decoder_layers else ReformerHfConfig
     chunks = {"chunk_size_feed_forward": shape.feed_forward_chunk, "chunk_size_lm_head": shape.head_chunk}
-    return ReformerHfConfig(**{**_shared_fields(shape, length, num_hashes), **chunks, **fields})
+    return config_class(**{**_shared_fields(shape, length, num_hashes), **chunks, **fields})
 
 
 def our_model(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Module:
     """Build our model with the pattern `window` and its default number of buckets."""
+    if shape.decoder_layers:
+        return _our_encoder_decoder(shape, length, num_hashes, num_buckets=None, **fields)
     return ReformerHfForCausalLM(our_config(shape, length, num_hashes, num_buckets=None, **fields))
+
+
+def _our_encoder_decoder(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Module:
+    """Build our encoder-decoder. Its encoder sees as many chunks after each position as before it."""
+    stacks = {"decoder_attn_layers": shape.decoder_layers, "is_decoder": False, "lsh_num_chunks_after": None}
+    config = our_config(shape, max(length, shape.target_length), num_hashes, **{**stacks, **fields})
+    return ReformerHfForConditionalGeneration(config)
 
 
 def our_attention(shape: Shape, length: int, num_hashes: int, **fields) -> nn.Module:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .cases import OURS
 from .plots import draw_plots
-from .required import required_figures
+from .required import TARGETS, required_figures
 from .results import Results
 
 _HEAD = ["case", "implementation", "seconds", "min–max", "processes", "peak MB", "process MB", "time / ours"]
@@ -27,7 +27,7 @@ def markdown(results: Results, plots: list[Path] | None = None) -> str:
     """Return the report as Markdown."""
     parts = [f"# Benchmarks: {results.suite}, {results.date}", _machine(results)]
     parts.append(_table(_HEAD, _rows(results)))
-    if results.suite in ("required", "generation"):
+    if results.suite in TARGETS:
         parts += ["## Performance targets", _table(["case", "target", "measured", "met"], _required_rows(results))]
     parts += [f"![]({plot.name})" for plot in plots or []]
     parts += ["## Correctness", _table(_CHECKS_HEAD, _checks(results))]

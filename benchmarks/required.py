@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cases import COMPILED, DENSE, IN_TREE, LOWER_BOUND, OURS
+from .cases import COMPILED, DENSE, IN_TREE, LOWER_BOUND, OURS, T5
 from .results import Results
 
 GROWTH_LENGTHS = (4096, 65536)
@@ -84,6 +84,20 @@ GENERATION_RATIOS = [
 ]
 
 
+_SEQ2SEQ = "seq2seq-step-L{}-R1"
+SEQ2SEQ_RATIOS = [
+    *(
+        Ratio(f"training step, source {length:,}, target 256: T5 / ours", _SEQ2SEQ.format(length), T5, 1.0)
+        for length in (4096, 8192, 16384)
+    ),
+    *(
+        Ratio(f"peak memory, source {length:,}, target 256: T5 / ours", _SEQ2SEQ.format(length), T5, 2.0, "peak_bytes")
+        for length in (8192, 16384)
+    ),
+]
+TARGETS = {"required": RATIOS, "generation": GENERATION_RATIOS, "seq2seq": SEQ2SEQ_RATIOS}
+
+
 @dataclass(frozen=True)
 class Figure:
     """A row of the table of performance targets."""
@@ -96,12 +110,11 @@ class Figure:
 
 def required_figures(results: Results) -> list[Figure]:
     """Return the targets of the suite; `met` is `None` if a target was not measured."""
-    ratios = GENERATION_RATIOS if results.suite == "generation" else RATIOS
     figures = []
-    for ratio in ratios:
+    for ratio in TARGETS[results.suite]:
         value = ratio.measured(results)
         figures.append(Figure(ratio.title, ratio.target, _number(value), ratio.met(value)))
-    if results.suite == "generation":
+    if results.suite != "required":
         return figures
     return [*figures, _shortest_length(results), *_growths(results)]
 

@@ -33,7 +33,10 @@ def prepare(case: Case, device: torch.device, build_model: Build, build_attentio
         if case.workload == "training":
             return _training(model.train(), text_ids(case.length, device))
         ids = random_ids(case.shape, case.length, device)
-        return _step(model.train(), ids) if case.workload == "step" else _forward(model.eval(), ids)
+        if case.workload == "step":
+            labels = random_ids(case.shape, case.shape.target_length, device) if case.shape.decoder_layers else ids
+            return _step(model.train(), ids, labels)
+        return _forward(model.eval(), ids)
     if build_attention is None:
         raise ValueError(f"This implementation has no attention module for the case {case.name!r}.")
     module = build_attention(*sizes).to(device).train(case.workload == "attention-step")
@@ -66,10 +69,10 @@ def prepare_compiled(case: Case, device: torch.device, build_model: Build) -> Ru
     return decode(model, random_ids(case.shape, case.length, device), compiled=True)
 
 
-def _step(model: nn.Module, ids: Tensor) -> Run:
+def _step(model: nn.Module, ids: Tensor, labels: Tensor) -> Run:
     def run() -> Tensor:
         model.zero_grad(set_to_none=True)
-        loss = model(input_ids=ids, labels=ids)["loss"]
+        loss = model(input_ids=ids, labels=labels)["loss"]
         loss.backward()
         return loss.detach()
 
@@ -78,7 +81,7 @@ def _step(model: nn.Module, ids: Tensor) -> Run:
 
 def _training(model: nn.Module, ids: Tensor) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    step = _step(model, ids)
+    step = _step(model, ids, labels=ids)
 
     def run() -> Tensor:
         loss = step()

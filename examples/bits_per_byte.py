@@ -1,14 +1,16 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The metric bits per byte, and a bigram model as a baseline."""
+"""The metric bits per byte, and a bigram and a unigram model as baselines."""
 
 import math
 
 import datasets
 import evaluate
 import numpy as np
+import torch
 from byte_data import count_bytes
+from torch import Tensor
 
-from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
+from reformer_hf.tokenization_reformer_hf import FIRST_BYTE_ID, LAST_BYTE_ID
 
 
 class BitsPerByte(evaluate.Metric):
@@ -36,6 +38,19 @@ class BitsPerByte(evaluate.Metric):
         return {"bits_per_byte": math.fsum(predictions) / math.log(2) / num_bytes}
 
 
+def sum_nll(logits: Tensor | tuple[Tensor, ...], labels: Tensor, shift: bool = True) -> Tensor:
+    """
+    Sum the negative log-likelihoods of each sequence, `[B]`, so that `Trainer` gathers no `[B, L, V]` logits.
+
+    With `shift`, the logits of a token predict the label of the next one, else that of the token itself.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+    return nll.sum(dim=1)
+
+
 def bigram_bits_per_byte(train: np.ndarray, held_out: np.ndarray, alpha: float = 0.1) -> float:
     """
     Compute the bits per byte of a bigram model on `held_out`.
@@ -52,6 +67,23 @@ def bigram_bits_per_byte(train: np.ndarray, held_out: np.ndarray, alpha: float =
     # The padding id 0 does not occur and gets no probability.
     log_probs = np.log2(counts) - np.log2(counts[:, 1:].sum(axis=1, keepdims=True))
     return float(-(log_probs * _count_pairs(held_out)).sum() / count_bytes(held_out[1:]))
+
+
+def unigram_bits_per_byte(train: np.ndarray, held_out: np.ndarray, alpha: float = 0.1) -> float:
+    """
+    Compute the bits per byte of a unigram model on `held_out`.
+
+    Args:
+        train (`np.ndarray`): Token ids of `ReformerHfByteTokenizer`, to which the model is fitted, except the first.
+        held_out (`np.ndarray`): Token ids to predict, which are bytes.
+        alpha (`float`, defaults to 0.1): Pseudocount of every byte.
+
+    Returns:
+        `float`: Bits per byte.
+    """
+    counts = _count_pairs(train).sum(axis=0)[FIRST_BYTE_ID:] + alpha
+    log_probs = np.log2(counts) - np.log2(counts.sum())
+    return float(-log_probs[held_out.astype(np.int64) - FIRST_BYTE_ID].mean())
 
 
 def _count_pairs(stream: np.ndarray, piece: int = 1 << 20) -> np.ndarray:

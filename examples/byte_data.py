@@ -7,7 +7,7 @@ import platform
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -50,6 +50,44 @@ class Corpus:
     def num_held_out_bytes(self) -> int:
         """Number of bytes of the held-out text, without separators and the context token."""
         return count_bytes(self.held_out[1:])
+
+
+@dataclass
+class CorpusArguments:
+    """The data. See `load_corpus`."""
+
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Text file, folder, or dataset on the Hub. Default: the Python standard library."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Text column of the dataset on the Hub."})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Fraction of the text to hold out, from its end."}
+    )
+    max_bytes: int | None = field(default=None, metadata={"help": "Maximum number of bytes to read."})
+
+    def load(self, sequence_length: int) -> Corpus:
+        """Load the corpus. Raises `ValueError` as `load_corpus`, or if it is shorter than one sequence."""
+        corpus = load_corpus(
+            self.data,
+            dataset_config=self.dataset_config,
+            text_column=self.text_column,
+            validation_fraction=self.validation_fraction,
+            max_bytes=self.max_bytes,
+        )
+        logger.info(
+            "Training on %s: %s bytes, with %s bytes held out.",
+            corpus.description,
+            f"{corpus.num_train_bytes:,}",
+            f"{corpus.num_held_out_bytes:,}",
+        )
+        if len(corpus.train) < sequence_length:
+            raise ValueError(
+                f"The training text has {len(corpus.train)} tokens and is shorter than one sequence of "
+                f"{sequence_length}: give more data or lower `sequence_length`."
+            )
+        return corpus
 
 
 def count_bytes(ids: np.ndarray) -> int:

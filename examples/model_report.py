@@ -137,6 +137,7 @@ def write_task_card(
     base_model: str | None,
     metric: tuple[str, str, float],
     usage: str,
+    sample: str = "",
 ) -> None:
     """Write the model card `README.md` of a task from `model_cards/task.md`, with settings and results of the run."""
     args, model = trainer.args, trainer.model
@@ -182,6 +183,7 @@ def write_task_card(
         software=f"torch {torch.__version__}, transformers {transformers.__version__}",
         hardware=_hardware(args.device),
         usage=usage.replace("{model_id}", args.hub_model_id or name),
+        sample=sample,
     )
     card.save(Path(args.output_dir) / "README.md")
 

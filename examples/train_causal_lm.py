@@ -27,7 +27,6 @@ model card, loss curve and `*_results.json` to `output_dir`.
 """
 
 import logging
-import signal
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,21 +34,20 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from bits_per_byte import BitsPerByte, bigram_bits_per_byte
-from byte_data import END_ID, PAD_ID, Corpus, count_bytes, documents_of, load_corpus
+from bits_per_byte import BitsPerByte, bigram_bits_per_byte, sum_nll
+from byte_data import END_ID, PAD_ID, Corpus, CorpusArguments, count_bytes, documents_of
 from model_report import plot_loss_curve, write_model_card
-from torch import Tensor
-from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides
+from training_run import (
+    ScriptTrainer,
+    ScriptTrainingArguments,
+    check_byte_config,
+    find_checkpoint,
+    parse_overrides,
+)
 from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, set_seed
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
-from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
-from reformer_hf.training import (
-    CausalCollator,
-    SaveOnSigterm,
-    StopOnNonFinite,
-    pack_to_file,
-)
+from reformer_hf.training import CausalCollator, pack_to_file
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +109,9 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """The data. See `byte_data.load_corpus`."""
+class DataArguments(CorpusArguments):
+    """The data."""
 
-    data: str | None = field(
-        default=None,
-        metadata={"help": "Text file, folder, or dataset on the Hub. Default: the Python standard library."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
-    text_column: str = field(default="text", metadata={"help": "Text column of the dataset on the Hub."})
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Fraction of the text to hold out, from its end."}
-    )
-    max_bytes: int | None = field(default=None, metadata={"help": "Maximum number of bytes to read."})
     across_documents: bool = field(
         default=True,
         metadata={"help": "Continue sequences across documents. False starts one for each document."},
@@ -140,23 +128,11 @@ def build_config(args: ModelArguments) -> ReformerHfConfig:
         factors = [int(factor) for factor in args.num_buckets.split(",")]
         given["num_buckets"] = factors if len(factors) > 1 else factors[0]
     given |= parse_overrides(args.config_overrides, ReformerHfConfig)
-    if args.sequence_length < 2:
-        raise ValueError(f"`sequence_length` is {args.sequence_length}, but must be at least 2.")
     if args.model_name_or_path is None:
         config = ReformerHfConfig(**{"max_position_embeddings": args.sequence_length, **given, "is_decoder": True})
     else:
         config = ReformerHfConfig.from_pretrained(args.model_name_or_path, **given, is_decoder=True)
-    if config.max_position_embeddings < args.sequence_length:
-        raise ValueError(
-            f"`sequence_length` is {args.sequence_length}, but the model reads at most "
-            f"{config.max_position_embeddings} tokens (`max_position_embeddings`): lower `sequence_length`, "
-            "or save the model with more positions (`model.resize_position_embeddings`)."
-        )
-    if config.vocab_size <= LAST_BYTE_ID:
-        raise ValueError(
-            f"`vocab_size` is {config.vocab_size}, but a byte-level model needs at least {LAST_BYTE_ID + 1}: "
-            "choose another model."
-        )
+    check_byte_config(config, args.sequence_length)
     return config
 
 
@@ -168,13 +144,6 @@ def pack_stream(
         # Separators between documents are part of the sequences.
         return pack_to_file(path, [stream], length, keep_last=keep_last)
     return pack_to_file(path, documents_of(stream), length, separator_id=END_ID, across_documents=False)
-
-
-def sum_nll(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Sum the negative log-likelihoods of each sequence, `[B]`, so that `Trainer` gathers no `[B, L, V]` logits."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
-    return nll.sum(dim=1)
 
 
 def train(
@@ -189,24 +158,7 @@ def train(
     """
     set_seed(training_args.seed)
     config = build_config(model_args)
-    corpus = load_corpus(
-        data_args.data,
-        dataset_config=data_args.dataset_config,
-        text_column=data_args.text_column,
-        validation_fraction=data_args.validation_fraction,
-        max_bytes=data_args.max_bytes,
-    )
-    logger.info(
-        "Training on %s: %s bytes, with %s bytes held out.",
-        corpus.description,
-        f"{corpus.num_train_bytes:,}",
-        f"{corpus.num_held_out_bytes:,}",
-    )
-    if len(corpus.train) < model_args.sequence_length:
-        raise ValueError(
-            f"The training text has {len(corpus.train)} tokens and is shorter than one sequence of "
-            f"{model_args.sequence_length}: give more data or lower `sequence_length`."
-        )
+    corpus = data_args.load(model_args.sequence_length)
     checkpoint = find_checkpoint(training_args)
     if model_args.model_name_or_path is None:
         model = ReformerHfForCausalLM(config)
@@ -227,7 +179,6 @@ def train(
     folder = Path(training_args.output_dir, "_data", f"rank-{training_args.process_index}")
     train_dataset = pack_stream(corpus.train, folder / "train.arrow", *sizes, keep_last=False)
     eval_dataset = pack_stream(corpus.held_out, folder / "held_out.arrow", *sizes, keep_last=True)
-    on_sigterm = SaveOnSigterm()
     metric = BitsPerByte(keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -240,21 +191,14 @@ def train(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=CausalCollator(PAD_ID),
-        callbacks=[StopOnNonFinite(), on_sigterm],
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=sum_nll,
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if on_sigterm.stopped:
-        logger.warning("Stopped after step %d. Run the same command again to resume.", trainer.state.global_step)
-        raise SystemExit(128 + signal.SIGTERM)
+    metrics = trainer.train_or_exit(checkpoint)
     metrics |= trainer.evaluate()
     metrics["bigram_bits_per_byte"] = bigram_bits_per_byte(corpus.train, corpus.held_out)
-    trainer.save_model()
-    trainer.save_state()
-    for split, prefixes in {"train": ("train_", "epoch"), "eval": ("eval_", "bigram_", "epoch")}.items():
-        trainer.save_metrics(split, {name: value for name, value in metrics.items() if name.startswith(prefixes)})
+    trainer.save_run(metrics)
 
     prompt, sample = generate_sample(trainer, corpus, data_args.sample_length)
     if trainer.is_world_process_zero():

@@ -22,7 +22,6 @@ and `*_results.json` to `output_dir`, a folder for `pipeline("text-classificatio
 """
 
 import logging
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import evaluate
 import numpy as np
 from listops import baselines, listops_tokenizer, load_listops, majority
 from model_report import plot_confusion_matrix, plot_learning_curve, read_curve, write_task_card
+from table_data import load_columns
 from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides
 from transformers import (
     AutoModelForSequenceClassification,
@@ -48,7 +48,6 @@ from transformers import (
 )
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig
-from reformer_hf.training import SaveOnSigterm, StopOnNonFinite
 
 logger = logging.getLogger(__name__)
 
@@ -157,44 +156,14 @@ def load_task(args: DataArguments, max_length: int) -> Task:
             f"{args.num_held_out:,} others are held out."
         )
         return Task(load_listops(args.num_train, args.num_held_out, 0, args.min_tokens, args.max_tokens), description)
-    examples = _load_splits(args)
-    columns = examples["train"].column_names
-    missing = {args.text_column, args.label_column} - set(columns)
-    if missing:
-        raise ValueError(
-            f"The data {args.data!r} have no column {min(missing)!r}: set `text_column` and `label_column` to two of "
-            f"{columns}."
-        )
-    examples = examples.select_columns([args.text_column, args.label_column])
-    examples = examples.rename_columns({args.text_column: "text", args.label_column: "label"})
+    columns = {"text": args.text_column, "label": args.label_column}
+    examples = load_columns(args.data, columns, args.dataset_config, args.validation_fraction)
     if not isinstance(examples["train"].features["label"], datasets.ClassLabel):
         examples = examples.class_encode_column("label")
     name = Path(args.data).name if Path(args.data).exists() else args.data
     num_train, num_held_out = len(examples["train"]), len(examples["validation"])
     description = f"{num_train:,} training examples of `{name}`; {num_held_out:,} others are held out."
     return Task(examples, description, None if Path(args.data).exists() else args.data)
-
-
-def _load_splits(args: DataArguments) -> datasets.DatasetDict:
-    path = Path(args.data)
-    kind = {".csv": "csv", ".json": "json", ".jsonl": "json"}.get(path.suffix)
-    if kind and not path.exists():
-        raise ValueError(f"The file {args.data!r} does not exist: give a CSV or JSON file, or a dataset on the Hub.")
-    try:
-        if kind:
-            splits = datasets.load_dataset(kind, data_files=str(path))
-        else:
-            splits = datasets.load_dataset(args.data, args.dataset_config)
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"The data {args.data!r} are no CSV or JSON file, and could not be loaded as a dataset from the Hub: "
-            f"{error}"
-        ) from error
-    for name in ("validation", "test"):
-        if name in splits:
-            return datasets.DatasetDict(train=splits["train"], validation=splits[name])
-    split = splits["train"].train_test_split(args.validation_fraction, seed=0)
-    return datasets.DatasetDict(train=split["train"], validation=split["test"])
 
 
 def build_tokenizer(args: ModelArguments, data_args: DataArguments) -> PreTrainedTokenizerBase:
@@ -252,7 +221,7 @@ def train(
         }
 
     encoded = task.examples.map(encode, batched=True, remove_columns=["text", "label"], desc="Tokenizing")
-    metric, on_sigterm = ClassificationMetrics(keep_in_memory=True), SaveOnSigterm()
+    metric = ClassificationMetrics(keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
@@ -263,22 +232,15 @@ def train(
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PADDING_MULTIPLE),
-        callbacks=[StopOnNonFinite(), on_sigterm],
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if on_sigterm.stopped:
-        logger.warning("Stopped after step %d. Run the same command again to resume.", trainer.state.global_step)
-        raise SystemExit(128 + signal.SIGTERM)
+    metrics = trainer.train_or_exit(checkpoint)
     prediction = trainer.predict(encoded["validation"], metric_key_prefix="eval")
     metrics |= prediction.metrics
     guesses = baselines(task.examples) if data_args.data is None else {"majority": majority(task.examples)}
     metrics |= {f"baseline_{name}": accuracy for name, accuracy in guesses.items()}
-    trainer.save_model()
-    trainer.save_state()
-    for split, prefixes in {"train": ("train_", "epoch"), "eval": ("eval_", "baseline_")}.items():
-        trainer.save_metrics(split, {name: value for name, value in metrics.items() if name.startswith(prefixes)})
+    trainer.save_run(metrics)
     if trainer.is_world_process_zero():
         folder = Path(training_args.output_dir)
         plot_confusion_matrix(prediction.predictions.argmax(-1), prediction.label_ids, task.label_names, folder)

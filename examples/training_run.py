@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
-from reformer_hf.training import find_corruption, last_intact_checkpoint
+from reformer_hf import ReformerHfConfig
+from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
+from reformer_hf.training import SaveOnSigterm, StopOnNonFinite, find_corruption, last_intact_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +124,19 @@ class LearningCurve(TrainerCallback):
 
 
 class ScriptTrainer(Trainer):
-    """A `Trainer` with a time budget and a learning curve that writes no model card: the scripts write their own."""
+    """
+    A `Trainer` with a time budget and a learning curve.
+
+    It stops on non-finite gradients, saves a checkpoint on SIGTERM, and writes no model card: the scripts write their
+    own.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.curve = LearningCurve(self.args.max_minutes, self.args.cpu_time)
-        self.add_callback(self.curve)
+        self.on_sigterm = SaveOnSigterm()
+        for callback in (StopOnNonFinite(), self.on_sigterm, self.curve):
+            self.add_callback(callback)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Create the schedule of the arguments, or, with `max_minutes`, one that follows the time."""
@@ -138,6 +148,23 @@ class ScriptTrainer(Trainer):
     def _share_of_learning_rate(self, step: int) -> float:
         done, warmup = self.curve.share_spent(), self.args.warmup_steps
         return min(done / warmup if warmup else 1.0, max(1.0 - done, 0.0) / (1.0 - warmup))
+
+    def train_or_exit(self, checkpoint: str | None) -> dict[str, float]:
+        """Train and return the metrics, or exit after a SIGTERM with its status."""
+        metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        if self.on_sigterm.stopped:
+            logger.warning("Stopped after step %d. Run the same command again to resume.", self.state.global_step)
+            raise SystemExit(128 + signal.SIGTERM)
+        return metrics
+
+    def save_run(self, metrics: dict[str, float]) -> None:
+        """Save the model, the state of the trainer, and `{train,eval,all}_results.json`."""
+        self.save_model()
+        self.save_state()
+        of_training = {name for name in metrics if name.startswith("train_")}
+        of_evaluation = metrics.keys() - of_training - {"total_flos"}
+        for split, names in {"train": of_training | {"epoch"}, "eval": of_evaluation}.items():
+            self.save_metrics(split, {name: value for name, value in metrics.items() if name in names})
 
     def create_model_card(self, *args, **kwargs):
         """Keep the existing model card."""
@@ -171,6 +198,23 @@ def find_checkpoint(args: ScriptTrainingArguments) -> str | None:
     if checkpoint is not None:
         logger.info("Resuming from %s. Use `--overwrite_output_dir` to start over.", checkpoint)
     return checkpoint
+
+
+def check_byte_config(config: ReformerHfConfig, sequence_length: int) -> None:
+    """Raise `ValueError` if a model of this config cannot read `sequence_length` bytes."""
+    if sequence_length < 2:
+        raise ValueError(f"`sequence_length` is {sequence_length}, but must be at least 2.")
+    if config.max_position_embeddings < sequence_length:
+        raise ValueError(
+            f"`sequence_length` is {sequence_length}, but the model reads at most "
+            f"{config.max_position_embeddings} tokens (`max_position_embeddings`): lower `sequence_length`, "
+            "or save the model with more positions (`model.resize_position_embeddings`)."
+        )
+    if config.vocab_size <= LAST_BYTE_ID:
+        raise ValueError(
+            f"`vocab_size` is {config.vocab_size}, but a byte-level model needs at least {LAST_BYTE_ID + 1}: "
+            "choose another model."
+        )
 
 
 def parse_overrides(text: str | None, config_class: type[PreTrainedConfig]) -> dict[str, Any]:

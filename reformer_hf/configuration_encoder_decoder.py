@@ -95,8 +95,9 @@ class ReformerHfEncoderDecoderConfig(ReformerHfConfig):
         self._check_layer_types("decoder_attn_layers")
         if not 0 <= (self.decoder_start_token_id or 0) < self.vocab_size:
             raise ValueError(
-                f"`decoder_start_token_id` is {self.decoder_start_token_id}, but must be in [0, {self.vocab_size - 1}] "
-                f"(`vocab_size` is {self.vocab_size}): choose another token, such as `pad_token_id`."
+                f"`decoder_start_token_id` is {self.decoder_start_token_id}, but must be in "
+                f"[0, {self.vocab_size - 1}] (`vocab_size` is {self.vocab_size}): choose another token, such as "
+                "`pad_token_id`."
             )
         # Both stacks check their fields when their configs are created.
         for name in ("encoder_config", "decoder_config"):

@@ -263,8 +263,8 @@ def check_encoder_decoder_call(cache: Any, kwargs: dict[str, Any]) -> None:
     """Check that an encoder-decoder gets a cache of both kinds of attention, and no packed documents."""
     if cache is not None and not isinstance(cache, EncoderDecoderCache):
         raise ValueError(
-            f"`cache` is a {type(cache).__name__}, but an encoder-decoder needs one for each kind of attention: create "
-            "it with `EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())`."
+            f"`cache` is a {type(cache).__name__}, but an encoder-decoder needs one for each kind of attention: "
+            "create it with `EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())`."
         )
     for name in ("seq_idx", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:

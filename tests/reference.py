@@ -140,14 +140,18 @@ def full_decoder_layer(
         return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 
     def norm(x: Tensor, branch: str) -> Tensor:
-        return layer_norm(x, x.shape[-1:], *(weights[f"{branch}.layer_norm.{name}"] for name in ("weight", "bias")), 1e-12)
+        return layer_norm(
+            x, x.shape[-1:], *(weights[f"{branch}.layer_norm.{name}"] for name in ("weight", "bias")), 1e-12
+        )
 
     shared, value = (
         (norm(x2, "attention") @ weights[f"attention.self_attention.{name}.weight"].T).unflatten(-1, (num_heads, -1))
         for name in ("query_key", "value")
     )
     counts = full_attention_counts(True, torch.zeros(x2.shape[:2], dtype=torch.bool))
-    heads = dense_attention(shared, normalized_keys(shared), value, counts.expand(-1, num_heads, -1, -1), own_value=True)
+    heads = dense_attention(
+        shared, normalized_keys(shared), value, counts.expand(-1, num_heads, -1, -1), own_value=True
+    )
     y1 = x1 + heads.flatten(2) @ weights["attention.output.dense.weight"].T
     heads = cross_attention(
         norm(y1, "cross_attention"), context_BSE, of("cross_attention.attention."), num_heads, padding_BS

@@ -18,7 +18,7 @@ from benchmarks.cases import SHAPES, SUITES, Case  # noqa: E402
 from benchmarks.checks import Finding  # noqa: E402
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation  # noqa: E402
 from benchmarks.report import markdown  # noqa: E402
-from benchmarks.required import GENERATION_RATIOS, RATIOS, fit_growth, required_figures  # noqa: E402
+from benchmarks.required import TARGETS, fit_growth, required_figures  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 from reformer_hf.lsh_attention import LSHSelfAttention  # noqa: E402
 
@@ -160,6 +160,40 @@ def test_checks_notice_rival_lookahead(monkeypatch):
     assert not _ok("reformer-pytorch")
 
 
+def test_checks_notice_wrong_encoder_decoder(monkeypatch):
+    shape = SHAPES["quick-seq2seq"]
+
+    def failed(name):
+        return [finding.name for finding in IMPLEMENTATIONS[name].check(shape, 2) if not finding.ok]
+
+    assert not failed("reformer_hf") and not failed("t5")
+    build = checks.our_model
+
+    def wrong_gradients(*sizes, reversible=True, **fields):
+        model = build(*sizes, reversible=reversible, **fields)
+        weight = model.get_encoder().encoder.layers[0].attention.output.dense.weight
+        weight.register_hook(lambda grad: 1.01 * grad if reversible else grad)
+        return model
+
+    monkeypatch.setattr(checks, "our_model", wrong_gradients)
+    assert failed("reformer_hf") == ["gradients, compared with layers that are not reversible"]
+
+    def looking_ahead(build, stack):
+        def build_wrong(*sizes, **fields):
+            model = build(*sizes, **fields)
+            stack(model).register_forward_hook(lambda module, args, out: out + out.roll(-1, 1))
+            return model
+
+        return build_wrong
+
+    decoder_only = looking_ahead(build, lambda model: model.model.decoder.encoder.layers[0].feed_forward)
+    monkeypatch.setattr(checks, "our_model", decoder_only)
+    assert "change of logits before the first changed target token" in failed("reformer_hf")
+    wrong_t5 = looking_ahead(checks.t5_model, lambda model: model.decoder.block[0].layer[-1])
+    monkeypatch.setattr(checks, "t5_model", wrong_t5)
+    assert failed("t5") == ["change of logits before the first changed target token"]
+
+
 def test_list(capsys):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
@@ -178,7 +212,7 @@ def test_suites_match_implementations():
         for case, names in entries:
             for name in names:
                 assert case.workload in IMPLEMENTATIONS[name].workloads, (case.name, name)
-    for suite, ratios in (("required", RATIOS), ("generation", GENERATION_RATIOS)):
+    for suite, ratios in TARGETS.items():
         asked = {(case.name, name) for case, names in SUITES[suite] for name in names}
         assert {(ratio.case, ratio.baseline) for ratio in ratios} <= asked
         assert {(ratio.our_case or ratio.case, "reformer_hf") for ratio in ratios} <= asked

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import (
     AutoConfig,
@@ -35,7 +36,7 @@ from reformer_hf.self_attention import AttentionCall
 
 from .helpers import DROPOUT, assert_close, gradients, memory_of, random_model, relative_rms, tiny_config
 from .policies import set_policy
-from .processes import run_python
+from .processes import run_python, run_worker
 from .reference import cross_attention, full_decoder_layer
 from .test_flat_files import FLAT_FILES
 from .test_hub import WITHOUT_PACKAGE
@@ -117,9 +118,7 @@ def test_decoder_layer_equals_reference():
     layer = _model(decoder_attn_layers=["full"]).get_decoder().encoder.layers[0].train()
     generator = torch.Generator().manual_seed(0)
     sizes = ((31, 32), (31, 32), (23, 64), (31, 32), (31, 32))
-    x1, x2, context, *upstream = (
-        torch.randn(2, *size, dtype=torch.float64, generator=generator) for size in sizes
-    )
+    x1, x2, context, *upstream = (torch.randn(2, *size, dtype=torch.float64, generator=generator) for size in sizes)
     weights = dict(layer.named_parameters())
     inputs = [x.requires_grad_() for x in (x1, x2, context, *weights.values())]
     for side in SIDES:
@@ -196,7 +195,7 @@ def test_memory_does_not_grow_with_either_depth():
                 model = _model(torch.float32, reversible=reversible, **both, **DROPOUT).train()
                 inputs = {"input_ids": _ids(256, 2), "labels": _ids(256, 2)}
                 model(**inputs)
-                alive.append(memory_of(lambda: model(**inputs).loss)[0])
+                alive.append(memory_of(lambda model=model, inputs=inputs: model(**inputs).loss)[0])
             grown[reversible, name] = (alive[1] - alive[0]) / 6 / stream
     # Each branch of a reversible layer keeps a generator state, a dozenth of a stream here.
     assert max(grown[True, name] for name in LAYERS) < 0.3, grown
@@ -248,7 +247,7 @@ def test_hooks_fire_once():
 
 
 def test_interventions():
-    """Hooks and wrappers of decoder layers, and hooks inside cross-attention, give the gradients of the plain model."""
+    """Hooks and wrappers of decoder layers, and hooks inside cross-attention, give gradients of the plain model."""
     inside = ("cross_attention", "cross_attention.layer_norm", "cross_attention.attention.value")
     interventions = {name: INTERVENTIONS[name] for name in ("wrapper", "undone", "two")}
     interventions |= {name: _inside(name) for name in inside}
@@ -455,7 +454,8 @@ def test_outputs():
         assert not weights.masked_select(sources["attention_mask"][:, None, None] == 0).any()
     # Evaluation creates a cache, training does not.
     for training in (False, True):
-        assert (model.train(training)(**sources, decoder_input_ids=decoder_ids, use_cache=True).cache is None) == training
+        output = model.train(training)(**sources, decoder_input_ids=decoder_ids, use_cache=True)
+        assert (output.cache is None) == training
 
 
 def test_loss():
@@ -625,9 +625,7 @@ def test_lora():
         for reversible in (True, False):
             model = _model(reversible=reversible, **DROPOUT)
             torch.manual_seed(4)
-            config = peft.LoraConfig(
-                task_type="SEQ_2_SEQ_LM", r=2, init_lora_weights=False, lora_dropout=lora_dropout
-            )
+            config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, init_lora_weights=False, lora_dropout=lora_dropout)
             model = peft.get_peft_model(model, config).double().train()
             if reversible:
                 model.enable_input_require_grads()
@@ -642,6 +640,31 @@ def test_lora():
     assert torch.equal(found, _generate(model, _sources(), use_cache=False))
     with model.disable_adapter():
         assert not torch.equal(found, _generate(model, _sources()))
+
+
+def _gradients_of_ranks(folder, wrap, tied=False):
+    options = {"head": "ReformerHfForConditionalGeneration", "wrap": wrap, "tied": tied}
+    run_worker("gradients", folder, ranks=1 if wrap == "none" else 2, **options)
+    return load_file(folder / "gradients.safetensors")
+
+
+def test_ddp_gradients(tmp_path):
+    """Of two ranks, each with half of the batch: those of one process."""
+    found, expected = (_gradients_of_ranks(tmp_path / wrap, wrap) for wrap in ("ddp", "none"))
+    _compare_gradients(found, expected, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("wrap", ["ddp-unused", "fully_shard", "plan"])
+def test_sharded_gradients(wrap, tied, tmp_path):
+    found, expected = (_gradients_of_ranks(tmp_path / kind, kind, tied) for kind in (wrap, "none"))
+    _compare_gradients(found, expected, 1e-6)
+    if wrap == "plan":
+        cls = ReformerHfForConditionalGeneration
+        loaded = [cls.from_pretrained(tmp_path / wrap / name).state_dict() for name in ("saved", "initial")]
+        for name, weight in loaded[0].items():
+            assert torch.equal(weight, loaded[1][name]), name
 
 
 @torch.no_grad()

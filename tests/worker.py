@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch.distributed import barrier, destroy_process_group, init_process_group, is_initialized
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 import reformer_hf
 from reformer_hf import ReformerHfForCausalLM
+from reformer_hf.reformer_layer import ReformerHfLayer
 from reformer_hf.training import CausalCollator, SaveOnSigterm, StopOnNonFinite, last_intact_checkpoint
 
 from .helpers import DROPOUT, random_model, tiny_config
@@ -57,14 +58,14 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)
 
 
-def sharded_at_load(model: ReformerHfForCausalLM, folder: Path) -> ReformerHfForCausalLM:
+def sharded_at_load(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The same model by way of a folder, sharded by Transformers."""
     # Only rank 0 writes; the other one waits for it.
     if RANK == 0:
         model.save_pretrained(folder)
     barrier()
     config = DistributedConfig(fsdp_size=WORLD_SIZE)
-    return ReformerHfForCausalLM.from_pretrained(folder, distributed_config=config, dtype=model.dtype)
+    return type(model).from_pretrained(folder, distributed_config=config, dtype=model.dtype)
 
 
 def gradients(
@@ -75,19 +76,21 @@ def gradients(
         init_process_group("gloo")
     fields = {"tie_word_embeddings": tied, "chunk_size_lm_head": head_chunk, "hash_seed": 0, "attn_layers": LAYERS}
     causal = head == "ReformerHfForCausalLM"
+    seq2seq = head == "ReformerHfForConditionalGeneration"
     cls = getattr(reformer_hf, head)
     model = random_model(torch.float64, cls, is_decoder=causal, pad_token_id=0, **fields).train()
     if wrap == "plan":
         model = sharded_at_load(model, Path(folder, "initial")).train()
     elif wrap == "fully_shard":
-        for layer in model.reformer.encoder.layers:
+        for layer in [module for module in model.modules() if isinstance(module, ReformerHfLayer)]:
             fully_shard(layer)
         fully_shard(model)
     elif wrap.startswith("ddp"):
         handler = DistributedDataParallelKwargs(find_unused_parameters=wrap == "ddp-unused")
         model = Accelerator(cpu=True, kwargs_handlers=[handler]).prepare(model)
     share = data(GLOBAL_BATCH).chunk(WORLD_SIZE)[RANK]
-    loss = model(share, labels=share if causal else share[:, 0] % 2).loss
+    labels = share if causal else share[:, :25] if seq2seq else share[:, 0] % 2
+    loss = model(share, labels=labels).loss
     loss.backward()
     module = model.module if wrap.startswith("ddp") else model
     found = {name: parameter.grad for name, parameter in module.named_parameters()}

@@ -110,7 +110,7 @@ def test_bad_options(tmp_path):
         with pytest.raises(ValueError, match=message):
             run(tmp_path, *options)
     (tmp_path / "data.csv").write_text("a,b\n" + "1,2\n" * 20)
-    with pytest.raises(ValueError, match="have no column 'label'.*two of \\['a', 'b'\\]"):
+    with pytest.raises(ValueError, match="have no column 'label'.*columns of \\['a', 'b'\\]"):
         run(tmp_path, "--data", str(tmp_path / "data.csv"))
 
 
