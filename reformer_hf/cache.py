@@ -49,6 +49,10 @@ class CacheSpec:
     head_size: int
     num_hashes: int = 0
 
+    def with_hashes(self, num_hashes: int) -> "CacheSpec":
+        """Return the spec for a number of hash rounds; other layers than LSH layers have none."""
+        return replace(self, num_hashes=num_hashes) if self.num_hashes not in (0, num_hashes) else self
+
 
 @dataclass(frozen=True)
 class Seen:

@@ -12,6 +12,21 @@ from .rng import ReplayState
 PositionWise = Callable[[Tensor], Tensor]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of a module does more than its class says: it has hooks, or another `forward`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+def has_inner_hooks(module: nn.Module) -> bool:
+    """
+    Return whether a module inside this one has hooks. They may change its output by tensors with gradients.
+
+    What contains such a module calls it once for all positions, and saves activations.
+    """
+    return any(has_hooks(inner) for inner in module.modules() if inner is not module)
+
+
 def suitable_chunk_size(batch_size: int, length: int, device_type: str) -> int:
     """Return the number of positions per chunk of an input `[B, L, …]` that is fastest on a device."""
     return max(min(policy_for(device_type).chunk_positions // max(batch_size, 1), length), 1)
@@ -41,12 +56,13 @@ def apply_chunked(
         hidden_states: `[B, L, …]`.
         chunk_size: Positions per chunk; 0 applies `function` to the whole input.
         parameters: Parameters of `function` that may require gradients.
-        module: The module that `function` belongs to, whose mode the recomputation restores.
+        module: The module that `function` belongs to, whose mode the recomputation restores. With hooks on modules
+            inside it, `function` is applied to the whole input.
 
     Raises:
         RuntimeError: In a backward pass with `create_graph=True`, if there are several chunks.
     """
-    if chunk_size == 0 or chunk_size >= hidden_states.shape[1]:
+    if chunk_size == 0 or chunk_size >= hidden_states.shape[1] or (module is not None and has_inner_hooks(module)):
         return function(hidden_states)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return _Chunked.apply(function, module, chunk_size, hidden_states, *parameters)
@@ -109,7 +125,9 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(hidden_states, *parameters)
         ctx.function, ctx.chunk_size, ctx.parameters = function, chunk_size, parameters
         ctx.state = ReplayState(hidden_states.device, module=module)
-        return torch.cat([function(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
+        out = torch.cat([function(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
+        ctx.state.keep_changed_buffers()
+        return out
 
     @staticmethod
     def backward(ctx, grad_out):

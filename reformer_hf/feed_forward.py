@@ -17,6 +17,9 @@ class _Dense(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_features, out_features)
 
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dense(hidden_states)
+
 
 class ReformerHfFeedForward(nn.Module):
     """Layer norm, linear layer, activation, linear layer."""
@@ -37,8 +40,8 @@ class ReformerHfFeedForward(nn.Module):
         return apply_chunked(self._update, hidden_states, self.chunk_size, list(self.parameters()), self)
 
     def _update(self, hidden_states: Tensor) -> Tensor:
-        rows = self.dense.dense(self.layer_norm(hidden_states).flatten(0, 1))
+        rows = self.dense(self.layer_norm(hidden_states).flatten(0, 1))
         if not self.training:
-            return self.output.dense(self.activation(rows)).view(hidden_states.shape)
+            return self.output(self.activation(rows)).view(hidden_states.shape)
         rows = self.activation(dropout(rows, self.inner_dropout))
-        return dropout(self.output.dense(rows), self.dropout).view(hidden_states.shape)
+        return dropout(self.output(rows), self.dropout).view(hidden_states.shape)

@@ -48,9 +48,7 @@ class ReformerHfLMHead(nn.Module):
             return self._sum_cross_entropy(hidden_states, targets)
         if not torch.is_grad_enabled() and not 0 < self.chunk_size < hidden_states.shape[1]:
             return self.decoder(hidden_states)
-        return apply_chunked(
-            self.decoder, hidden_states, self.chunk_size, list(self.decoder.parameters()), self.decoder
-        )
+        return apply_chunked(self.decoder, hidden_states, self.chunk_size, list(self.decoder.parameters()), self)
 
     def _sum_cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         chunk = LinearCrossEntropyOptions(

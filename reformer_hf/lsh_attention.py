@@ -39,9 +39,6 @@ class LSHSelfAttention(SelfAttention):
         )
         self.cache_spec = CacheSpec(self.pattern, self.num_heads, self.head_size, config.num_hashes)
 
-    def cache_spec_for(self, num_hashes: int | None) -> CacheSpec:
-        return self.cache_spec if num_hashes is None else replace(self.cache_spec, num_hashes=num_hashes)
-
     def begin(self, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
         hash_seed = self._hash_seed()
         call = super().begin(call, cache_layer)

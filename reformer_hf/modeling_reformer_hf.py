@@ -21,6 +21,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .cache import CacheSpec
+from .chunked import has_hooks
 from .configuration_reformer_hf import ReformerHfConfig
 from .embeddings import (
     ReformerHfEmbeddings,
@@ -49,7 +50,7 @@ from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
 from .pretrained_model import ReformerHfPreTrainedModel
 from .reformer_encoder import ReformerHfEncoder
 from .reformer_layer import ReformerHfLayer
-from .self_attention import AttentionCall
+from .self_attention import AttentionCall, is_plain
 
 if TYPE_CHECKING:
     # Transformers saves the files of all relative imports with a model: with this one, the other heads as well.
@@ -67,6 +68,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         super().__init__(config)
         self.embeddings = ReformerHfEmbeddings(config)
         self.encoder = ReformerHfEncoder(config)
+        layers = cast(Sequence[ReformerHfLayer], self.encoder.layers)
+        # Layers may be wrapped, skipped or deleted later.
+        self._base_cache_specs = [layer.attention.self_attention.cache_spec for layer in layers]
         self._cache_layer_types = config.layer_types if config.is_decoder else []
         self.post_init()
 
@@ -200,8 +204,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
 
     def _cache_specs(self, num_hashes: int | None) -> list[CacheSpec]:
         """Return the specs of this model's cache layers."""
-        layers = cast(Sequence[ReformerHfLayer], self.encoder.layers)
-        return [layer.attention.self_attention.cache_spec_for(num_hashes) for layer in layers]
+        return [spec.with_hashes(num_hashes or self.config.num_hashes) for spec in self._base_cache_specs]
 
 
 class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
@@ -293,7 +296,7 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
     @property
     def _loss_without_logits(self) -> bool:
         """Whether training steps compute the loss without logits: only the default loss of a plain linear layer."""
-        is_default = self._has_default_loss and type(self.lm_head.decoder) is nn.Linear
+        is_default = self._has_default_loss and is_plain(self.lm_head.decoder) and not has_hooks(self.lm_head)
         return self.training and self.lm_head.chunk_size > 0 and is_default
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .chunked import suitable_chunk_size
+from .chunked import has_inner_hooks, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import CrossAttention
 from .feed_forward import ReformerHfFeedForward
@@ -29,7 +29,7 @@ from .local_attention import LocalSelfAttention
 from .lsh_attention import LSHSelfAttention
 from .reversible import AttentionBranch, AttentionPart, Branch, ContextBranch, PositionWiseBranch, Tape, residual_layer
 from .rng import SeededDropout, draw_seed, dropout
-from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, Weights
+from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, SelfAttention, Weights
 from .stream_norm import StreamLayerNorm
 
 SELF_ATTENTIONS = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "full": FullSelfAttention}
@@ -160,6 +160,7 @@ class ReformerHfLayer(nn.Module):
 
     def __init__(self, config: ReformerHfConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         self.attention = ReformerHfAttention(config, layer_idx)
         self.cross_attention = ReformerHfCrossAttention(config, layer_idx) if config.add_cross_attention else None
         self.feed_forward = ReformerHfFeedForward(config)
@@ -186,9 +187,9 @@ class ReformerHfLayer(nn.Module):
         Returns:
             The streams after the layer, and attention weights if the call requests them.
         """
-        cache_layer: Any = None if cache is None else cache.layers[self.attention.layer_idx]
+        cache_layer: Any = None if cache is None else cache.layers[self.layer_idx]
         appends = cache_layer is not None and cache_layer.can_append(call.length)
-        if appends or (tape is None and torch.is_grad_enabled()) or has_inner_hooks(self):
+        if appends or (tape is None and torch.is_grad_enabled()) or self._is_changed():
             return self._call_modules(x1, x2, call, cache, cross_cache)
         drop = self.attention.draw_dropout()
         call = self.attention.self_attention.begin(call, cache_layer)
@@ -198,7 +199,7 @@ class ReformerHfLayer(nn.Module):
         x1, x2, (found, cross_weights, *_) = residual_layer(x1, x2, branches, tape)
         found = Found.join(found)
         if cache is not None:
-            self.attention.self_attention.prefill(found, call, cache, self.attention.layer_idx)
+            self.attention.self_attention.prefill(found, call, cache, self.layer_idx)
         return x1, x2, LayerWeights.of(found.weights, cross_weights)
 
     def _call_modules(
@@ -215,20 +216,19 @@ class ReformerHfLayer(nn.Module):
             x1, x2 = x2, x1 + self.cross_attention(x2, key, value, call.context.bias)
         return x2, x1 + self.feed_forward(x2), LayerWeights.of(weights, cross_weights)
 
+    def _is_changed(self) -> bool:
+        """Return whether modules of the layer have hooks, or were replaced by modules that only have a `forward`."""
+        attention, cross = self.attention, self.cross_attention
+        is_original = (
+            isinstance(attention, ReformerHfAttention)
+            and isinstance(attention.self_attention, SelfAttention)
+            and isinstance(attention.output, ReformerHfSelfOutput)
+            and isinstance(self.feed_forward, ReformerHfFeedForward)
+            and (cross is None or isinstance(cross, ReformerHfCrossAttention))
+        )
+        return not is_original or has_inner_hooks(self)
+
     def _feed_forward_branch(self, call: AttentionCall) -> PositionWiseBranch:
         suitable = suitable_chunk_size(call.batch_size, call.length, call.device.type)
         chunk_size = self.feed_forward.chunk_size or suitable
         return PositionWiseBranch(self.feed_forward, uses_rng=self.training, chunk_size=chunk_size)
-
-
-def has_inner_hooks(module: nn.Module) -> bool:
-    """
-    Return whether a module inside this one has hooks. They may change its output by tensors with gradients.
-
-    Such a layer calls each of its modules once, and saves activations.
-    """
-    return any(
-        inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks
-        for inner in module.modules()
-        if inner is not module
-    )

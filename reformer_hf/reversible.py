@@ -245,9 +245,10 @@ class AttentionBranch(Branch):
         grad_sum, drop = torch.empty_like(grad_stream), self._drop(stream)
         grads: Gradients = [None] * len(self.parameters)
         for part, of_part in zip(self.parts, found, strict=True):
-            # An adapter may draw random numbers in `read`, which the second call below must repeat.
-            state = ReplayState(stream.device, generators=self.uses_rng)
+            # An adapter may draw random numbers in `read`, or change buffers, which the second call below must repeat.
+            state = self.replay_state(stream.device)
             inputs = [x.requires_grad_() for x in map_chunks(part.read, stream, self.chunk_size)]
+            state.keep_changed_buffers()
             with torch.enable_grad():
                 heads, _ = part.attend(inputs, of_part)
             grad_heads = torch.empty_like(heads)
@@ -303,6 +304,8 @@ class _Record:
             if captures_states:
                 self.states.append(branch.replay_state(x1.device))
             total, found = branch.add_to(x1, x2)
+            if captures_states:
+                self.states[-1].keep_changed_buffers()
             self.found.append(found)
             x1, x2 = x2, total
         return x1, x2

@@ -145,6 +145,12 @@ class ReplayState:
         ]
         modules = [] if module is None else list(module.modules())
         self._modes = [(each, each.training) for each in modules]
+        # A buffer and its values, in modules that may change them, such as the vectors of spectral normalization.
+        self._buffers = [
+            [(tensor, tensor._version, tensor.clone()) for tensor in each._buffers.values() if tensor is not None]
+            for each in modules
+            if each._buffers and each.training
+        ]
         # `torch.func.functional_call` replaces the tensors of a module during its forward pass only.
         self._tensors = [
             (tensors, name, tensor)
@@ -152,6 +158,21 @@ class ReplayState:
             for tensors in (each._parameters, each._buffers)
             for name, tensor in tensors.items()
         ]
+
+    def keep_changed_buffers(self) -> None:
+        """
+        After the computation: if it has changed a buffer, let `replay` start from the values before.
+
+        A replay then works on copies, so that a computation changes the buffers of a module once.
+        """
+        old_values = {
+            id(tensor): value
+            for of_module in self._buffers
+            if any(tensor._version != version for tensor, version, _ in of_module)
+            for tensor, _, value in of_module
+        }
+        self._tensors = [(held, name, old_values.get(id(tensor), tensor)) for held, name, tensor in self._tensors]
+        self._buffers = []
 
     @contextmanager
     def replay(self) -> Iterator[None]:

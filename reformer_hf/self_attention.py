@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from .attention_pattern import AttentionPattern
 from .cache import CacheSpec, Past, Seen
 from .chunk_attention import chunk_attention, chunk_attention_weights
+from .chunked import has_hooks
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import Context
 from .device_policy import policy_for
@@ -146,7 +147,7 @@ class SelfAttention(nn.Module):
 
     def cache_spec_for(self, num_hashes: int | None) -> CacheSpec:
         """Return the spec of the cache layer for a call with this number of hash rounds; `None` means the config's."""
-        return self.cache_spec
+        return self.cache_spec.with_hashes(num_hashes or self.config.num_hashes)
 
     def begin(self, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
         """Complete a call with the fields of this layer, and draw the seeds that it needs."""
@@ -385,7 +386,7 @@ class ReformerHfSelfOutput(nn.Module):
         Returns:
             Their contribution to the sum over all heads, `[B, L, E]`.
         """
-        if features is None or features == slice(0, self.dense.in_features):
+        if features is None or not is_plain(self.dense) or features == slice(0, self.dense.in_features):
             return self.dense(hidden_states)
         return linear(hidden_states, self.dense.weight[:, features])
 
@@ -416,8 +417,7 @@ def parallel_heads(config: ReformerHfConfig, positions: int, device_type: str) -
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a module is a plain linear layer, so that part of its weight computes part of its output."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is nn.Linear and not hooks and "forward" not in vars(module)
+    return type(module) is nn.Linear and not has_hooks(module)
 
 
 def project(module: nn.Module, rows: Tensor, features: slice, values: bool) -> Tensor:

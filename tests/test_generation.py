@@ -516,6 +516,15 @@ def test_num_hashes_of_call():
     assert not torch.equal(found, _generate(model, input_ids))
 
 
+def test_num_hashes_of_changed_config():
+    """As for a call without cache, the config's current number of hash rounds holds."""
+    model, input_ids = _model(attn_layers=["lsh", "lsh"], num_hashes=2), _ids(40)
+    model.config.num_hashes = 8
+    expected = _generate(_model(attn_layers=["lsh", "lsh"], num_hashes=8), input_ids)
+    for use_cache in (True, False):
+        assert torch.equal(_generate(model, input_ids, use_cache=use_cache), expected)
+
+
 @each_beams
 def test_refuses_too_many_tokens(num_beams):
     """The last token is not put in any more."""

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from reformer_hf import ReformerHfForCausalLM
 
@@ -71,6 +72,57 @@ def _inside(name):
     return intervene
 
 
+class _Scaled(nn.Module):
+    """A module whose output is scaled."""
+
+    def __init__(self, module, vector):
+        super().__init__()
+        self.module, self.vector = module, nn.Parameter(vector.data)
+
+    def forward(self, *args):
+        return _scaled(self.module(*args), self.vector)
+
+
+def _scaled(out, vector):
+    return (_scaled(out[0], vector), *out[1:]) if isinstance(out, tuple) else out * vector[0]
+
+
+def _patch(name):
+    def intervene(layers, vector):
+        """Another `forward`, with a vector that is none of the layer's parameters."""
+        module = layers[1].get_submodule(name)
+        forward = module.forward
+        module.forward = lambda *args: _scaled(forward(*args), vector)
+
+    return intervene
+
+
+def _replace(name):
+    def intervene(layers, vector):
+        layers[1].set_submodule(name, _Scaled(layers[1].get_submodule(name), vector))
+
+    return intervene
+
+
+MODULES = (
+    "attention",
+    "attention.self_attention",
+    "attention.self_attention.value",
+    "attention.layer_norm",
+    "attention.output",
+    "attention.output.dense",
+    "feed_forward",
+    "feed_forward.dense",
+    "feed_forward.output",
+)
+
+
+def _normalize(layers, vector):
+    """Spectral normalization changes two buffers in each call."""
+    for module in [each for each in layers.modules() if isinstance(each, nn.Linear)]:
+        nn.utils.parametrizations.spectral_norm(module)
+
+
 INTERVENTIONS = {
     "output": _add_to_output,
     "input": _add_to_input,
@@ -79,6 +131,9 @@ INTERVENTIONS = {
     "undone": _undo,
     "two": _two,
     "last": _after_the_last,
+    "spectral-norm": _normalize,
+    **{f"patched-{name}": _patch(name) for name in MODULES},
+    **{f"replaced-{name}": _replace(name) for name in MODULES},
     **{
         name: _inside(name)
         for name in (
@@ -153,7 +208,6 @@ def test_hooks_inside_a_layer_fire_once():
         if name:
             module.register_forward_hook(lambda module, args, out, name=name: fired.append(name))
     names = {name for name, module in model.reformer.encoder.layers[0].named_modules() if name}
-    names -= {"feed_forward.dense", "feed_forward.output"}
     input_ids = torch.randint(0, 60, (1, 20))
     for call in (
         lambda: model(input_ids),
@@ -164,6 +218,82 @@ def test_hooks_inside_a_layer_fire_once():
         call()
         times = {name: fired.count(name) for name in names}
         assert set(times.values()) in ({1}, {2}), times
+
+
+def _hook_head(head, vector):
+    head.register_forward_hook(lambda module, args, out: out * vector.exp())
+
+
+def _hook_decoder(head, vector):
+    _hook_head(head.decoder, vector)
+
+
+def _patch_decoder(head, vector):
+    forward = head.decoder.forward
+    head.decoder.forward = lambda states: forward(states) * vector.exp()
+
+
+def _prune_decoder(head, vector):
+    prune.l1_unstructured(head.decoder, "weight", 0.5)
+
+
+@pytest.mark.parametrize("intervene", [_hook_head, _hook_decoder, _patch_decoder, _prune_decoder])
+def test_lm_head_in_chunks(intervene):
+    """With an intervention in the head, training steps compute logits, and one autograd graph of all of them."""
+    results = []
+    for chunk_size in (0, 8):
+        model = random_model(torch.float64, chunk_size_lm_head=chunk_size).train()
+        vector = nn.Parameter(torch.linspace(0, 1, 60, dtype=torch.float64))
+        intervene(model.lm_head, vector)
+        # A weight that pruning computed once would not follow the second step.
+        for _ in range(2):
+            loss = model(torch.arange(40)[None], labels=torch.arange(40)[None]).loss
+            loss.backward()
+            with torch.no_grad():
+                model.lm_head.bias.sub_(0.1)
+        results.append((loss, {"vector": vector.grad, **{n: p.grad for n, p in model.named_parameters()}}))
+    (loss, grads), (expected_loss, expected) = results
+    assert_close(loss, expected_loss, 1e-10)
+    for name, grad in grads.items():
+        assert (grad is None) == (expected[name] is None), name
+        if grad is not None:
+            assert_close(grad, expected[name], 1e-10, name)
+
+
+def test_buffers_change_once():
+    """The recomputation of batch statistics does not count again."""
+    counts = []
+    for reversible in (True, False):
+
+        def count(model):
+            counts.append(model.reformer.encoder.layers[1].feed_forward.layer_norm)
+
+        def normalize(layers, vector):
+            class OfRows(nn.BatchNorm1d):
+                def forward(self, rows):
+                    return super().forward(rows.flatten(0, 1)).view(rows.shape)
+
+            layers[1].feed_forward.layer_norm = OfRows(32, dtype=torch.float64)
+
+        _step(normalize, reversible, count)
+    assert [int(norm.num_batches_tracked) for norm in counts] == [1, 1]
+    assert_close(counts[0].running_mean, counts[1].running_mean, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["", *MODULES[:3]])
+def test_generate_with_wrapped_modules(name):
+    """As control vectors do it: the cache works with modules that only have a `forward`."""
+    sequences = []
+    for use_cache in (True, False):
+        model = random_model(attn_layers=LAYERS)
+        layer, vector = model.reformer.encoder.layers[1], torch.full((32,), 1.5)
+        if name:
+            layer.set_submodule(name, _Scaled(layer.get_submodule(name), vector))
+        else:
+            model.reformer.encoder.layers[1] = _Steered(layer, vector)
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "use_cache": use_cache}
+        sequences.append(model.generate(torch.arange(40).view(2, 20), **options))
+    assert torch.equal(*sequences)
 
 
 def _switch_mode(model):
