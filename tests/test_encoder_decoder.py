@@ -669,6 +669,7 @@ def _gradients_of_ranks(folder, wrap, tied=False):
     return load_file(folder / "gradients.safetensors")
 
 
+@pytest.mark.slow
 def test_ddp_gradients(tmp_path):
     """Of two ranks, each with half of the batch: those of one process."""
     found, expected = (_gradients_of_ranks(tmp_path / wrap, wrap) for wrap in ("ddp", "none"))
@@ -754,6 +755,7 @@ torch.save([outputs, load(again)[1]], results)
 """
 
 
+@pytest.mark.slow
 def test_process_without_package(tmp_path):
     """The code in the folder is enough to load it, and to save a folder that loads again."""
     saved, again, results = (tmp_path / name for name in ("saved", "again", "results"))
