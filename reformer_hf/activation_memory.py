@@ -10,31 +10,39 @@ from .device_policy import policy_for
 _KEPT_PER_HEAD = {"local": 4, "lsh": 3, "full": 4}
 
 
-def kept_activations(config: ReformerHfConfig, positions: int) -> int:
+def kept_activations(config: ReformerHfConfig, positions: int, source_positions: int = 0) -> int:
     """
     Estimate the bytes of activations that a training step keeps for all layers, in fp32 and without attention weights.
 
     Args:
         config: The config.
         positions: Number of positions, summed over the batch.
+        source_positions: Number of positions of the encoder output that the layers attend to, summed over the batch.
     """
     # The inputs of both layer norms, their outputs, and the outputs of the activation function. Dropout masks take a
     # byte per element.
     of_layer = 4 * config.hidden_size + config.feed_forward_size
     of_heads = config.num_attention_heads * config.attention_head_size
     of_attention = sum(_KEPT_PER_HEAD[layer_type] * of_heads for layer_type in config.attn_layers)
-    return 4 * positions * (len(config.attn_layers) * of_layer + of_attention)
+    kept = positions * (len(config.attn_layers) * of_layer + of_attention)
+    if config.add_cross_attention:
+        # Input and output of the layer norm, queries and outputs; keys and values.
+        of_cross_attention = positions * (2 * config.hidden_size + 2 * of_heads) + source_positions * 2 * of_heads
+        kept += len(config.attn_layers) * of_cross_attention
+    return 4 * kept
 
 
-def recomputes_activations(config: ReformerHfConfig, positions: int, device: torch.device) -> bool:
+def recomputes_activations(
+    config: ReformerHfConfig, positions: int, device: torch.device, source_positions: int = 0
+) -> bool:
     """
     Return whether reversible layers recompute activations: those of more than `config.max_kept_activations` bytes.
 
     Args:
-        config, positions: As in `kept_activations`.
+        config, positions, source_positions: As in `kept_activations`.
         device: The device of the activations.
     """
     limit = config.max_kept_activations
     if limit is None:
         limit = policy_for(device).kept_activations
-    return kept_activations(config, positions) > limit
+    return kept_activations(config, positions, source_positions) > limit

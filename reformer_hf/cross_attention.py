@@ -26,6 +26,11 @@ class Context:
     hidden_states: Tensor
     bias: Tensor | None = None
 
+    @property
+    def num_positions(self) -> int:
+        """Number of positions, summed over the batch."""
+        return self.hidden_states.shape[0] * self.hidden_states.shape[1]
+
     @classmethod
     def of(cls, hidden_states: Tensor, attention_mask: Tensor | None) -> "Context":
         """Create a context from the encoder output and its mask `[B, S]`, 1 for tokens and 0 for padding."""

@@ -279,7 +279,7 @@ def shift_tokens_right(labels: Tensor, pad_token_id: int | None, decoder_start_t
     return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad_token_id)], dim=1)
 
 
-# By this name, `Trainer` knows that labels are not shifted for label smoothing.
+# By this name, `Trainer` writes the task into model cards.
 MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.setdefault(
     ReformerHfEncoderDecoderConfig.model_type, ReformerHfForConditionalGeneration.__name__
 )

@@ -36,7 +36,10 @@ class ReformerHfEncoder(nn.Module):
     ) -> ReformerHfModelOutput:
         """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
         x1 = x2 = hidden_states
-        recomputes = self.reversible and recomputes_activations(self.config, call.num_positions, call.device)
+        source_positions = 0 if call.context is None else call.context.num_positions
+        recomputes = self.reversible and recomputes_activations(
+            self.config, call.num_positions, call.device, source_positions
+        )
         tape = Tape() if recomputes and torch.is_grad_enabled() else None
         all_hidden_states, all_weights = [x2], []
         for layer in self.layers:

@@ -29,6 +29,7 @@ from reformer_hf import (
     ReformerHfForConditionalGeneration,
     ReformerHfModel,
 )
+from reformer_hf.activation_memory import kept_activations
 from reformer_hf.cross_attention import Context, CrossAttention
 from reformer_hf.encoder_decoder import shift_tokens_right
 from reformer_hf.reversible import Tape
@@ -200,6 +201,26 @@ def test_memory_does_not_grow_with_either_depth():
     # Each branch of a reversible layer keeps a generator state, a dozenth of a stream here.
     assert max(grown[True, name] for name in LAYERS) < 0.3, grown
     assert min(grown[False, name] for name in LAYERS) > 6, grown
+
+
+def test_kept_activations():
+    """The estimate for the decoder, which also counts keys and values of the source, is near what layers keep."""
+    alive, estimates = [], []
+    for depth in (2, 8):
+        model = _model(torch.float32, reversible=False, attn_layers=["local"], decoder_attn_layers=["local"] * depth)
+        inputs = {"input_ids": _ids(250, 2), "labels": _ids(130, 2)}
+        model.train()(**inputs)
+        alive.append(memory_of(lambda model=model, inputs=inputs: model(**inputs).loss)[0])
+        estimates.append(kept_activations(model.config.decoder_config, 2 * 130, 2 * 250))
+    assert 0.75 < (alive[1] - alive[0]) / (estimates[1] - estimates[0]) < 1.25
+    # At the limit, the number of source positions decides.
+    model.config.max_kept_activations = model.get_decoder().config.max_kept_activations = estimates[1]
+    model.get_decoder().encoder.reversible = True
+    tapes = []
+    model.get_decoder().encoder.layers[0].register_forward_pre_hook(lambda module, args: tapes.append(args[3]))
+    for length in (250, 251):
+        model(_ids(length, 2), labels=_ids(130, 2))
+    assert tapes[0] is None and tapes[1] is not None
 
 
 def test_loss_on_encoder_and_decoder_states():
@@ -648,6 +669,7 @@ def _gradients_of_ranks(folder, wrap, tied=False):
     return load_file(folder / "gradients.safetensors")
 
 
+@pytest.mark.slow
 def test_ddp_gradients(tmp_path):
     """Of two ranks, each with half of the batch: those of one process."""
     found, expected = (_gradients_of_ranks(tmp_path / wrap, wrap) for wrap in ("ddp", "none"))
@@ -733,6 +755,7 @@ torch.save([outputs, load(again)[1]], results)
 """
 
 
+@pytest.mark.slow
 def test_process_without_package(tmp_path):
     """The code in the folder is enough to load it, and to save a folder that loads again."""
     saved, again, results = (tmp_path / name for name in ("saved", "again", "results"))

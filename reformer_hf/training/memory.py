@@ -91,7 +91,7 @@ def estimate_training_memory(
     model = config if isinstance(config, ReformerHfForCausalLM) else None
     if model is not None:
         config = model.config
-    if not isinstance(config, ReformerHfConfig):
+    if not isinstance(config, ReformerHfConfig) or config.is_encoder_decoder:
         raise ValueError(
             f"`config` is a {type(config).__name__}, but must be a `ReformerHfConfig` or a `ReformerHfForCausalLM`."
         )

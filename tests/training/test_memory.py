@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf import ReformerHfConfig, ReformerHfEncoderDecoderConfig, ReformerHfForCausalLM
 from reformer_hf.training import estimate_training_memory
 
 from ..helpers import memory_of
@@ -106,6 +106,8 @@ def test_bad_arguments():
 
 
 def test_uncovered_models():
+    with pytest.raises(ValueError, match="`config` is a ReformerHfEncoderDecoderConfig.*`ReformerHfForCausalLM`"):
+        estimate_training_memory(ReformerHfEncoderDecoderConfig(), 1024)
     for fields in ({"reversible": False}, {"attn_layers": ["full"]}):
         with pytest.raises(ValueError, match="reversible models of local and LSH layers"):
             estimate_training_memory(ReformerHfConfig(**fields, is_decoder=True), 1024)
