@@ -68,14 +68,8 @@ class ReformerHfForMaskedLM(ReformerHfLMHeadModel):
         Raises:
             ValueError: If labels do not match the input or the vocabulary.
         """
-        outputs = self.reformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            num_hashes=num_hashes,
-            **{**kwargs, "return_dict": True},
-        )
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
+        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, **kwargs)
         return ReformerHfMaskedLMOutput(loss=loss, logits=logits, **_more_outputs(outputs))
 
@@ -145,14 +139,8 @@ class ReformerHfForSequenceClassification(ReformerHfTaskModel):
                 nor a `pad_token_id`.
         """
         tokens = tokens_to_pool(self.config, input_ids, attention_mask, inputs_embeds)
-        outputs = self.reformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            num_hashes=num_hashes,
-            **{**kwargs, "return_dict": True},
-        )
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
+        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         logits, loss = self.classifier(outputs.last_hidden_state, tokens), None
         if labels is not None:
             labels = check_sequence_labels(labels, logits, self.config, self.reformer.checks_values)
@@ -198,14 +186,8 @@ class ReformerHfForMultipleChoice(ReformerHfTaskModel):
             None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
         )
         tokens = tokens_to_pool(self.config, input_ids, attention_mask, inputs_embeds)
-        outputs = self.reformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            num_hashes=num_hashes,
-            **{**kwargs, "return_dict": True},
-        )
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
+        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         logits, loss = self.classifier(outputs.last_hidden_state, tokens).view(batch_size, num_choices), None
         if labels is not None:
             labels = check_class_indices(labels, logits, "num_choices", self.reformer.checks_values)
@@ -249,14 +231,8 @@ class ReformerHfForTokenClassification(ReformerHfTaskModel):
         Raises:
             ValueError: If labels do not match the input or `num_labels`.
         """
-        outputs = self.reformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            num_hashes=num_hashes,
-            **{**kwargs, "return_dict": True},
-        )
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
+        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         logits, loss = self.classifier(self.dropout(outputs.last_hidden_state)), None
         if labels is not None:
             check_token_labels(labels, logits, self.num_labels, "num_labels", self.reformer.checks_values)
@@ -302,14 +278,8 @@ class ReformerHfForQuestionAnswering(ReformerHfTaskModel):
         Raises:
             ValueError: If only one of both is given, if their shapes do not match the input, or if one is negative.
         """
-        outputs = self.reformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            num_hashes=num_hashes,
-            **{**kwargs, "return_dict": True},
-        )
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
+        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if check_span(start_positions, end_positions, start_logits, self.reformer.checks_values):
