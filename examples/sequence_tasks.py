@@ -4,11 +4,12 @@ Tasks from sequence to sequence whose examples are generated.
 
 `reverse`: the target is the source, reversed.
 
-`lookup`: the source consists of questions, such as `ab=????`, and of records with different keys, such as `qx=3071`,
-in random order. The targets are the values of the records with the keys of the questions. Exact attention of a decoder
-reads the whole source, but each of its layers makes one step, and the first token of an answer needs two: from its
-place to the question, and from the key of the question to the record. A decoder of one layer therefore needs an
-encoder that brings questions and records together, across any distance.
+`capitals`: the source begins with the 26 letters of the alphabet, in random order. Later, among signs that say
+nothing, each of them comes once more, in another order, as a small letter or a capital. The target is the first
+sequence, in which the letters are capitals if they are capitals later. Exact attention of the decoder reads the whole
+source, but each of its layers makes one step, and a letter of the target needs two: from its place to the letter at
+that place, and from there to the other one. A decoder of one layer therefore needs an encoder that brings the two
+together, across any distance.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-RECORD_LENGTH = len("ab=1234;")
-MAX_QUESTIONS = 8
+SIGNS = np.array(list(" .,-"))
 
 # Draws one example, a source and a target, of at most so many characters.
 Draw = Callable[[np.random.Generator, int], tuple[str, str]]
@@ -89,24 +89,20 @@ def draw_reverse(rng: np.random.Generator, length: int) -> tuple[str, str]:
     return letters, letters[::-1]
 
 
-def draw_lookup(rng: np.random.Generator, length: int) -> tuple[str, str]:
+def draw_capitals(rng: np.random.Generator, length: int) -> tuple[str, str]:
     """
-    Draw questions, and as many records with different keys as fit into `length`, and the values asked for.
+    Draw the letters, a text of signs and letters, and the letters as in that text; `length` characters in total.
 
-    There are at most `MAX_QUESTIONS` questions, and at least as many records.
+    Raises:
+        ValueError: If `length` is too short for all letters to come twice.
     """
-    num_questions = min(MAX_QUESTIONS, (length + 1) // RECORD_LENGTH // 2)
-    num_records = (length + 1) // RECORD_LENGTH - num_questions
-    num_keys = len(LETTERS) ** 2
-    if not 1 <= num_questions or num_records > num_keys:
-        raise ValueError(
-            f"A source of {length} characters has {num_questions} questions and {num_records} records, but must have "
-            f"1 to {num_keys}, each with a key of its own: choose a length from {2 * RECORD_LENGTH} to "
-            f"{(num_keys + MAX_QUESTIONS) * RECORD_LENGTH}."
-        )
-    keys = ["".join(LETTERS[list(divmod(key, len(LETTERS)))]) for key in rng.choice(num_keys, num_records, False)]
-    values = [f"{value:04}" for value in rng.integers(10000, size=num_records)]
-    asked = rng.choice(num_records, num_questions, replace=False)
-    questions = [f"{keys[i]}=????" for i in asked]
-    records = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-    return ";".join(questions + records), ";".join(values[i] for i in asked)
+    number = len(LETTERS)
+    # Each letter has a part of the text of its own, at a random place.
+    part = (length - number) // number
+    if part < 1:
+        raise ValueError(f"A source has {length} characters, but must have at least {2 * number}.")
+    letters = rng.permutation(LETTERS)
+    cased = np.where(rng.random(number) < 0.5, np.char.upper(letters), letters)
+    text = rng.choice(SIGNS, length - number)
+    text[part * np.arange(number) + rng.integers(part, size=number)] = rng.permutation(cased)
+    return "".join([*letters, *text]), "".join(cased)

@@ -8,11 +8,11 @@ as bytes:
     python examples/train_seq2seq.py --data letters.csv --source_column letter --target_column summary \
         --max_source_length 16384 --max_target_length 512 --output_dir outputs/letters --num_train_epochs 3
 
-Train on a task whose examples are generated (see `sequence_tasks.py`): reverse 16 to 64 letters, or find the values
-of eight keys in a source of 4,096 bytes:
+Train on a task whose examples are generated (see `sequence_tasks.py`): reverse 16 to 64 letters, or write letters as
+capitals if they are capitals somewhere else in a source of 4,096 bytes:
 
     python examples/train_seq2seq.py --task reverse --output_dir outputs/reverse
-    python examples/train_seq2seq.py --task lookup --output_dir outputs/lookup
+    python examples/train_seq2seq.py --task capitals --output_dir outputs/capitals
 
 Fine-tune a saved model, with the tokenizer that was saved with it:
 
@@ -27,7 +27,6 @@ weights, config, tokenizer, model card, learning curve (`curve.jsonl`), predicti
 import importlib.util
 import json
 import logging
-import signal
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ import datasets
 import evaluate
 import numpy as np
 from model_report import plot_learning_curve, read_curve, write_task_card
-from sequence_tasks import GeneratedExamples, SequenceTask, draw_lookup, draw_reverse
+from sequence_tasks import GeneratedExamples, SequenceTask, draw_capitals, draw_reverse
 from table_data import load_columns
 from torch.utils.data import Dataset
 from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides
@@ -57,7 +56,6 @@ from transformers import (
 from reformer_hf import ReformerHfByteTokenizer
 from reformer_hf.configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
 from reformer_hf.encoder_decoder import ReformerHfForConditionalGeneration
-from reformer_hf.training import SaveOnSigterm, StopOnNonFinite
 
 logger = logging.getLogger(__name__)
 
@@ -87,26 +85,33 @@ TASKS = {
         "16 to 64 random letters; the target is the source, reversed",
         max_length=65,
         max_target_length=65,
-        stages=((65, 96000),),
+        stages=((65, 288000),),
         config=_SMALL | {"attn_layers": ["local", "full"], "axial_norm_std": 0.3},
         options=_OPTIONS,
     ),
-    "lookup": SequenceTask(
-        draw_lookup,
-        "eight questions such as `ab=????`, followed by records such as `qx=3071` in random order, 4,096 bytes in "
-        "total; the targets are the values of the records with the keys of the questions",
+    "capitals": SequenceTask(
+        draw_capitals,
+        "26 letters, and each of them once more among signs, in 4,096 bytes; the targets are the first letters, as "
+        "capitals if they are capitals later",
         max_length=4096,
-        max_target_length=40,
-        stages=((128, 32000), (512, 6400), (4096, 3200)),
-        config=_SMALL
-        | {
-            "attn_layers": ["local", "lsh"],
-            "axial_norm_std": 0.3,
-            # Local layers see one record.
+        max_target_length=27,
+        stages=((128, 64000), (512, 12800), (4096, 6400)),
+        config={
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "attention_head_size": 16,
+            "feed_forward_size": 128,
+            "hidden_dropout_prob": 0.0,
+            "attn_layers": ["lsh", "local"],
+            "decoder_attn_layers": ["local"],
+            "lsh_attn_chunk_length": 8,
             "local_attn_chunk_length": 8,
-            "local_num_chunks_before": 0,
+            "num_hashes": 4,
+            # The same letter at other places should have a similar state in the first layer.
+            "initializer_range": 0.2,
+            "axial_norm_std": 0.1,
         },
-        options=_OPTIONS,
+        options={"per_device_train_batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 50},
     ),
 }
 
@@ -152,7 +157,7 @@ class DataArguments:
         default=0.1, metadata={"help": "Fraction to hold out of data without a split `validation` or `test`."}
     )
     task: str = field(
-        default="reverse", metadata={"help": "Generated examples, if there are no data: reverse or lookup."}
+        default="reverse", metadata={"help": "Generated examples, if there are no data: reverse or capitals."}
     )
     stages: str | None = field(
         default=None,
@@ -343,7 +348,7 @@ def train(
     pairs = load_pairs(data_args, tokenizer, lengths, training_args.seed)
     logger.info("%s", pairs.description)
     checkpoint = find_checkpoint(training_args)
-    metric, on_sigterm = GenerationMetrics(keep_in_memory=True), SaveOnSigterm()
+    metric = GenerationMetrics(keep_in_memory=True)
 
     def decode(ids: np.ndarray) -> list[str]:
         return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
@@ -359,20 +364,13 @@ def train(
         train_dataset=pairs.train,
         eval_dataset=pairs.validation,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
-        callbacks=[StopOnNonFinite(), on_sigterm],
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if on_sigterm.stopped:
-        logger.warning("Stopped after step %d. Run the same command again to resume.", trainer.state.global_step)
-        raise SystemExit(128 + signal.SIGTERM)
+    metrics = trainer.train_or_exit(checkpoint)
     prediction = trainer.predict(pairs.validation, metric_key_prefix="eval")
     metrics |= prediction.metrics
-    trainer.save_model()
-    trainer.save_state()
-    for split in ("train", "eval"):
-        trainer.save_metrics(split, {name: value for name, value in metrics.items() if name.startswith(f"{split}_")})
+    trainer.save_run(metrics)
     sources = (np.array([pairs.validation[i]["input_ids"]]) for i in range(len(pairs.validation)))
     targets = decode(_without_padding(prediction.label_ids, tokenizer))
     predictions = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from sequence_tasks import GeneratedExamples, draw_lookup, draw_reverse
+from sequence_tasks import LETTERS, GeneratedExamples, draw_capitals, draw_reverse
 from train_seq2seq import IGNORED, TASKS, GenerationMetrics, encode_pair, main, parse_stages, token_accuracy
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -20,7 +20,7 @@ OPTIONS = f"""
     --config_overrides {TINY},local_attn_chunk_length=8 --max_steps 4 --eval_steps 2 --save_steps 2 --logging_steps 1
     --per_device_train_batch_size 2 --per_device_eval_batch_size 4 --use_cpu --disable_tqdm true
 """
-LOOKUP = "--task lookup --max_source_length 128 --stages 48:4,128:8 --num_held_out 6".split()
+CAPITALS = "--task capitals --max_source_length 128 --stages 64:4,128:8 --num_held_out 6".split()
 
 
 def run(output_dir, *options):
@@ -29,8 +29,8 @@ def run(output_dir, *options):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lookup")
-    return folder, *run(folder, *LOOKUP)
+    folder = tmp_path_factory.mktemp("capitals")
+    return folder, *run(folder, *CAPITALS)
 
 
 def test_draw_reverse():
@@ -40,16 +40,14 @@ def test_draw_reverse():
     assert {len(source) for source, _ in pairs} == set(range(16, 65))
 
 
-def test_draw_lookup():
+def test_draw_capitals():
     rng = np.random.default_rng(0)
-    for length in (48, 128, 4095):
-        source, target = draw_lookup(rng, length)
-        assert length - 8 < len(source) <= length
-        pairs = [record.split("=") for record in source.split(";")]
-        questions = [key for key, value in pairs if value == "????"]
-        values = dict(pairs[len(questions) :])
-        assert len(questions) + len(values) == len(pairs)
-        assert [values[key] for key in questions] == target.split(";")
+    for length in (52, 127, 4095):
+        source, target = draw_capitals(rng, length)
+        first, text = source[:26], source[26:]
+        assert len(source) == length and sorted(first) == sorted(LETTERS)
+        assert sorted(target) == sorted(filter(str.isalpha, text)) and target.lower() == first
+        assert not target.islower() and not target.isupper()
 
 
 def test_examples_are_determined_by_seed_and_index():
@@ -106,7 +104,7 @@ def test_folder(trained):
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert predictions == metrics["predictions"] and len(predictions) == 6
-    assert all(example["source"][3:7] == "????" for example in predictions)
+    assert all(example["source"][:26].islower() for example in predictions)
     equal = [example["prediction"] == example["target"] for example in predictions]
     assert metrics["eval_exact_match"] == np.mean(equal)
     assert json.loads((folder / "all_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
@@ -133,9 +131,9 @@ def test_card(trained):
 
 
 def test_resume(trained, tmp_path):
-    resumed, metrics = run(tmp_path, *LOOKUP, "--max_steps", "2")
+    resumed, metrics = run(tmp_path, *CAPITALS, "--max_steps", "2")
     assert resumed.state.global_step == 2
-    resumed, metrics = run(tmp_path, *LOOKUP)
+    resumed, metrics = run(tmp_path, *CAPITALS)
     assert resumed.state.global_step == 4
     # The learning rate of the first steps followed from their number.
     assert math.isfinite(metrics["eval_loss"])
@@ -172,8 +170,8 @@ def test_label_smoothing_is_not_shifted(trained):
 
 BAD_OPTIONS = (
     (["--task", "riddle"], "`task` is 'riddle'"),
-    (["--task", "lookup", "--stages", "64"], "`stages` is '64'"),
-    (["--task", "lookup", "--stages", "64:2,8192:1"], "from 2 to 4096"),
+    (["--task", "capitals", "--stages", "64"], "`stages` is '64'"),
+    (["--task", "capitals", "--stages", "64:2,8192:1"], "from 2 to 4096"),
     (["--predict_with_generate", "false"], "the metrics need generated targets"),
     (["--data", "missing.csv"], "does not exist"),
     (["--config_overrides", "axis=1"], "field of `ReformerHfEncoderDecoderConfig`"),
@@ -196,6 +194,6 @@ def test_parse_stages():
             parse_stages(text, 128)
 
 
-def test_lookup_needs_room():
-    with pytest.raises(ValueError, match="choose a length"):
-        draw_lookup(np.random.default_rng(0), 8)
+def test_capitals_need_room():
+    with pytest.raises(ValueError, match="at least 52"):
+        draw_capitals(np.random.default_rng(0), 51)
