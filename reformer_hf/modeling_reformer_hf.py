@@ -281,6 +281,8 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
         if labels is None:
             return self.lm_head(hidden_states), None
         self.check_labels(labels, hidden_states, **kwargs)
+        # The losses of Transformers take no views with gaps, such as `labels[:, :n]`.
+        labels = labels.contiguous()
         if self._loss_without_logits:
             return None, self.lm_head.loss(hidden_states, labels, **kwargs)
         logits = self.lm_head(hidden_states)

@@ -236,7 +236,7 @@ class ReformerHfForTokenClassification(ReformerHfTaskModel):
         logits, loss = self.classifier(self.dropout(outputs.last_hidden_state)), None
         if labels is not None:
             check_token_labels(labels, logits, self.num_labels, "num_labels", self.reformer.checks_values)
-            loss = self.loss_function(logits, labels, self.config, **kwargs)
+            loss = self.loss_function(logits, labels.contiguous(), self.config, **kwargs)
         return ReformerHfTokenClassifierOutput(loss=loss, logits=logits, **_more_outputs(outputs))
 
 

@@ -236,6 +236,14 @@ def test_other_losses():
     assert_close(model(inputs["input_ids"], **outside).loss, alone, 1e-5)
 
 
+@pytest.mark.parametrize("head", [ReformerHfForMaskedLM, ReformerHfForTokenClassification])
+def test_labels_with_gaps(head):
+    """Labels may be a slice, whose rows are not next to each other."""
+    model, ids, labels = _model(head), _ids(2, 30), _ids(2, 40) % NUM_LABELS
+    losses = [model(ids, labels=each).loss for each in (labels[:, :30], labels[:, :30].clone())]
+    assert torch.equal(*losses)
+
+
 BAD_CALLS = (
     (ReformerHfForMaskedLM, {"labels": _ids(2, 5)}, r"`labels` has shape \(2, 5\), but must be \(2, 77\)"),
     (ReformerHfForMaskedLM, {"labels": _ids(2, LENGTH) + 60}, r"must be in \[0, 59\] \(`vocab_size` is 60\), or -100"),

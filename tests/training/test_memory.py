@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from reformer_hf import ReformerHfConfig, ReformerHfEncoderDecoderConfig, ReformerHfForCausalLM
+from reformer_hf.encoder_decoder import ReformerHfForConditionalGeneration
 from reformer_hf.training import estimate_training_memory
 
 from ..helpers import memory_of
@@ -78,6 +79,37 @@ def test_depth_adds_gradients_alone():
     assert abs((peaks[1] - peaks[0]) - (gradients[1] - gradients[0])) < 0.01 * peaks[0], (peaks, gradients)
 
 
+SEQ2SEQ_CONFIGS = {
+    "shallow-decoder": {"attn_layers": ["lsh", "local"], "decoder_attn_layers": ["lsh"]},
+    "deep": {"attn_layers": ["local", "lsh"] * 3},
+    "vocabulary": {"attn_layers": ["lsh"] * 2, "vocab_size": 4000},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "length", "target_length"),
+    [
+        ("shallow-decoder", 2, 1500, 200),
+        # Longer targets, where the backward pass of the decoder needs most.
+        ("vocabulary", 1, 1000, 1500),
+        pytest.param("shallow-decoder", 1, 8192, 256, marks=pytest.mark.slow),
+        pytest.param("shallow-decoder", 1, 1024, 8192, marks=pytest.mark.slow),
+        pytest.param("deep", 1, 8192, 512, marks=pytest.mark.slow),
+    ],
+)
+def test_encoder_decoder_estimate_is_near(name, batch_size, length, target_length):
+    config = ReformerHfEncoderDecoderConfig(**SEQ2SEQ_CONFIGS[name], **(SIZES | {"is_decoder": False}))
+    model = ReformerHfForConditionalGeneration(config).train()
+    ids, labels = (torch.randint(3, 259, (batch_size, size)) for size in (length, target_length))
+    model(ids[:, :100], labels=labels[:, :50]).loss.backward()
+    model.zero_grad()
+    peak = memory_of(lambda: model(ids, labels=labels).loss.backward())[1]
+    estimate = estimate_training_memory(model, length, batch_size, optimizer_bytes=0, target_length=target_length)
+    assert estimate.encoder.parameters + estimate.decoder.parameters == 4 * model.num_parameters()
+    assert 0.8 < peak / (estimate.total - 4 * model.num_parameters()) < 1.15, estimate
+    assert estimate == estimate_training_memory(config, length, batch_size, None, None, 0, target_length=target_length)
+
+
 def test_config_or_model():
     """A model of the dtype gives what its config does; frozen weights take no gradients and optimizer state."""
     config = ReformerHfConfig(**SIZES, attn_layers=["lsh"])
@@ -106,8 +138,12 @@ def test_bad_arguments():
 
 
 def test_uncovered_models():
-    with pytest.raises(ValueError, match="`config` is a ReformerHfEncoderDecoderConfig.*`ReformerHfForCausalLM`"):
+    with pytest.raises(ValueError, match="`target_length` is None.*an encoder-decoder needs it"):
         estimate_training_memory(ReformerHfEncoderDecoderConfig(), 1024)
+    with pytest.raises(ValueError, match="`target_length` is 8.*only an encoder-decoder has one"):
+        estimate_training_memory(ReformerHfConfig(is_decoder=True), 1024, target_length=8)
+    with pytest.raises(ValueError, match="`target_length` is 8192.*at most 4096"):
+        estimate_training_memory(ReformerHfEncoderDecoderConfig(), 1024, target_length=8192)
     for fields in ({"reversible": False}, {"attn_layers": ["full"]}):
         with pytest.raises(ValueError, match="reversible models of local and LSH layers"):
             estimate_training_memory(ReformerHfConfig(**fields, is_decoder=True), 1024)
