@@ -73,6 +73,52 @@ classes = (AutoModelForCausalLM, AutoModel, AutoTokenizer)
 save_outputs("loaded", *(each.from_pretrained("user/tiny-reformer", **options) for each in classes))
 """
 
+# Each head, by the name of its Auto class.
+HEADS = """
+import transformers
+
+HEADS = {
+    "MaskedLM": "ReformerHfForMaskedLM",
+    "SequenceClassification": "ReformerHfForSequenceClassification",
+    "TokenClassification": "ReformerHfForTokenClassification",
+    "QuestionAnswering": "ReformerHfForQuestionAnswering",
+    "MultipleChoice": "ReformerHfForMultipleChoice",
+    "Seq2SeqLM": "encoder_decoder.ReformerHfForConditionalGeneration",
+}
+
+def save_head(name, model):
+    input_ids = torch.arange(40).view((2, 2, 10) if name == "MultipleChoice" else (2, 20))
+    inputs = {"decoder_input_ids": input_ids[:, :7]} if name == "Seq2SeqLM" else {}
+    with torch.no_grad():
+        outputs = model.eval()(input_ids, **inputs)
+    found = {field: value for field, value in outputs.items() if isinstance(value, torch.Tensor)}
+    found["module"] = type(model).__module__
+    if name == "Seq2SeqLM":
+        found["generated"] = model.generate(input_ids, max_new_tokens=3, num_beams=2)
+        found["max_length"] = model.generation_config.max_length
+    torch.save(found, f"{sys.argv[1]}/{name}")
+"""
+
+PUSH_HEADS = """
+from operator import attrgetter
+from reformer_hf import encoder_decoder
+from tests.helpers import tiny_config
+
+for name, head in HEADS.items():
+    torch.manual_seed(0)
+    head = attrgetter(head)(reformer_hf)
+    model = head(tiny_config(head.config_class, is_decoder=False, num_labels=2))
+    if name == "Seq2SeqLM":
+        model.generation_config.max_length = 77
+    model.push_to_hub(f"user/{name}")
+    save_head(name, model)
+"""
+
+LOAD_HEADS = """
+for name in HEADS:
+    save_head(name, getattr(transformers, f"AutoModelFor{name}").from_pretrained(f"user/{name}", **options))
+"""
+
 FAIL = """
 import json
 from huggingface_hub import hf_hub_download
@@ -168,6 +214,24 @@ def test_load_with_package(folder, pushed):
 def test_load_without_package(hub, pushed, tmp_path):
     _run(LOAD, hub, tmp_path, package=False)
     _assert_equals(torch.load(tmp_path / "loaded"), pushed, package=False)
+
+
+@pytest.mark.slow
+def test_each_head(hub, tmp_path):
+    """Each head is loaded with and without the package by its Auto class, and computes what the pushed model does."""
+    folders = {name: tmp_path / name for name in ("pushed", "with", "without")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        script = HEADS + (PUSH_HEADS if name == "pushed" else LOAD_HEADS)
+        _run(script, hub, folder, package=name != "without")
+    names = [path.name for path in folders["pushed"].iterdir() if path.is_file()]
+    assert len(names) == 6
+    for name in names:
+        pushed, *loaded = (torch.load(folder / name) for folder in folders.values())
+        for found, home in zip(loaded, ("reformer_hf.", f"transformers_modules.user.{name}."), strict=True):
+            assert found.pop("module").startswith(home), name
+            for field, value in found.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(pushed[field])), (name, field)
 
 
 def test_client_errors(hub, folder):
