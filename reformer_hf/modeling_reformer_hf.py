@@ -20,12 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .cache import CacheSpec
+from .cache import CacheSpec, refuse_gradient
 from .chunked import has_hooks
 from .configuration_reformer_hf import ReformerHfConfig
-from .embeddings import (
-    ReformerHfEmbeddings,
-)
+from .embeddings import ReformerHfEmbeddings
 from .full_cache import FullCacheLayer, StaticFullCacheLayer
 from .generation_reformer_hf import ReformerHfGenerationMixin
 from .input_checks import (
@@ -168,8 +166,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         layers: Sequence[Any] = () if cache is None else cache.layers
         appends = cache is not None and all(layer.can_append(inputs.shape[1]) for layer in layers)
         encode = self._encode if appends else self._encode_uncompiled
-        with torch.no_grad() if cache is not None and torch.is_grad_enabled() else nullcontext():
-            return encode(
+        lacks_gradient = cache is not None and torch.is_grad_enabled()
+        with torch.no_grad() if lacks_gradient else nullcontext():
+            output = encode(
                 (input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
                 (cache, cross_cache),
                 output_hidden_states,
@@ -180,6 +179,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 output_attentions=output_attentions,
                 documents=documents,
             )
+        if lacks_gradient and any(x.requires_grad for x in (inputs, *self.parameters())):
+            output.last_hidden_state = refuse_gradient(output.last_hidden_state)
+        return output
 
     def _encode(
         self, inputs: tuple, caches: tuple[Cache | None, Cache | None], output_hidden_states: bool, **options

@@ -814,3 +814,17 @@ def test_cache_has_no_gradients():
     for layer in output.cache.layers:
         assert not layer.keys.requires_grad
     assert isinstance(model, ReformerHfForCausalLM)
+
+
+def test_no_gradient_with_cache():
+    """What was computed with a cache has no gradient, and says so; other uses of the output are unaffected."""
+    model, ids = random_model(torch.float64), torch.arange(1, 41).view(2, 20)
+    for options in ({"cache": _new_cache(model)}, {"use_cache": True}):
+        output = model(ids, labels=ids, **options)
+        assert output.loss.item() == model(ids, labels=ids).loss.item()
+        with pytest.raises(RuntimeError, match="computed with a KV cache.*`use_cache=False`"):
+            output.loss.backward()
+    # A frozen model passes its outputs to what is trained on top of it.
+    model.reformer.requires_grad_(False)
+    model(ids, labels=ids, use_cache=True).loss.backward()
+    assert model.lm_head.decoder.weight.grad.abs().sum() > 0
