@@ -44,7 +44,9 @@ def log(monkeypatch):
     attention_kernels._passes_trial.cache_clear()
 
 
-@pytest.mark.parametrize("sizes", [(32, 96, 64), (32, 160, 64), (64, 128, 64), (64, 192, 64), (5, 5, 16)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(32, 96, 64), (32, 160, 64), (64, 128, 64), (64, 192, 64), (5, 5, 16), (2, 2, 16)], ids=str
+)
 def test_cpu_kernel_passes_trial(sizes, log):
     """Else attention would be slow on this machine, and nobody would see it."""
     assert attention_kernels._is_trusted("cpu_flash", torch.device("cpu"), torch.float32, *sizes, sizes[-1])
