@@ -1,0 +1,153 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The training loop of the experiments. It continues after SIGKILL, and ends with the same weights as without."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Inputs and labels of a batch, for a step.
+Batches = Callable[[int], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """
+    Length of a training and learning rate of AdamW.
+
+    The learning rate rises during the warm-up, is constant, and falls to zero during the last fifth.
+
+    Args:
+        steps: Maximum number of steps.
+        seconds: Maximum number of seconds, without evaluations; `None` for no limit.
+        learning_rate: Its maximum.
+        warmup: Number of steps until it.
+        eval_every: Number of steps between two evaluations.
+        stop_at: Value of the first metric of an evaluation at which training ends; `None` for no limit. Without a
+            fall of the learning rate.
+        weight_decay, clip_norm: As usual.
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    eval_every: int = 100
+    seconds: float | None = None
+    stop_at: float | None = None
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def share_of_learning_rate(self, step: int, seconds: float) -> float:
+        done = step / self.steps
+        if self.seconds is not None:
+            done = max(done, seconds / self.seconds)
+        falling = 1.0 if self.stop_at is not None else max(1.0 - done, 0.0) / 0.2
+        return min(1.0, (step + 1) / self.warmup, falling)
+
+
+@dataclass
+class _State:
+    """What a training continues from, besides the weights."""
+
+    step: int
+    seconds: float
+    cpu_seconds: float
+    losses: list[float]
+    curve: list[dict[str, float]]
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    schedule: Schedule,
+    scratch: Path,
+    checkpoint_seconds: float = 120.0,
+) -> dict[str, Any]:
+    """
+    Train a model, and keep its final weights in `scratch / "model.pt"`.
+
+    Args:
+        model: Called with a batch, it returns an output with `loss`.
+        batches: Returns the batch of a step.
+        evaluate: Returns metrics of the model in evaluation mode, the most important one first.
+        schedule: Length and learning rate.
+        scratch: Folder of the checkpoint, which a training that was killed continues from.
+        checkpoint_seconds: Seconds between two checkpoints.
+
+    Returns:
+        The number of steps, seconds and CPU seconds of training, without evaluations, and the curve: step, seconds,
+        mean loss since the last entry, and metrics.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98)
+    )
+    state, path = _State(0, 0.0, 0.0, [], []), scratch / "checkpoint.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=False)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        state = saved["state"]
+    last_saved = time.monotonic()
+    while not _is_done(state, schedule):
+        wall, cpu = time.perf_counter(), time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate * schedule.share_of_learning_rate(state.step, state.seconds)
+        model.train()
+        loss = model(**batches(state.step)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        state.losses.append(loss.item())
+        state.step += 1
+        state.seconds += time.perf_counter() - wall
+        state.cpu_seconds += time.process_time() - cpu
+        if not math.isfinite(state.losses[-1]):
+            raise FloatingPointError(f"The loss is {state.losses[-1]} at step {state.step}.")
+        if state.step % schedule.eval_every == 0 or _is_done(state, schedule):
+            _evaluate(model, evaluate, state)
+        if time.monotonic() - last_saved > checkpoint_seconds:
+            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            _save({**weights, "rng": torch.get_rng_state(), "state": state}, path)
+            last_saved = time.monotonic()
+    _save(model.state_dict(), scratch / "model.pt")
+    return {
+        "steps": state.step,
+        "seconds": round(state.seconds, 1),
+        "cpu_seconds": round(state.cpu_seconds, 1),
+        "curve": state.curve,
+    }
+
+
+def _is_done(state: _State, schedule: Schedule) -> bool:
+    if schedule.stop_at is not None and state.curve and state.step == state.curve[-1]["step"]:
+        metric = list(state.curve[-1].values())[3]
+        if metric >= schedule.stop_at:
+            return True
+    return state.step >= schedule.steps or (schedule.seconds is not None and state.seconds >= schedule.seconds)
+
+
+def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]], state: _State) -> None:
+    rng = torch.get_rng_state()
+    with torch.no_grad():
+        metrics = evaluate(model.eval())
+    torch.set_rng_state(rng)
+    entry = {"step": state.step, "seconds": round(state.seconds, 2), "loss": sum(state.losses) / len(state.losses)}
+    state.curve.append({name: round(value, 5) for name, value in (entry | metrics).items()})
+    state.losses = []
+
+
+def _save(saved: dict[str, Any], path: Path) -> None:
+    """Save atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(saved, partial)
+    os.replace(partial, path)
