@@ -1,0 +1,193 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Recall of pairs that are far apart: multi-query associative recall (Arora et al. 2023, "Zoology").
+
+    python -m experiments.recall
+
+A sequence begins with pairs of a key and a value. Each key comes once more at its end, far beyond the reach of local
+layers, and is followed by its value, which the model must predict. Between them there are random tokens that say
+nothing. Accuracy is that of the values after the second key of a pair.
+
+Here: 64 pairs (32 at 256 tokens) out of 256 keys and 256 values. The models are those of `experiments.models` with two
+layers. Longer sequences are warm-started from the weights of the length before, for all models alike; position
+embeddings of a longer model start as `resize_position_embeddings` makes them. Training ends at 99 %.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import pyplot
+from torch import Tensor, nn
+
+from .models import COLORS, LABELS, MODELS, Sizes
+from .records import Record
+from .runner import Experiment, main, scratch_of
+from .training import Schedule, train
+
+KEYS, VALUES, FILLER = range(256), range(256, 512), range(512, 528)
+VOCAB_SIZE = FILLER.stop
+LENGTHS = (256, 1024, 4096, 16384)
+NUM_HELD_OUT = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Settings of a run.
+
+    Args:
+        model: Name of the model.
+        length: Length of the sequences; the run starts with the weights of the length before.
+        seed: Seed of weights, data and hashes.
+        width: Width of the model.
+        tokens: Number of tokens in a batch.
+        steps: Maximum number of training steps.
+        seconds: Maximum number of seconds.
+        learning_rate: Its maximum.
+        initializer_range: Standard deviation of initial weights.
+        num_hashes: Number of hash rounds.
+    """
+
+    model: str
+    length: int
+    seed: int = 0
+    width: int = 128
+    tokens: int = 4096
+    steps: int = 10_000
+    seconds: float = 1800.0
+    learning_rate: float = 1e-3
+    initializer_range: float | None = None
+    num_hashes: int = 2
+
+    @property
+    def pairs(self) -> int:
+        return min(64, self.length // 8)
+
+    @property
+    def shorter(self) -> "Run | None":
+        """The run to start from."""
+        lengths = [length for length in LENGTHS if length < self.length]
+        return replace(self, length=lengths[-1]) if lengths else None
+
+
+def draw(run: Run, batch_size: int, seed: int) -> dict[str, Tensor]:
+    """Draw sequences and labels `[B, L]`, which are -100 except for the values after the second key of each pair."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(pool: range) -> Tensor:
+        order = torch.rand((batch_size, len(pool)), generator=generator).argsort(1)
+        return pool.start + order[:, : run.pairs]
+
+    keys = choose(KEYS)
+    values = torch.randint(VALUES.start, VALUES.stop, keys.shape, generator=generator)
+    order = torch.rand(keys.shape, generator=generator).argsort(1)
+    pairs = torch.stack([keys, values], dim=-1)
+    asked = pairs.gather(1, order[..., None].expand_as(pairs))
+    gap = (batch_size, run.length - 4 * run.pairs)
+    filler = torch.randint(FILLER.start, FILLER.stop, gap, generator=generator)
+    input_ids = torch.cat([pairs.flatten(1), filler, asked.flatten(1)], dim=1)
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -2 * run.pairs + 1 :: 2] = asked[..., 1]
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def build(run: Run) -> nn.Module:
+    """Build a model of two layers. The reach of its local layers is an eighth of the length, at most 64."""
+    chunk = min(32, run.length // 16)
+    sizes = Sizes(
+        VOCAB_SIZE,
+        run.length,
+        run.width,
+        depth=2,
+        feed_forward=2 * run.width,
+        local_chunk=chunk,
+        lsh_chunk=chunk,
+        num_hashes=run.num_hashes,
+        initializer_range=run.initializer_range,
+    )
+    return MODELS[run.model](sizes)
+
+
+def accuracy(model: nn.Module, run: Run) -> float:
+    """Return the accuracy on the values of held-out sequences."""
+    right = []
+    for i in range(NUM_HELD_OUT):
+        batch = draw(run, 1, (1 << 40) + i)
+        predicted = model(input_ids=batch["input_ids"]).logits[:, :-1].argmax(-1)
+        labels = batch["labels"][:, 1:]
+        right.append((predicted == labels)[labels != -100].float().mean())
+    return torch.stack(right).mean().item()
+
+
+def load_shorter(model: nn.Module, shorter: nn.Module, weights: dict[str, Tensor], length: int) -> None:
+    """Give a model the weights of one for shorter sequences."""
+    shorter.load_state_dict(weights)
+    if hasattr(shorter, "resize_position_embeddings"):
+        shorter.resize_position_embeddings(length)
+    # The in-tree model has no such method: its longer position embeddings stay as they are.
+    own = model.state_dict()
+    fitting = {name: weight for name, weight in shorter.state_dict().items() if own[name].shape == weight.shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
+    """Train a model, from the weights of the length before."""
+    torch.manual_seed(run.seed)
+    model, seconds_before = build(run), 0.0
+    if run.shorter is not None:
+        before = torch.load(scratch_of("recall", run.shorter, scratch.parents[1]) / "model.pt")
+        seconds_before = before.pop("seconds_of_training")
+        load_shorter(model, build(run.shorter), before, run.length)
+    batch_size = max(1, run.tokens // run.length)
+    found = train(
+        model,
+        lambda step: draw(run, batch_size, run.seed << 32 | step),
+        lambda model: {"accuracy": accuracy(model, run)},
+        Schedule(run.steps, run.learning_rate, seconds=run.seconds, eval_every=50, stop_at=0.99),
+        scratch,
+    )
+    total = seconds_before + found["seconds"]
+    torch.save({**model.state_dict(), "seconds_of_training": total}, scratch / "model.pt")
+    return found | {"total_seconds": round(total, 1)}
+
+
+def report(records: list[Record], folder: Path) -> str:
+    """Draw accuracy against seconds, with a panel for each length, and write the last values."""
+    groups: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["settings"]["length"]].append(record)
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(1 + 4 * len(groups), 3.5), squeeze=False)
+    lines = ["| length | model | seed | minutes | with shorter lengths | accuracy |", "|---|---|---|---|---|---|"]
+    for axes, length in zip(panels[0], sorted(groups), strict=True):
+        for record in sorted(groups[length], key=lambda record: list(MODELS).index(record["settings"]["model"])):
+            name, result = record["settings"]["model"], record["result"]
+            before = result["total_seconds"] - result["seconds"]
+            minutes = [(before + entry["seconds"]) / 60 for entry in result["curve"]]
+            values = [100 * entry["accuracy"] for entry in result["curve"]]
+            axes.plot(minutes, values, color=COLORS[name], label=LABELS[name])
+            times = (f"{seconds / 60:.1f}" for seconds in (result["seconds"], result["total_seconds"]))
+            cells = (f"{length:,}", LABELS[name], record["settings"]["seed"], *times, f"{values[-1]:.1f} %")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        axes.set(title=f"{length:,} tokens", xlabel="minutes of training", ylim=(0, 102))
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("accuracy, %")
+    panels[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)
+    return "\n".join(lines) + "\n"
+
+
+EXPERIMENT = Experiment(
+    "recall",
+    [Run(model, length) for length in LENGTHS for model in MODELS],
+    train_and_evaluate,
+    report,
+    quick=[Run(model, 256, width=64, steps=10) for model in MODELS],
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

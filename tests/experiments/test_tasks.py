@@ -1,0 +1,51 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""The data of the experiments, and each experiment with its quick settings."""
+
+import pytest
+import torch
+
+from experiments import duplication, lsh_patterns, quality, recall
+from experiments.runner import main
+from experiments.text import load_text
+
+EXPERIMENTS = [module.EXPERIMENT for module in (duplication, lsh_patterns, quality, recall)]
+
+
+def test_duplicated_sequences():
+    run = duplication.Run(hashes=1, length=64)
+    batch = duplication.draw(run, 3, seed=0)
+    first, second = batch["input_ids"].chunk(2, dim=1)
+    assert first.shape == (3, 32) and torch.equal(first, second)
+    assert (first[:, 0] == 0).all() and (first[:, 1:] > 0).all()
+    scored = batch["labels"] != -100
+    assert torch.equal(batch["labels"][scored], second[:, 1:].flatten())
+
+
+def test_recalled_pairs():
+    run = recall.Run("reformer", 256)
+    batch = recall.draw(run, 2, seed=0)
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        pairs = dict(zip(ids[: 2 * run.pairs : 2], ids[1 : 2 * run.pairs : 2], strict=True))
+        assert len(pairs) == run.pairs and set(pairs) <= set(recall.KEYS) and set(pairs.values()) <= set(recall.VALUES)
+        asked = [i for i, label in enumerate(labels) if label != -100]
+        assert {ids[i - 1] for i in asked} == set(pairs)
+        assert all(pairs[ids[i - 1]] == ids[i] == labels[i] for i in asked)
+        assert set(ids[2 * run.pairs : -2 * run.pairs]) <= set(recall.FILLER)
+
+
+def test_text(tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(100)))
+    train, held_out = load_text(str(tmp_path / "text"))
+    assert train.tolist() + held_out.tolist() == list(range(100)) and len(held_out) == 5
+    with pytest.raises(ValueError, match="no such file"):
+        load_text(str(tmp_path / "missing"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+def test_quick(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.runner.SCRATCH", tmp_path)
+    main(experiment, ["--quick", "--jobs", "1"])
+    folder = tmp_path / "quick" / experiment.name / "report"
+    lines = (folder / "report.md").read_text().splitlines()
+    assert len(lines) >= 2 + len(experiment.quick) and all(line.startswith("| ") for line in lines[2:])
