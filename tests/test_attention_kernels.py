@@ -45,7 +45,9 @@ def log(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(32, 96, 64), (32, 160, 64), (64, 128, 64), (64, 192, 64), (5, 5, 16), (2, 2, 16)], ids=str
+    "sizes",
+    [(32, 96, 64), (32, 160, 64), (64, 128, 64), (64, 192, 64), (5, 5, 16), (3, 3, 64), (2, 2, 16), (1, 1, 16)],
+    ids=str,
 )
 def test_cpu_kernel_passes_trial(sizes, log):
     """Else attention would be slow on this machine, and nobody would see it."""

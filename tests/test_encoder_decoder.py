@@ -479,6 +479,24 @@ def test_outputs():
         assert (output.cache is None) == training
 
 
+def test_gradients_with_use_cache():
+    """Training creates no cache, so gradients are right; in evaluation, what has none says so."""
+    found, expected = (_model().train() for _ in range(2))
+    _step(found, use_cache=True).loss.backward()
+    _step(expected).loss.backward()
+    _compare_gradients(gradients(found), gradients(expected), 1e-12)
+    # Only the encoder is trained, through a frozen decoder. The LM head is not tied.
+    model = _model(tie_word_embeddings=False).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    model.get_encoder().encoder.requires_grad_(True)
+    output = _step(model, use_cache=True, output_hidden_states=True)
+    for refused in (output.loss, output.decoder_hidden_states[0].sum()):
+        with pytest.raises(RuntimeError, match="computed with a KV cache.*`use_cache=False`"):
+            refused.backward()
+    output.encoder_last_hidden_state.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.get_encoder().encoder.parameters())
+
+
 def test_loss():
     """The cross entropy of labels against the logits of decoder inputs that are the labels, moved by one."""
     model, sources = _model().train(), _sources()
