@@ -129,8 +129,8 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
     found = train(
         model,
         lambda step: draw_text(text, batch_size, run.length, run.seed << 32 | step),
-        lambda model: {"bits_per_byte": bits_per_byte(model, held_out, run.length, num_bytes=1 << 16)},
-        Schedule(run.steps, eval_every=max(1, run.steps // 10)),
+        lambda model: {"bits_per_byte": bits_per_byte(model, held_out, run.length, num_bytes=64 * run.length)},
+        Schedule(run.steps, eval_every=min(100, run.steps)),
         scratch,
     )
     return found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}

@@ -21,6 +21,17 @@ def test_duplicated_sequences():
     assert torch.equal(batch["labels"][scored], second[:, 1:].flatten())
 
 
+def test_stretched_positions():
+    """The query of a symbol has the same symbol of the shorter sequence as the symbol itself."""
+    table = torch.arange(16)[:, None]
+    stretched = duplication.stretch_positions(table, 64).flatten()
+    queries, originals = stretched[32:63], stretched[1:32]
+    assert torch.equal(queries - 8, originals - 1) and set((originals - 1).tolist()) == set(range(7))
+    assert stretched[0] == 0 and len(stretched) == 64
+    assert duplication.Run(1, length=4096, seed=2).shorter == duplication.Run(1, length=1024, seed=2)
+    assert duplication.Run(1).shorter is None and duplication.Run(1, length=64).shorter is None
+
+
 def test_recalled_pairs():
     run = recall.Run("reformer", 256)
     batch = recall.draw(run, 2, seed=0)
