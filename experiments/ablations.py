@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
-from .figures import draw_band, spread
+from .figures import draw_band, label_ends, spread
 from .records import Record
 from .runner import Experiment, main
 from .text import VOCAB_SIZE, bits_per_byte, draw_text, load_text
@@ -176,12 +176,19 @@ def draw_curves(groups: dict[Run, list[Record]], path: Path) -> None:
                 style["linestyle"] = "--"
             elif not run.hashes and title != "full attention":
                 style |= {"color": "black", "linestyle": ":"}
-            draw_band(axes, [result["curve"] for result in results], "bits_per_byte", name_of(run), **style)
+            draw_band(
+                axes,
+                [result["curve"] for result in results],
+                "bits_per_byte",
+                name_of(run).removeprefix(f"{title}, "),
+                **style,
+            )
         axes.set(title=title, xlabel="training steps")
-        axes.margins(x=0.25)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out bits per byte")
     figure.tight_layout()
+    for axes in panels:
+        label_ends(axes)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -217,7 +217,9 @@ def draw_curves(groups: dict[tuple[int, str, int], list[Record]], path: Path) ->
         axes.set(title=f"{length:,} tokens", xlabel="training steps", ylim=(0, 102))
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("accuracy on the copy, %")
-    panels[0, 0].legend(fontsize=7)
+    # At their ends, curves would be indistinguishable at 100 %.
+    for axes in panels[0]:
+        axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

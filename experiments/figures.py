@@ -26,13 +26,13 @@ def draw_band(
     **style: Any,
 ) -> None:
     """
-    Draw the mean of the curves of several seeds with their smallest and largest values, and its name at its end.
+    Draw the mean of the curves of several seeds with their smallest and largest values.
 
     Args:
         axes: Where to draw.
         curves: For each seed, its curve as `experiments.training.train` returns it. The mean ends with the shortest.
         metric: What to draw.
-        name: Name of the mean.
+        name: Name of the mean, for `label_ends` or a legend.
         at: What it is drawn against, of the first seed.
         scale: Factor of the metric, such as 100 for percent.
         style: Options of `Axes.plot`.
@@ -44,5 +44,18 @@ def draw_band(
     if len(curves) > 1:
         low, high = [min(each) for each in values], [max(each) for each in values]
         axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    end = (places[-1], mean(values[-1]))
-    axes.annotate(name, end, (3, 0), textcoords="offset points", color=line.get_color(), fontsize=7, va="center")
+
+
+def label_ends(axes: Axes, spacing: float = 8.0) -> None:
+    """Write the names of the lines at their ends, at least `spacing` points apart, when all else is drawn."""
+    points = 72 / axes.figure.dpi
+    axes.set_xlim(0, 1.4 * max((line.get_xdata()[-1] for line in axes.get_lines()), default=1.0))
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    ends = [(line, line.get_xydata()[-1]) for line in lines]
+    lowest = -float("inf")
+    for line, end in sorted(ends, key=lambda each: each[1][1]):
+        height = axes.transData.transform(end)[1] * points
+        lowest = max(height, lowest + spacing)
+        offset = (4, lowest - height)
+        style = {"textcoords": "offset points", "color": line.get_color(), "fontsize": 7, "va": "center"}
+        axes.annotate(line.get_label(), end, offset, **style)
