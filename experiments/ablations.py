@@ -78,7 +78,7 @@ class Run:
 class PlainLayer(nn.Module):
     """The modules of a reversible layer on one residual stream: `y = x + Attention(x)`, then `y + FeedForward(y)`."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Any):
         super().__init__()
         self.attention, self.feed_forward = layer.attention, layer.feed_forward
 
@@ -92,7 +92,7 @@ class PlainLayer(nn.Module):
 def build(run: Run) -> ReformerHfForCausalLM:
     """Build the model of a run. Equal modules of different runs with the same seed start with equal weights."""
     layer = {"shared": "full", "separate": "local"}.get(run.attention, "lsh")
-    lsh = {"lsh_pattern": run.attention, "num_hashes": run.hashes} if layer == "lsh" else {}
+    lsh: dict[str, Any] = {"lsh_pattern": run.attention, "num_hashes": run.hashes} if layer == "lsh" else {}
     config = ReformerHfConfig(
         attn_layers=[layer] * run.depth,
         is_decoder=True,
@@ -114,7 +114,7 @@ def build(run: Run) -> ReformerHfForCausalLM:
     )
     model = ReformerHfForCausalLM(config)
     if run.plain:
-        layers = model.reformer.encoder.layers
+        layers: Any = model.reformer.encoder.layers
         for i, each in enumerate(layers):
             layers[i] = PlainLayer(each)
     return model
@@ -171,7 +171,7 @@ def draw_curves(groups: dict[Run, list[Record]], path: Path) -> None:
         shown.append(exact | {run: results for run, results in groups.items() if run.attention == pattern})
     for axes, runs, title in zip(panels, shown, ("full attention", *PATTERNS), strict=True):
         for run, results in runs.items():
-            style = {"color": f"C{HASHES.index(run.hashes)}"} if run.hashes else {}
+            style: dict[str, Any] = {"color": f"C{HASHES.index(run.hashes)}"} if run.hashes else {}
             if run.deduplicate:
                 style["linestyle"] = "--"
             elif not run.hashes and title != "full attention":

@@ -48,14 +48,20 @@ def draw_band(
 
 def label_ends(axes: Axes, spacing: float = 8.0) -> None:
     """Write the names of the lines at their ends, at least `spacing` points apart, when all else is drawn."""
-    points = 72 / axes.figure.dpi
-    axes.set_xlim(0, 1.4 * max((line.get_xdata()[-1] for line in axes.get_lines()), default=1.0))
-    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    ends = [(line, line.get_xydata()[-1]) for line in lines]
+    figure: Any = axes.figure
+    points = 72 / figure.dpi
+    lines: Any = axes.get_lines()
+    ends = [(line, line.get_xydata()[-1]) for line in lines if not line.get_label().startswith("_")]
+    axes.set_xlim(0, 1.4 * max((end[0] for _, end in ends), default=1.0))
     lowest = -float("inf")
     for line, end in sorted(ends, key=lambda each: each[1][1]):
         height = axes.transData.transform(end)[1] * points
         lowest = max(height, lowest + spacing)
         offset = (4, lowest - height)
-        style = {"textcoords": "offset points", "color": line.get_color(), "fontsize": 7, "va": "center"}
+        style: dict[str, Any] = {
+            "textcoords": "offset points",
+            "color": line.get_color(),
+            "fontsize": 7,
+            "va": "center",
+        }
         axes.annotate(line.get_label(), end, offset, **style)

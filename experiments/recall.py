@@ -123,7 +123,7 @@ def accuracy(model: nn.Module, run: Run) -> float:
     return torch.stack(right).mean().item()
 
 
-def load_shorter(model: nn.Module, shorter: nn.Module, weights: dict[str, Tensor], length: int) -> None:
+def load_shorter(model: nn.Module, shorter: Any, weights: dict[str, Tensor], length: int) -> None:
     """Give a model the weights of one for shorter sequences."""
     shorter.load_state_dict(weights)
     if hasattr(shorter, "resize_position_embeddings"):
