@@ -32,7 +32,7 @@ test-slow: .venv/.installed  ## Run the slow tests
 check: .venv/.installed  ## Check lint, format, types and import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy reformer_hf
+	$(BIN)/mypy reformer_hf experiments
 	$(BIN)/lint-imports
 
 format: .venv/.installed  ## Sort imports and format the code

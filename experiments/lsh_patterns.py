@@ -71,7 +71,7 @@ def grid(steps: int, seeds: tuple[int, ...], hashes: tuple[int, ...]) -> list[Ru
 
 def build(run: Run, layer: str) -> ReformerHfForCausalLM:
     """Build one layer of width 128, with one learned embedding per position."""
-    lsh = {} if run.pattern == "full" else {"lsh_pattern": run.pattern, "num_buckets": run.num_buckets}
+    lsh: dict[str, Any] = {} if run.pattern == "full" else {"lsh_pattern": run.pattern, "num_buckets": run.num_buckets}
     config = ReformerHfConfig(
         attn_layers=[layer],
         hidden_size=128,

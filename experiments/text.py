@@ -37,7 +37,11 @@ def load_text(path: str | None = None) -> tuple[Tensor, Tensor]:
         train, held_out = text[: len(text) * 19 // 20], text[len(text) * 19 // 20 :]
     else:
         raise ValueError(f"`path` is {path!r}, but there is no such file: give a text file, or None.")
-    return tuple(torch.frombuffer(bytearray(text), dtype=torch.uint8).long() for text in (train, held_out))
+    return _tokens(train), _tokens(held_out)
+
+
+def _tokens(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 def draw_text(text: Tensor, batch_size: int, length: int, seed: int) -> dict[str, Tensor]:

@@ -4,11 +4,11 @@
 import pytest
 import torch
 
-from experiments import duplication, lsh_patterns, quality, recall
+from experiments import ablations, duplication, lsh_patterns, quality, recall
 from experiments.runner import main
 from experiments.text import load_text
 
-EXPERIMENTS = [module.EXPERIMENT for module in (duplication, lsh_patterns, quality, recall)]
+EXPERIMENTS = [module.EXPERIMENT for module in (ablations, duplication, lsh_patterns, quality, recall)]
 
 
 def test_duplicated_sequences():
@@ -19,6 +19,17 @@ def test_duplicated_sequences():
     assert (first[:, 0] == 0).all() and (first[:, 1:] > 0).all()
     scored = batch["labels"] != -100
     assert torch.equal(batch["labels"][scored], second[:, 1:].flatten())
+
+
+def test_stretched_positions():
+    """The query of a symbol has the same symbol of the shorter sequence as the symbol itself."""
+    table = torch.arange(16)[:, None]
+    stretched = duplication.stretch_positions(table, 64).flatten()
+    queries, originals = stretched[32:63], stretched[1:32]
+    assert torch.equal(queries - 8, originals - 1) and set((originals - 1).tolist()) == set(range(7))
+    assert stretched[0] == 0 and len(stretched) == 64
+    assert duplication.Run(1, length=4096, seed=2).shorter == duplication.Run(1, length=1024, seed=2)
+    assert duplication.Run(1).shorter is None and duplication.Run(1, length=64).shorter is None
 
 
 def test_recalled_pairs():

@@ -1,0 +1,67 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""Curves over seeds."""
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from .records import Record
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Return the mean, and the smallest and largest value if they differ."""
+    low, high = (f"{bound:.{digits}f}" for bound in (min(values), max(values)))
+    return f"{mean(values):.{digits}f}" + (f" ({low}–{high})" if low != high else "")
+
+
+def draw_band(
+    axes: Axes,
+    curves: Sequence[Sequence[Record]],
+    metric: str,
+    name: str,
+    at: str = "step",
+    scale: float = 1.0,
+    **style: Any,
+) -> None:
+    """
+    Draw the mean of the curves of several seeds with their smallest and largest values.
+
+    Args:
+        axes: Where to draw.
+        curves: For each seed, its curve as `experiments.training.train` returns it. The mean ends with the shortest.
+        metric: What to draw.
+        name: Name of the mean, for `label_ends` or a legend.
+        at: What it is drawn against, of the first seed.
+        scale: Factor of the metric, such as 100 for percent.
+        style: Options of `Axes.plot`.
+    """
+    entries = list(zip(*curves, strict=False))
+    places = [entry[0][at] for entry in entries]
+    values = [[scale * each[metric] for each in entry] for entry in entries]
+    (line,) = axes.plot(places, [mean(each) for each in values], label=name, **style)
+    if len(curves) > 1:
+        low, high = [min(each) for each in values], [max(each) for each in values]
+        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def label_ends(axes: Axes, spacing: float = 8.0) -> None:
+    """Write the names of the lines at their ends, at least `spacing` points apart, when all else is drawn."""
+    figure: Any = axes.figure
+    points = 72 / figure.dpi
+    lines: Any = axes.get_lines()
+    ends = [(line, line.get_xydata()[-1]) for line in lines if not line.get_label().startswith("_")]
+    axes.set_xlim(0, 1.4 * max((end[0] for _, end in ends), default=1.0))
+    lowest = -float("inf")
+    for line, end in sorted(ends, key=lambda each: each[1][1]):
+        height = axes.transData.transform(end)[1] * points
+        lowest = max(height, lowest + spacing)
+        offset = (4, lowest - height)
+        style: dict[str, Any] = {
+            "textcoords": "offset points",
+            "color": line.get_color(),
+            "fontsize": 7,
+            "va": "center",
+        }
+        axes.annotate(line.get_label(), end, offset, **style)
