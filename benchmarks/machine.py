@@ -10,6 +10,8 @@ import psutil
 import torch
 
 _PACKAGES = ("torch", "transformers", "reformer-pytorch", "numpy")
+# Records of experiments change while these run.
+_CODE = ("reformer_hf", "benchmarks", "experiments", ":!experiments/results")
 
 
 def describe_machine(threads: int | None, device: str) -> dict:
@@ -47,11 +49,11 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit, marked if tracked files of the package or the benchmarks have changed since."""
+    """Return the commit, marked if tracked files of the package, the benchmarks or the experiments have changed."""
     root = Path(__file__).resolve().parent.parent
     try:
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "reformer_hf", "benchmarks")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", *_CODE)
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit} with changes" if changed else commit

@@ -15,6 +15,7 @@ embeddings of a longer model start as `resize_position_embeddings` makes them. T
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from .models import COLORS, LABELS, MODELS, Sizes
 from .records import Record
 from .runner import Experiment, main, scratch_of
-from .training import Schedule, train
+from .training import Schedule, load_final, train
 
 KEYS, VALUES, FILLER = range(256), range(256, 512), range(512, 528)
 VOCAB_SIZE = FILLER.stop
@@ -138,20 +139,17 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model, seconds_before = build(run), 0.0
     if run.shorter is not None:
-        before = torch.load(scratch_of("recall", run.shorter, scratch.parents[1]) / "model.pt")
-        seconds_before = before.pop("seconds_of_training")
-        load_shorter(model, build(run.shorter), before, run.length)
+        weights, seconds_before = load_final(scratch_of("recall", run.shorter, scratch.parents[1]))
+        load_shorter(model, build(run.shorter), weights, run.length)
     batch_size = max(1, run.tokens // run.length)
-    found = train(
+    return train(
         model,
         lambda step: draw(run, batch_size, run.seed << 32 | step),
         lambda model: {"accuracy": accuracy(model, run)},
         Schedule(run.steps, run.learning_rate, seconds=run.seconds, eval_every=50, stop_at=0.99),
         scratch,
+        seconds_before=seconds_before,
     )
-    total = seconds_before + found["seconds"]
-    torch.save({**model.state_dict(), "seconds_of_training": total}, scratch / "model.pt")
-    return found | {"total_seconds": round(total, 1)}
 
 
 def report(records: list[Record], folder: Path) -> str:
@@ -187,6 +185,7 @@ EXPERIMENT = Experiment(
     train_and_evaluate,
     report,
     quick=[Run(model, 256, width=64, steps=10) for model in MODELS],
+    warm_start=attrgetter("shorter"),
 )
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ function that draws figures and writes a table from the records alone:
 
 `python -m experiments.hashes` then runs what is missing in `experiments/results/hashes.jsonl`, and draws the report
 anew. A run that was killed continues from its last checkpoint.
+
+A run that starts from the final weights of another one waits for it: `Experiment(…, warm_start=…)`.
 """
 
 import argparse
@@ -32,11 +34,12 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ from tqdm import tqdm
 from benchmarks.machine import describe_machine
 
 from .records import Record, append_record, read_records
+from .training import FINAL
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -67,6 +71,8 @@ class Experiment:
         train_and_evaluate: Runs one of the settings and returns what it found, in types of JSON.
         report: Draws figures of all records into a folder and returns Markdown.
         quick: Settings that take a minute in total, for `--quick`.
+        warm_start: Returns the settings of the run whose final weights a run starts from, or `None`. A function of a
+            module, so that other processes find it.
     """
 
     name: str
@@ -74,6 +80,11 @@ class Experiment:
     train_and_evaluate: Callable[[Any, Path], dict[str, Any]]
     report: Callable[[list[Record], Path], str]
     quick: list[Any] = field(default_factory=list)
+    warm_start: Callable[[Any], Any] | None = None
+
+    def needs(self, run: Any) -> Any:
+        """Return the run whose weights a run starts from, or `None`."""
+        return None if self.warm_start is None else self.warm_start(run)
 
 
 def label(run: Any) -> str:
@@ -101,12 +112,18 @@ def finished(path: Path) -> set[str]:
 def _claim(folder: Path) -> Iterator[bool]:
     """Try to lock a folder, until the end of the block or of the process, and tell whether it was free."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    # Opening must not empty the file, which holds the process id of the owner of the lock.
+    with (folder / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            file.seek(0)
+            logger.warning("Process %s has locked %s: its run is skipped here.", file.read() or "unknown", folder)
             yield False
         else:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield True
 
 
@@ -116,11 +133,20 @@ def execute(experiment: Experiment, run: Any, results: Path, scratch_root: Path,
 
     Returns:
         Whether it ran.
+
+    Raises:
+        FileNotFoundError: If the weights that it starts from do not exist.
     """
     scratch = scratch_of(experiment.name, run, scratch_root)
     with _claim(scratch) as free:
         if not free or _key(asdict(run)) in finished(results):
             return False
+        before = experiment.needs(run)
+        if before is not None and not (weights := scratch_of(experiment.name, before, scratch_root) / FINAL).exists():
+            raise FileNotFoundError(
+                f"{label(run)} starts from the weights of {label(before)}, but {weights} does not exist: run that "
+                "first. If it is recorded but its weights were deleted, delete its record as well."
+            )
         torch.set_num_threads(threads)
         started = time.perf_counter()
         found = experiment.train_and_evaluate(run, scratch)
@@ -138,17 +164,80 @@ def execute(experiment: Experiment, run: Any, results: Path, scratch_root: Path,
 def run_all(
     experiment: Experiment, runs: Iterable[Any], results: Path, scratch: Path, jobs: int, threads: int
 ) -> None:
-    """Run the settings that are not recorded, several at a time."""
+    """
+    Run the settings that are not recorded, several at a time, each after the run whose weights it starts from.
+
+    Raises:
+        RuntimeError: After all others, if runs failed.
+    """
     done = finished(results)
-    missing = [run for run in runs if _key(asdict(run)) not in done]
-    if jobs == 1:
-        for run in tqdm(missing, desc=experiment.name):
-            execute(experiment, run, results, scratch, threads)
+    waiting = [run for run in runs if _key(asdict(run)) not in done]
+    failed: list[str] = []
+    with tqdm(total=len(waiting), desc=experiment.name) as progress, _pool(jobs) as submit:
+        running: dict[Future, Any] = {}
+        while waiting or running:
+            unfinished = {_key(asdict(run)) for run in (*waiting, *running.values())}
+            ready = [run for run in waiting if _key_or_none(experiment.needs(run)) not in unfinished]
+            for run in ready:
+                waiting.remove(run)
+                running[submit(execute, experiment, run, results, scratch, threads)] = run
+                if jobs == 1:
+                    break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                progress.update()
+                if (error := future.exception()) is not None:
+                    logger.error("%s failed.", label(run), exc_info=error)
+                    failed.append(label(run))
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed: {'; '.join(failed)}. The log has the reasons.")
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[Callable[..., Future]]:
+    """Open a pool of processes, or none for one job: this process then runs it."""
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield pool.submit
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(execute, experiment, run, results, scratch, threads) for run in missing]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=experiment.name):
-            future.result()
+
+    def call(function: Callable, *arguments: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    yield call
+
+
+def _key_or_none(run: Any) -> str | None:
+    return None if run is None else _key(asdict(run))
+
+
+def override(run: Any, assignments: Iterable[str]) -> Any:
+    """
+    Return settings with other values.
+
+    Args:
+        run: The settings.
+        assignments: Such as `seed=3`; values are JSON, or else strings.
+
+    Raises:
+        ValueError: If there is no such setting.
+    """
+    values = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        if name not in run.__dataclass_fields__:
+            names = ", ".join(run.__dataclass_fields__)
+            raise ValueError(f"`--set {assignment}` names no setting: use NAME=VALUE with one of {names}.")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return replace(run, **values)
 
 
 def write_report(experiment: Experiment, results: Path, folder: Path) -> Path | None:
@@ -168,6 +257,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{experiment.name}")
     parser.add_argument("--quick", action="store_true", help="run for a minute, with results in `outputs`")
     parser.add_argument("--only", nargs="+", default=["*"], help="run settings whose label matches one of these globs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of all runs")
     parser.add_argument("--list", action="store_true", help="list the labels of all settings, and whether they ran")
     parser.add_argument("--report", action="store_true", help="only draw the report of the records")
     parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time")
@@ -177,6 +267,8 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> None:
     quick = SCRATCH / "quick" / experiment.name
     results = quick / "records.jsonl" if options.quick else RESULTS / f"{experiment.name}.jsonl"
     runs = experiment.quick if options.quick else experiment.runs
+    # Runs that the change makes equal run once.
+    runs = list(dict.fromkeys(override(run, options.set) for run in runs))
     runs = [run for run in runs if any(fnmatch.fnmatchcase(label(run), glob) for glob in options.only)]
     if options.list:
         done = finished(results)

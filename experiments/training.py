@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Name of the file of the final weights.
+FINAL = "model.pt"
+
 # Inputs and labels of a batch, for a step.
 Batches = Callable[[int], dict[str, Tensor]]
 
@@ -69,9 +72,10 @@ def train(
     schedule: Schedule,
     scratch: Path,
     checkpoint_seconds: float = 120.0,
+    seconds_before: float = 0.0,
 ) -> dict[str, Any]:
     """
-    Train a model, and keep its final weights in `scratch / "model.pt"`.
+    Train a model, and keep its final weights in `scratch`, for `load_final`.
 
     Args:
         model: Called with a batch, it returns an output with `loss`.
@@ -80,10 +84,11 @@ def train(
         schedule: Length and learning rate.
         scratch: Folder of the checkpoint, which a training that was killed continues from.
         checkpoint_seconds: Seconds between two checkpoints.
+        seconds_before: Seconds of training of the weights that the model starts with.
 
     Returns:
-        The number of steps, seconds and CPU seconds of training, without evaluations, and the curve: step, seconds,
-        mean loss since the last entry, and metrics.
+        The number of steps, seconds and CPU seconds of training, without evaluations, total seconds, with those of the
+        weights that the model starts with, and the curve: step, seconds, mean loss since the last entry, and metrics.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98)
@@ -118,13 +123,21 @@ def train(
             weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             _save({**weights, "rng": torch.get_rng_state(), "state": state}, path)
             last_saved = time.monotonic()
-    _save(model.state_dict(), scratch / "model.pt")
+    total = seconds_before + state.seconds
+    _save({"weights": model.state_dict(), "seconds": total}, scratch / FINAL)
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 1),
         "cpu_seconds": round(state.cpu_seconds, 1),
+        "total_seconds": round(total, 1),
         "curve": state.curve,
     }
+
+
+def load_final(scratch: Path) -> tuple[dict[str, Tensor], float]:
+    """Return the final weights of a training and the total seconds that it took."""
+    saved = torch.load(scratch / FINAL)
+    return saved["weights"], saved["seconds"]
 
 
 def _is_done(state: _State, schedule: Schedule) -> bool:

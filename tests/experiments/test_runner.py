@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import pytest
 
 from experiments.records import append_record, read_records
-from experiments.runner import Experiment, execute, finished, label, run_all, scratch_of, write_report
+from experiments.runner import Experiment, execute, finished, label, override, run_all, scratch_of, write_report
+from experiments.training import FINAL
 
 from ..processes import ROOT
 
@@ -101,6 +102,34 @@ def test_a_claimed_setting_is_skipped(tmp_path):
         assert not execute(EXPERIMENT, Run(2), tmp_path / "squares.jsonl", tmp_path, threads=1)
         process.kill()
     assert execute(EXPERIMENT, Run(2), tmp_path / "squares.jsonl", tmp_path, threads=1)
+
+
+def before(run):
+    return Run(run.number - 1, run.seed) if run.number > 2 else None
+
+
+def follow(run, scratch):
+    (scratch / FINAL).touch()
+    return {}
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_warm_starts_wait(jobs, tmp_path):
+    """Each run follows the one before it, in whatever order they are listed. Without 4, only 5 and 6 fail."""
+    runs = [Run(number, seed) for number in (6, 5, 3, 2) for seed in (0, 1)]
+    experiment = Experiment("numbers", runs, follow, squares, warm_start=before)
+    with pytest.raises(RuntimeError, match="4 runs failed.*number=6"):
+        run_all(experiment, runs, tmp_path / "records.jsonl", tmp_path, jobs, threads=1)
+    settings = [record["settings"] for record in read_records(tmp_path / "records.jsonl")]
+    assert [each["number"] for each in sorted(settings, key=lambda each: each["seed"])] == [2, 3, 2, 3]
+    with pytest.raises(FileNotFoundError, match="number=5 starts from the weights of number=4"):
+        execute(experiment, Run(5), tmp_path / "records.jsonl", tmp_path, threads=1)
+
+
+def test_changed_settings():
+    assert override(Run(2), ["seed=3", "number=4"]) == Run(4, 3)
+    with pytest.raises(ValueError, match="`--set sed=3` names no setting: .* number, seed"):
+        override(Run(2), ["sed=3"])
 
 
 def test_report_comes_from_records_alone(tmp_path):
