@@ -31,6 +31,8 @@ class Sizes:
         local_chunk, lsh_chunk: Chunk lengths.
         num_hashes: Number of hash rounds.
         initializer_range: Standard deviation of initial weights; `None` for the default of each model.
+        axial_norm_std: Standard deviation of initial axial position embeddings; `None` for the default of each model.
+        position_columns: Size of their last axis; `None` for the default of this package.
     """
 
     vocab_size: int
@@ -42,6 +44,8 @@ class Sizes:
     lsh_chunk: int = 64
     num_hashes: int = 1
     initializer_range: float | None = None
+    axial_norm_std: float | None = None
+    position_columns: int | None = None
 
     @property
     def head_size(self) -> int:
@@ -54,6 +58,13 @@ class Sizes:
     @property
     def initial(self) -> dict[str, float]:
         return {} if self.initializer_range is None else {"initializer_range": self.initializer_range}
+
+    @property
+    def axial_pos_shape(self) -> tuple[int, ...]:
+        """Axes of the position embeddings of both Reformers, whose product is the length."""
+        if self.position_columns is None:
+            return ReformerHfConfig(max_position_embeddings=self.length).axial_pos_shape
+        return self.length // self.position_columns, self.position_columns
 
     @property
     def local_reach(self) -> int:
@@ -75,6 +86,8 @@ def _reformer_fields(sizes: Sizes, layers: list[str]) -> dict:
         "lsh_attn_chunk_length": sizes.lsh_chunk,
         "num_hashes": sizes.num_hashes,
         "hidden_dropout_prob": 0.0,
+        "axial_pos_shape": sizes.axial_pos_shape,
+        **({} if sizes.axial_norm_std is None else {"axial_norm_std": sizes.axial_norm_std}),
         **sizes.initial,
     }
 
@@ -91,10 +104,8 @@ def local(sizes: Sizes) -> nn.Module:
 
 def in_tree(sizes: Sizes) -> nn.Module:
     """The in-tree Reformer with its own defaults for what `Sizes` leaves open."""
-    shape = ReformerHfConfig(max_position_embeddings=sizes.length).axial_pos_shape
     config = ReformerConfig(
         **_reformer_fields(sizes, ["local", "lsh"] * (sizes.depth // 2)),
-        axial_pos_shape=shape,
         axial_pos_embds_dim=(sizes.width // 4, sizes.width - sizes.width // 4),
         local_num_chunks_after=0,
         lsh_num_chunks_after=0,

@@ -9,8 +9,8 @@ layers, and is followed by its value, which the model must predict. Between them
 nothing. Accuracy is that of the values after the second key of a pair.
 
 Here: 64 pairs (32 at 256 tokens) out of 256 keys and 256 values. The models are those of `experiments.models` with two
-layers. Longer sequences are warm-started from the weights of the length before, for all models alike; position
-embeddings of a longer model start as `resize_position_embeddings` makes them. Training ends at 99 %.
+layers. Longer sequences are warm-started from the weights of the length before, for all models alike; further position
+embeddings start as copies of those that the weights have. Training ends at 99 %.
 """
 
 from collections import defaultdict
@@ -49,7 +49,11 @@ class Run:
         seconds: Maximum number of seconds.
         learning_rate: Its maximum.
         initializer_range: Standard deviation of initial weights.
+        axial_norm_std: The same of axial position embeddings.
+        local_chunk, lsh_chunk: Chunk lengths.
         num_hashes: Number of hash rounds.
+        value_first: Whether the value of a pair comes before its key, in the first part only. What matches a question
+            is then the key itself, and not the token after it.
     """
 
     model: str
@@ -61,7 +65,11 @@ class Run:
     seconds: float = 1800.0
     learning_rate: float = 1e-3
     initializer_range: float | None = None
+    axial_norm_std: float | None = None
+    local_chunk: int = 16
+    lsh_chunk: int = 32
     num_hashes: int = 2
+    value_first: bool = False
 
     @property
     def pairs(self) -> int:
@@ -87,6 +95,7 @@ def draw(run: Run, batch_size: int, seed: int) -> dict[str, Tensor]:
     order = torch.rand(keys.shape, generator=generator).argsort(1)
     pairs = torch.stack([keys, values], dim=-1)
     asked = pairs.gather(1, order[..., None].expand_as(pairs))
+    pairs = pairs.flip(-1) if run.value_first else pairs
     gap = (batch_size, run.length - 4 * run.pairs)
     filler = torch.randint(FILLER.start, FILLER.stop, gap, generator=generator)
     input_ids = torch.cat([pairs.flatten(1), filler, asked.flatten(1)], dim=1)
@@ -96,18 +105,19 @@ def draw(run: Run, batch_size: int, seed: int) -> dict[str, Tensor]:
 
 
 def build(run: Run) -> nn.Module:
-    """Build a model of two layers. The reach of its local layers is an eighth of the length, at most 64."""
-    chunk = min(32, run.length // 16)
+    """Build a model of two layers, with chunks of the same length for sequences of any length."""
     sizes = Sizes(
         VOCAB_SIZE,
         run.length,
         run.width,
         depth=2,
         feed_forward=2 * run.width,
-        local_chunk=chunk,
-        lsh_chunk=chunk,
+        local_chunk=run.local_chunk,
+        lsh_chunk=run.lsh_chunk,
         num_hashes=run.num_hashes,
         initializer_range=run.initializer_range,
+        axial_norm_std=run.axial_norm_std,
+        position_columns=64,
     )
     return MODELS[run.model](sizes)
 
@@ -123,15 +133,14 @@ def accuracy(model: nn.Module, run: Run) -> float:
     return torch.stack(right).mean().item()
 
 
-def load_shorter(model: nn.Module, shorter: Any, weights: dict[str, Tensor], length: int) -> None:
-    """Give a model the weights of one for shorter sequences."""
-    shorter.load_state_dict(weights)
-    if hasattr(shorter, "resize_position_embeddings"):
-        shorter.resize_position_embeddings(length)
-    # The in-tree model has no such method: its longer position embeddings stay as they are.
+def load_shorter(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a model the weights of one for shorter sequences. Further position embeddings are copies of its own."""
     own = model.state_dict()
-    fitting = {name: weight for name, weight in shorter.state_dict().items() if own[name].shape == weight.shape}
-    model.load_state_dict(fitting, strict=False)
+    for name, weight in weights.items():
+        for dim, (old, new) in enumerate(zip(weight.shape, own[name].shape, strict=True)):
+            if old != new:
+                weight = weight.index_select(dim, torch.arange(new) % old)
+        own[name].copy_(weight)
 
 
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
     model, seconds_before = build(run), 0.0
     if run.shorter is not None:
         weights, seconds_before = load_final(scratch_of("recall", run.shorter, scratch.parents[1]))
-        load_shorter(model, build(run.shorter), weights, run.length)
+        load_shorter(model, weights)
     batch_size = max(1, run.tokens // run.length)
     return train(
         model,

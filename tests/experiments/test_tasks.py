@@ -32,16 +32,28 @@ def test_stretched_positions():
     assert duplication.Run(1).shorter is None and duplication.Run(1, length=64).shorter is None
 
 
-def test_recalled_pairs():
-    run = recall.Run("reformer", 256)
+@pytest.mark.parametrize("value_first", [False, True])
+def test_recalled_pairs(value_first):
+    run = recall.Run("reformer", 256, value_first=value_first)
     batch = recall.draw(run, 2, seed=0)
     for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        pairs = dict(zip(ids[: 2 * run.pairs : 2], ids[1 : 2 * run.pairs : 2], strict=True))
+        first, second = ids[: 2 * run.pairs : 2], ids[1 : 2 * run.pairs : 2]
+        pairs = dict(zip(second, first, strict=True) if value_first else zip(first, second, strict=True))
         assert len(pairs) == run.pairs and set(pairs) <= set(recall.KEYS) and set(pairs.values()) <= set(recall.VALUES)
         asked = [i for i, label in enumerate(labels) if label != -100]
         assert {ids[i - 1] for i in asked} == set(pairs)
         assert all(pairs[ids[i - 1]] == ids[i] == labels[i] for i in asked)
         assert set(ids[2 * run.pairs : -2 * run.pairs]) <= set(recall.FILLER)
+
+
+def test_longer_recall():
+    """A model with the weights of one for shorter sequences computes the same for them."""
+    torch.manual_seed(0)
+    short, long = recall.Run("local", 256, width=64), recall.Run("local", 1024, width=64)
+    model, longer = recall.build(short).eval(), recall.build(long).eval()
+    recall.load_shorter(longer, model.state_dict())
+    ids = recall.draw(short, 1, seed=0)["input_ids"]
+    torch.testing.assert_close(longer(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_text(tmp_path):
