@@ -63,7 +63,7 @@ class Sizes:
     def axial_pos_shape(self) -> tuple[int, ...]:
         """Axes of the position embeddings of both Reformers, whose product is the length."""
         if self.position_columns is None:
-            return ReformerHfConfig(max_position_embeddings=self.length).axial_pos_shape
+            return tuple(ReformerHfConfig(max_position_embeddings=self.length).axial_pos_shape)
         return self.length // self.position_columns, self.position_columns
 
     @property
