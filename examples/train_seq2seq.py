@@ -13,6 +13,8 @@ capitals if they are capitals somewhere else in a source of 4,096 bytes:
 
     python examples/train_seq2seq.py --task reverse --output_dir outputs/reverse
     python examples/train_seq2seq.py --task capitals --output_dir outputs/capitals
+    python examples/train_seq2seq.py --task capitals --model_name_or_path outputs/capitals --stages 4096:1600 \
+        --per_device_train_batch_size 8 --learning_rate 1e-3 --warmup_steps 5 --output_dir outputs/capitals-4096
 
 Fine-tune a saved model, with the tokenizer that was saved with it:
 
@@ -91,11 +93,11 @@ TASKS = {
     ),
     "capitals": SequenceTask(
         draw_capitals,
-        "26 letters, and each of them once more among signs, in 4,096 bytes; the targets are the first letters, as "
-        "capitals if they are capitals later",
+        "26 letters, and each of them once more among signs, in up to 4,096 bytes; the targets are the first letters, "
+        "as capitals if they are capitals later",
         max_length=4096,
         max_target_length=27,
-        stages=((128, 64000), (512, 12800), (4096, 640)),
+        stages=((128, 64000), (512, 12800)),
         config={
             "hidden_size": 64,
             "num_attention_heads": 4,
