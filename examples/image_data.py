@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # The id of the token before the first byte. Smaller ids are bytes.
 BEGIN_ID = 256
 # Color photographs in the wheel of scikit-image. The functions of `skimage.data` may download others.
-SKIMAGE_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+SKIMAGE_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 # From this number of images on, whole images are held out, otherwise a strip of each.
 MIN_IMAGES_TO_HOLD_OUT = 20
 # A horizontal flip and the position of a crop are drawn from `[seed, epoch, index]`, independent of the order.
