@@ -52,8 +52,8 @@ DEFAULTS = {
     "local_num_chunks_before": 4,
     "hidden_dropout_prob": 0.0,
     "initializer_range": 0.05,
+    "axial_norm_std": 0.3,
 }
-EMBEDDING_STD = 0.3
 SHORTEST_WAVELENGTH = 2.5
 # Of the grid of completions, in pixels.
 GAP, SCALE = 4, 2
@@ -139,10 +139,11 @@ def start_with_sinusoids(model: ReformerHfForCausalLM) -> None:
     """
     Set the vectors of bytes and positions to sinusoids (Vaswani et al. 2017, section 3.5).
 
-    A linear map then finds the pixel above or values that are close, instead of learning each of them.
+    A linear map then finds the pixel above or values that are close, instead of learning each of them. The standard
+    deviation of both embeddings is about `axial_norm_std`.
     """
     embeddings = model.reformer.embeddings
-    scale = math.sqrt(2) * EMBEDDING_STD
+    scale = math.sqrt(2) * model.config.axial_norm_std
     embeddings.word_embeddings.weight[:BEGIN_ID] = scale * sinusoids(BEGIN_ID, model.config.hidden_size)
     for weight in embeddings.position_embeddings.weights:
         table = weight.view(-1, weight.shape[-1])
@@ -202,7 +203,7 @@ def train(
             folder / "learning_curve.png",
             {"best_neighbor": metrics["best_neighbor_bits_per_dimension"], "PNG": metrics["png_bits_per_dimension"]},
         )
-        write_card(trainer, tiles, metrics, completion_args)
+        write_card(trainer, tiles, metrics, completion_args, model_args.sinusoidal_init)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return trainer, metrics
@@ -258,7 +259,9 @@ def write_grid(rows: list[np.ndarray], path: Path) -> None:
     Image.fromarray(np.concatenate([np.concatenate([*row], axis=1) for row in framed])).save(path)
 
 
-def write_card(trainer: Trainer, tiles: Tiles, metrics: dict[str, float], args: CompletionArguments) -> None:
+def write_card(
+    trainer: Trainer, tiles: Tiles, metrics: dict[str, float], args: CompletionArguments, sinusoidal_init: bool
+) -> None:
     """Write the model card."""
     results = {
         "Bits per dimension, held out": metrics["eval_bits_per_dimension"],
@@ -277,7 +280,10 @@ def write_card(trainer: Trainer, tiles: Tiles, metrics: dict[str, float], args: 
     bits = metrics["eval_bits_per_dimension"]
     write_task_card(
         trainer,
-        summary=f"A causal Reformer over the {3 * size**2:,} bytes of images of {size} × {size} pixels.",
+        summary=(
+            f"A causal Reformer over the {3 * size**2:,} bytes of images of {size} × {size} pixels."
+            + " Embeddings and output layer started as sinusoids." * sinusoidal_init
+        ),
         pipeline_tag="unconditional-image-generation",
         results={name: f"{value:.4f}" for name, value in results.items()},
         results_note=(
