@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from reformer_hf import ReformerHfConfig
 from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
@@ -72,11 +73,12 @@ class ScriptTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class LearningCurve(TrainerCallback):
+class LearningCurve(TrainerCallback, ExportableState):
     """
     Write losses and metrics to `curve.jsonl` in the output folder, with the seconds of training before each.
 
-    The seconds leave out evaluations. `cpu_seconds` are those of all threads of the process.
+    The seconds leave out evaluations. `cpu_seconds` are those of all threads of the process. Checkpoints contain them:
+    a resumed run continues with the remaining time.
 
     Args:
         max_minutes: Time after which training stops; `None` for no limit.
@@ -103,6 +105,24 @@ class LearningCurve(TrainerCallback):
     @staticmethod
     def _now() -> dict[str, float]:
         return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
+
+    def state(self) -> dict[str, Any]:
+        """Return what `Trainer` saves with a checkpoint."""
+        return {"args": {}, "attributes": {"spent": self.spent()}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Checkpoints of older versions have no entry, and `Trainer` only replaces those that exist.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step == 0:
+            return
+        self._spent = {**self._spent, **saved["attributes"]["spent"]}
+        path = Path(args.output_dir, "curve.jsonl")
+        if state.is_world_process_zero and path.exists():
+            # An interrupted run may have written entries after the checkpoint.
+            lines = path.read_text().splitlines(keepends=True)
+            rewritten = path.with_suffix(".partial")
+            rewritten.write_text("".join(line for line in lines if _step_of(line) <= state.global_step))
+            rewritten.replace(path)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._started is None:
@@ -233,6 +253,14 @@ def parse_overrides(text: str | None, config_class: type[PreTrainedConfig]) -> d
         except json.JSONDecodeError:
             overrides[name] = value
     return overrides
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of `curve.jsonl`; infinity for a line that was not written completely."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
 
 
 def _rounded(value: Any) -> Any:
