@@ -37,7 +37,6 @@ def copies(num_rows: int, seed: int) -> list[dict[str, torch.Tensor]]:
 
 def build(lsh_pattern: str) -> ReformerHfForCausalLM:
     """Build one LSH layer of width 128, with one learned embedding per position."""
-    chunk_length = 8
     config = ReformerHfConfig(
         attn_layers=["lsh"],
         hidden_size=128,
@@ -49,9 +48,9 @@ def build(lsh_pattern: str) -> ReformerHfForCausalLM:
         hidden_dropout_prob=0.0,
         is_decoder=True,
         lsh_pattern=lsh_pattern,
-        lsh_attn_chunk_length=chunk_length,
         # Buckets as long as a chunk, or as long as a window of two chunks.
-        num_buckets=LENGTH // (chunk_length if lsh_pattern == "chunk" else 2 * chunk_length),
+        num_buckets=32 if lsh_pattern == "chunk" else 16,
+        lsh_attn_chunk_length=8,
         num_hashes=4,
         pad_token_id=None,
         bos_token_id=None,

@@ -30,8 +30,8 @@ _MAX_LABELS = 48
 # color-blind people can tell apart (Okabe and Ito), also by their lightness.
 _SEEN = ("#e3edf7", "#0072b2", "#00243f")
 _MISSED = ("#f2f2f2", "#d55e00")
-_LINES = "#999999"
-_DPI = 110
+_LINES = "#b0b0b0"
+_DPI = 100
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,10 @@ def _draw(
     picture: HeadPicture, labels: list[str] | None, path: str | Path | None, axes: "Sequence[Axes] | None"
 ) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if axes is None:
-        figure = Figure(figsize=(10, 11.8), layout="constrained")
+        figure = Figure(figsize=(10, 11.9), layout=ConstrainedLayoutEngine(h_pad=0.12))
         panels: Sequence[Any] = list(figure.subplots(2, 2).flat)
         _draw_scales(figure, panels)
     else:
@@ -250,8 +251,8 @@ def _draw_panel(panel: "Axes", picture: HeadPicture, order: Tensor, seen: Tensor
 def _draw_buckets(panel: "Axes", picture: HeadPicture) -> None:
     """Draw lines between buckets."""
     for start in picture.starts[1:]:
-        panel.axhline(start - 0.5, color=_LINES, linewidth=0.5)
-        panel.axvline(start - 0.5, color=_LINES, linewidth=0.5)
+        panel.axhline(start - 0.5, color=_LINES, linewidth=0.4)
+        panel.axvline(start - 0.5, color=_LINES, linewidth=0.4)
 
 
 def _draw_chunks(panel: "Axes", picture: HeadPicture) -> None:
@@ -269,11 +270,12 @@ def _draw_chunks(panel: "Axes", picture: HeadPicture) -> None:
 
 
 def _scale(colors: Sequence[str]) -> Any:
-    """Return the color scale of weights from 0 to 1. Square roots make small weights visible."""
+    """Return the color scale of weights from 0 to 1."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
-    return ScalarMappable(PowerNorm(0.5, 0, 1), LinearSegmentedColormap.from_list("weights", colors))
+    # Square roots make small weights visible, and few levels make files small.
+    return ScalarMappable(PowerNorm(0.5, 0, 1), LinearSegmentedColormap.from_list("weights", colors, N=24))
 
 
 def _draw_scales(figure: "Figure", panels: Sequence[Any]) -> None:
