@@ -48,7 +48,8 @@ class FullSelfAttention(SelfAttention):
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
         if self.is_causal and padding is None:
             return _causal_attention(query, key, value, self.dropout)
-        return _masked_attention(query, key, value, self._visible(query, padding), self.dropout)
+        visible = visible_keys(_positions(query), query.shape[2], self.is_causal, padding)
+        return _masked_attention(query, key, value, visible, self.dropout)
 
     def _append(
         self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
@@ -56,27 +57,57 @@ class FullSelfAttention(SelfAttention):
         query, value = self.project_new(hidden_states)
         return self.append_and_attend(query, normalized_keys(query), value, call, cache, layer_idx)
 
-    def _visible(self, query: Tensor, padding: Tensor | None) -> Tensor:
-        """Return which keys each query sees, `[B or 1, 1, L, L]`."""
-        length = query.shape[2]
-        visible = ~torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
-        if self.is_causal:
-            visible = visible.tril()
-        return visible if padding is None else visible & ~padding[:, None, None, :]
-
     def _weights(self, query: Tensor, key: Tensor, call: AttentionCall) -> Weights:
         """Compute attention weights and key positions `[B, H, 1, L, L]`, without gradient."""
         with torch.no_grad():
-            visible = self._visible(query, call.padding)
+            positions = _positions(query)
+            visible = visible_keys(positions, query.shape[2], self.is_causal, call.padding)
             if call.documents is not None:
                 index = call.documents.index
                 visible = visible & (index[:, None, :, None] == index[:, None, None, :])
-            visible = _or_itself(visible)
-            scores = torch.matmul(query, key.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
-            weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-            positions = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
-            positions = torch.where(visible, positions, -1).expand(weights.shape)
+            visible = or_itself(visible, positions)
+            weights = weights_of(query, key, visible)
+            positions = torch.where(visible, positions.int(), -1).expand(weights.shape)
         return weights[:, :, None], positions[:, :, None]
+
+
+def visible_keys(queries: Tensor, length: int, causal: bool, padding: Tensor | None = None) -> Tensor:
+    """
+    Return which keys some queries see in full attention, `[B or 1, 1, n, length]`: all others, and none of themselves.
+
+    Args:
+        queries: Positions of the queries, `[n]`.
+        length: Number of keys.
+        causal: Whether a query sees no later positions.
+        padding: `[B, length]`, True for padding, which no query sees.
+    """
+    keys = torch.arange(length, device=queries.device)
+    visible = (keys < queries[:, None]) if causal else (keys != queries[:, None])
+    return visible[None, None] if padding is None else visible & ~padding[:, None, None, :]
+
+
+def or_itself(visible: Tensor, queries: Tensor) -> Tensor:
+    """
+    Make each query that sees no other position see itself.
+
+    Args:
+        visible: The result of `visible_keys`, `[…, n, L]`.
+        queries: Positions of the queries, `[n]`.
+    """
+    itself = torch.arange(visible.shape[-1], device=visible.device) == queries[:, None]
+    return visible | (itself & ~visible.any(-1, keepdim=True))
+
+
+def weights_of(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+    """
+    Compute attention weights `[…, n, L]`, at least in fp32.
+
+    Args:
+        query, key: `[…, n, D]` and `[…, L, D]`.
+        visible: Which keys each query sees, `[…, n, L]`, at least one.
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
@@ -90,13 +121,12 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float)
 
 
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float) -> Tensor:
-    mask = _or_itself(visible)
+    mask = or_itself(visible, _positions(query))
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
     # A query without keys returns its value, to which dropout must not apply as it would in a softmax over one key.
     return torch.where(visible.any(-1, keepdim=True), out, value)
 
 
-def _or_itself(visible: Tensor) -> Tensor:
-    """Make each position that sees no other position see itself."""
-    itself = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
-    return visible | (itself & ~visible.any(-1, keepdim=True))
+def _positions(query: Tensor) -> Tensor:
+    """Return the positions `[L]` of queries `[B, H, L, D]`."""
+    return torch.arange(query.shape[2], device=query.device)

@@ -1,0 +1,8 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""How well LSH attention approximates full attention, and whether a model needs it. Models do not depend on this."""
+
+from .coverage import AttentionCoverage, attention_coverage
+from .drawing import draw_attention
+from .replacement import replace_lsh
+
+__all__ = ["AttentionCoverage", "attention_coverage", "draw_attention", "replace_lsh"]
