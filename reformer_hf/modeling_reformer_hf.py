@@ -107,8 +107,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             num_hashes (`int`, *optional*): Number of hash rounds for this call; overrides the config.
             num_buckets (`int` or `list[int]`, *optional*): Buckets per round for this call; overrides the config.
             cache (`Cache`, *optional*): KV cache, a `DynamicCache(config=model.config)` or a `StaticCache`. The input
-                continues the cached tokens and is added to them. Outputs have no gradient then, and a backward pass
-                raises an error. (Transformers before 5.24 calls this argument `past_key_values`.)
+                continues the cached tokens and is added to them. Outputs have no gradient then: a backward pass from
+                `last_hidden_state` raises an error, and `hidden_states` are constants. (Transformers before 5.24 calls
+                this argument `past_key_values`.)
             use_cache (`bool`, *optional*): Whether to create and return a `DynamicCache` if none is given. Only has an
                 effect on causal models in evaluation mode. Unlike in other models, the default `None` means False.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return these as well, see
@@ -182,8 +183,6 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         sources = (inputs, encoder_hidden_states, *self.parameters())
         if lacks_gradient and any(x is not None and x.requires_grad for x in sources):
             output.last_hidden_state = refuse_gradient(output.last_hidden_state)
-            if output.hidden_states is not None:
-                output.hidden_states = tuple(map(refuse_gradient, output.hidden_states))
         return output
 
     def _encode(

@@ -3,13 +3,25 @@
 
 import json
 import math
+import socket
+import sys
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from sequence_tasks import LETTERS, GeneratedExamples, draw_capitals, draw_reverse
-from train_seq2seq import IGNORED, TASKS, GenerationMetrics, encode_pair, main, parse_stages, token_accuracy
+from train_seq2seq import (
+    IGNORED,
+    TASKS,
+    GenerationMetrics,
+    Pairs,
+    encode_pair,
+    main,
+    parse_stages,
+    token_accuracy,
+    write_card,
+)
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from reformer_hf import ReformerHfByteTokenizer
@@ -95,6 +107,43 @@ def test_chrf():
     metric = GenerationMetrics(keep_in_memory=True)
     assert metric.compute(predictions=["some text"], references=["some text"])["chrf"] == 100
     assert metric.compute(predictions=["some text"], references=["quiz"])["chrf"] == 0
+
+
+# The part of sacrebleu that the script uses, with its shapes of texts and references.
+SACREBLEU = """
+from types import SimpleNamespace
+
+class CHRF:
+    def corpus_score(self, hypotheses, references):
+        (only,) = references
+        assert len(only) == len(hypotheses) and all(isinstance(text, str) for text in (*only, *hypotheses))
+        return SimpleNamespace(score=12.345)
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["sacrebleu", "none"])
+def test_chrf_needs_sacrebleu(trained, installed, tmp_path, monkeypatch):
+    """chrF is in metrics and model card if the package is there, and only then; no metric needs a network."""
+
+    def refuse(*args):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name in ("sacrebleu", "sacrebleu.metrics"):
+        monkeypatch.setitem(sys.modules, name, None)
+    if installed:
+        del sys.modules["sacrebleu"], sys.modules["sacrebleu.metrics"]
+        (tmp_path / "sacrebleu").mkdir()
+        (tmp_path / "sacrebleu" / "__init__.py").touch()
+        (tmp_path / "sacrebleu" / "metrics.py").write_text(SACREBLEU)
+        monkeypatch.syspath_prepend(tmp_path)
+    _, trainer, metrics = trained
+    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
+    found = trainer.evaluate()
+    assert found.get("eval_chrf") == (12.345 if installed else None)
+    assert found["eval_exact_match"] == metrics["eval_exact_match"]
+    write_card(trainer, Pairs(trainer.train_dataset, trainer.eval_dataset, "Letters."), found, [], None)
+    assert ("chrF, held out" in (tmp_path / "README.md").read_text()) == installed
 
 
 def test_folder(trained):
