@@ -182,13 +182,13 @@ def report(records: list[Record], folder: Path) -> str:
     draw_curves(groups, folder / "curves.png")
     names = ("full", *map(str, EVAL_HASHES))
     lines = [
-        "| length | trained with | seeds | " + " | ".join(f"{n} hashes" if n.isdigit() else n for n in names) + " | "
+        "| length | trained with | seeds | " + " | ".join(n if n == "full" else _hashes(int(n)) for n in names) + " | "
         "minutes | with shorter lengths |",
         "|" + "---|" * (5 + len(names)),
     ]
     for length in sorted({key[0] for key in groups}):
         for hashes in (0, 4, 2, 1):
-            trained_with = f"{hashes} hashes" if hashes else "full attention"
+            trained_with = _hashes(hashes) if hashes else "full attention"
             if length == 1024:
                 cells = [f"{length:,}", f"paper: {trained_with}", "", *map(str, PAPER[hashes]), "", ""]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -204,13 +204,17 @@ def report(records: list[Record], folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _hashes(number: int) -> str:
+    return f"{number} hash" if number == 1 else f"{number} hashes"
+
+
 def draw_curves(groups: dict[tuple[int, str, int], list[Record]], path: Path) -> None:
     """Draw the accuracy against steps, with a panel for each length."""
     lengths = sorted({key[0] for key in groups})
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 4 * len(lengths), 3.5), squeeze=False)
     for axes, length in zip(panels[0], lengths, strict=True):
         for (_, pattern, hashes), results in sorted((key, group) for key, group in groups.items() if key[0] == length):
-            name = f"{pattern}, {hashes} hashes" if hashes else "full attention"
+            name = f"{pattern}, {_hashes(hashes)}" if hashes else "full attention"
             style = {"window": "-", "chunk": "--"}[pattern] if hashes else ":"
             curves = [result["curve"] for result in results]
             draw_band(axes, curves, "accuracy", name, scale=100, linestyle=style, color=f"C{hashes}")
