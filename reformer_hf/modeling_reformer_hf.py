@@ -180,9 +180,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 output_attentions=output_attentions,
                 documents=documents,
             )
-        sources = (inputs, encoder_hidden_states, *self.parameters())
-        if lacks_gradient and any(x is not None and x.requires_grad for x in sources):
-            output.last_hidden_state = refuse_gradient(output.last_hidden_state)
+        if lacks_gradient:
+            sources = (inputs, encoder_hidden_states, *self.parameters())
+            if any(x is not None and x.requires_grad for x in sources):
+                output.last_hidden_state = refuse_gradient(output.last_hidden_state)
         return output
 
     def _encode(
