@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
-from .figures import draw_band, label_ends, spread
+from .figures import draw_band, save, spread
 from .records import Record
 from .runner import Experiment, main
 from .text import VOCAB_SIZE, bits_per_byte, draw_text, load_text
@@ -186,11 +186,7 @@ def draw_curves(groups: dict[Run, list[Record]], path: Path) -> None:
         axes.set(title=title, xlabel="training steps")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out bits per byte")
-    figure.tight_layout()
-    for axes in panels:
-        label_ends(axes)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path, named_at_ends=True)
 
 
 def grid(seeds: tuple[int, ...], **sizes: Any) -> list[Run]:

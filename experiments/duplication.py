@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
-from .figures import draw_band, spread
+from .figures import draw_band, save, spread
 from .records import Record
 from .runner import Experiment, main, scratch_of
-from .training import Schedule, load_final, train
+from .training import Schedule, load_final, share_right, train
 
 SYMBOLS = 128
 EVAL_HASHES = (8, 4, 2, 1)
@@ -123,9 +123,7 @@ def accuracy(model: nn.Module, run: Run, **options: Any) -> float:
     right = []
     for start in range(0, NUM_HELD_OUT, 4):
         batch = draw(run, 4, (1 << 40) + start)
-        predicted = model(batch["input_ids"], **options).logits[:, :-1].argmax(-1)
-        labels = batch["labels"][:, 1:]
-        right.append((predicted == labels)[labels != -100].float().mean().item())
+        right.append(share_right(model(batch["input_ids"], **options).logits, batch["labels"]))
     return mean(right)
 
 
@@ -224,9 +222,7 @@ def draw_curves(groups: dict[tuple[int, str, int], list[Record]], path: Path) ->
     # At their ends, curves would be indistinguishable at 100 %.
     for axes in panels[0]:
         axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 _SEEDS = (0, 1, 2)

@@ -1,11 +1,14 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Curves over seeds."""
+"""What the figures and tables of the experiments share: curves over seeds, names of curves, files."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .records import Record
 
@@ -65,3 +68,13 @@ def label_ends(axes: Axes, spacing: float = 8.0) -> None:
             "va": "center",
         }
         axes.annotate(line.get_label(), end, offset, **style)
+
+
+def save(figure: Figure, path: Path, named_at_ends: bool = False) -> None:
+    """Write a figure to a file, with the names of its lines at their ends or not, and close it."""
+    figure.tight_layout()
+    if named_at_ends:
+        for axes in figure.axes:
+            label_ends(axes)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

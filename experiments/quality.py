@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 
+from .figures import save
 from .models import COLORS, LABELS, MODELS, Sizes
 from .records import Record
 from .runner import Experiment, main
@@ -96,16 +97,13 @@ def report(records: list[Record], folder: Path) -> str:
                 lines.append(f"| {' | '.join(map(str, cells))} |")
             best = min(group, key=lambda record: record["result"]["curve"][-1]["bits_per_byte"])["result"]["curve"]
             minutes, bits = zip(*((entry["seconds"] / 60, entry["bits_per_byte"]) for entry in best), strict=True)
-            axes.plot(minutes, bits, color=COLORS[name])
-            axes.annotate(LABELS[name], (minutes[-1], bits[-1]), color=COLORS[name], fontsize=8)
+            axes.plot(minutes, bits, color=COLORS[name], label=LABELS[name])
         of_length = [record for key, group in groups.items() if key[0] == length for record in group]
         lowest = min(entry["bits_per_byte"] for record in of_length for entry in record["result"]["curve"])
         axes.set(title=f"{length:,} bytes", xlabel="minutes of training", ylim=(lowest - 0.2, 5))
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("held-out bits per byte")
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=110)
-    pyplot.close(figure)
+    save(figure, folder / "curves.png", named_at_ends=True)
     return "\n".join(lines) + "\n"
 
 

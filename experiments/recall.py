@@ -17,16 +17,18 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from matplotlib import pyplot
 from torch import Tensor, nn
 
+from .figures import save
 from .models import COLORS, LABELS, MODELS, Sizes
 from .records import Record
 from .runner import Experiment, main, scratch_of
-from .training import Schedule, load_final, train
+from .training import Schedule, load_final, share_right, train
 
 KEYS, VALUES, FILLER = range(256), range(256, 512), range(512, 528)
 VOCAB_SIZE = FILLER.stop
@@ -127,10 +129,8 @@ def accuracy(model: nn.Module, run: Run) -> float:
     right = []
     for i in range(NUM_HELD_OUT):
         batch = draw(run, 1, (1 << 40) + i)
-        predicted = model(input_ids=batch["input_ids"]).logits[:, :-1].argmax(-1)
-        labels = batch["labels"][:, 1:]
-        right.append((predicted == labels)[labels != -100].float().mean())
-    return torch.stack(right).mean().item()
+        right.append(share_right(model(input_ids=batch["input_ids"]).logits, batch["labels"]))
+    return mean(right)
 
 
 def load_shorter(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -182,9 +182,7 @@ def report(records: list[Record], folder: Path) -> str:
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("accuracy, %")
     panels[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=110)
-    pyplot.close(figure)
+    save(figure, folder / "curves.png")
     return "\n".join(lines) + "\n"
 
 

@@ -140,6 +140,12 @@ def load_final(scratch: Path) -> tuple[dict[str, Tensor], float]:
     return saved["weights"], saved["seconds"]
 
 
+def share_right(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of labels `[B, L]` other than -100 that the token before them predicts (`[B, L, V]`)."""
+    predicted, labels = logits[:, :-1].argmax(-1), labels[:, 1:]
+    return (predicted == labels)[labels != -100].float().mean().item()
+
+
 def _is_done(state: _State, schedule: Schedule) -> bool:
     if schedule.stop_at is not None and state.curve and state.step == state.curve[-1]["step"]:
         metric = list(state.curve[-1].values())[3]
