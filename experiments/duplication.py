@@ -15,11 +15,16 @@ length and no number of buckets for this task. `reformer_copy.gin` of trax is fo
 buckets, dropout of attention weights, and 50,000 steps of batches of 16 with Adafactor. Here, 2,000 steps of 4,096
 tokens with AdamW. Accuracy is that of single symbols; the paper does not say whether its accuracy is.
 
-The same task at 4,096 and 16,384 tokens, with `window`, starts from the weights of the length before. Position
+The same task at 4,096, 16,384 and 65,536 tokens, with `window`, starts from the weights of the length before. Position
 embeddings of the second w are those of the shorter second w, repeated, and likewise for the first: each symbol of the
 copy then matches its original and, at four times the length, three others, which training has to tell apart.
+
+Next to it, with the same data, learning rates, steps and warm starts: the same layer with full attention, on fused
+kernels, or with local attention; the in-tree model with one LSH layer; and Llama, of two layers, because one that
+attends by content alone cannot copy.
 """
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -30,6 +35,7 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, ReformerConfig, ReformerModelWithLMHead
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
@@ -47,8 +53,19 @@ PAPER = {
     2: (0.8, 100, 99.9, 98.1, 86.8),
     1: (0.8, 99.9, 99.6, 94.8, 77.9),
 }
-NUM_HELD_OUT = 32
-LENGTHS = (1024, 4096, 16384)
+NUM_HELD_OUT_TOKENS = 1 << 15
+PATTERNS = ("window", "chunk")
+# Lengths, each warm-started from the one before, and their numbers of training steps.
+STEPS = {1024: 2000, 4096: 2000, 16384: 300, 65536: 100}
+LENGTHS = tuple(STEPS)
+# Names in figures, and colors.
+MODELS = {
+    "lsh": ("LSH attention", "C0"),
+    "full": ("full attention, fused", "black"),
+    "local": ("local attention", "C1"),
+    "in-tree": ("in-tree Reformer", "C2"),
+    "llama": ("Llama, two layers", "C3"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,12 +74,13 @@ class Run:
     Settings of a run.
 
     Args:
-        hashes: Number of hash rounds in training; 0 for full attention.
-        pattern: `lsh_pattern`. A model with full attention is evaluated with this one.
+        hashes: Number of hash rounds in training; 0 for models without LSH attention.
+        pattern: `lsh_pattern`. A model with full attention is evaluated with both patterns.
         length: Length of the sequences. If it is in `LENGTHS`, the run starts from the weights of the length before.
         seed: Seed of weights, data and hashes.
         steps: Maximum number of training steps.
         width: Width of the model, with 4 heads.
+        model: One of `MODELS`.
     """
 
     hashes: int
@@ -71,6 +89,7 @@ class Run:
     seed: int = 0
     steps: int = 2000
     width: int = 256
+    model: str = "lsh"
 
     @property
     def chunk_length(self) -> int:
@@ -80,7 +99,7 @@ class Run:
     def shorter(self) -> "Run | None":
         """The run whose weights this one starts from."""
         index = LENGTHS.index(self.length) if self.length in LENGTHS else 0
-        return replace(self, length=LENGTHS[index - 1]) if index else None
+        return replace(self, length=LENGTHS[index - 1], steps=STEPS[LENGTHS[index - 1]]) if index else None
 
 
 def draw(run: Run, batch_size: int, seed: int) -> dict[str, Tensor]:
@@ -94,35 +113,45 @@ def draw(run: Run, batch_size: int, seed: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-def build(run: Run, layer: str) -> ReformerHfForCausalLM:
-    """Build the model of one layer, `"lsh"` or `"full"`. Both have the same parameters."""
-    config = ReformerHfConfig(
-        attn_layers=[layer],
-        is_decoder=True,
-        vocab_size=SYMBOLS,
-        hidden_size=run.width,
-        attention_head_size=run.width // 4,
-        feed_forward_size=run.width,
-        max_position_embeddings=run.length,
-        axial_pos_embds=False,
-        hidden_dropout_prob=0.0,
-        lsh_pattern=run.pattern,
-        lsh_attn_chunk_length=run.chunk_length,
-        lsh_deduplicate_keys=run.pattern == "chunk",
-        num_hashes=run.hashes or 1,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return ReformerHfForCausalLM(config)
+def build(run: Run, model: str | None = None) -> nn.Module:
+    """Build the model of a run, or another one of `MODELS`. With `"lsh"` and `"full"` it has the same parameters."""
+    model = model or run.model
+    shared: dict[str, Any] = {
+        "vocab_size": SYMBOLS,
+        "hidden_size": run.width,
+        "num_attention_heads": 4,
+        "max_position_embeddings": run.length,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if model == "llama":
+        llama = LlamaConfig(num_hidden_layers=2, intermediate_size=run.width, use_cache=False, **shared)
+        return LlamaForCausalLM._from_config(llama, attn_implementation="sdpa")
+    shared |= {
+        "is_decoder": True,
+        "attn_layers": ["lsh" if model == "in-tree" else model],
+        "attention_head_size": run.width // 4,
+        "feed_forward_size": run.width,
+        "axial_pos_embds": False,
+        "hidden_dropout_prob": 0.0,
+        "lsh_attn_chunk_length": run.chunk_length,
+        "local_attn_chunk_length": run.chunk_length,
+        "num_hashes": max(run.hashes, 1),
+    }
+    if model == "in-tree":
+        # It has no default for the padding token, and chooses the number of buckets in its first forward pass.
+        return ReformerModelWithLMHead(ReformerConfig(**shared | {"pad_token_id": 0}, use_cache=False))
+    lsh = {"lsh_pattern": run.pattern, "lsh_deduplicate_keys": run.pattern == "chunk"}
+    return ReformerHfForCausalLM(ReformerHfConfig(**shared, **lsh))
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, run: Run, **options: Any) -> float:
     """Return the accuracy on the second w of held-out sequences."""
-    right = []
-    for start in range(0, NUM_HELD_OUT, 4):
-        batch = draw(run, 4, (1 << 40) + start)
+    right, batch_size = [], max(1, 4096 // run.length)
+    for start in range(0, NUM_HELD_OUT_TOKENS // run.length, batch_size):
+        batch = draw(run, batch_size, (1 << 40) + start)
         right.append(share_right(model(batch["input_ids"], **options).logits, batch["labels"]))
     return mean(right)
 
@@ -140,108 +169,166 @@ def stretch_positions(table: Tensor, length: int) -> Tensor:
     return table[torch.cat([first, shorter + symbols])]
 
 
-def start(run: Run, scratch: Path) -> tuple[ReformerHfForCausalLM, float]:
+def start(run: Run, scratch: Path) -> tuple[nn.Module, float]:
     """Return the model that training starts with, and the seconds that it was trained for."""
     torch.manual_seed(run.seed)
-    model = build(run, "lsh" if run.hashes else "full")
+    model = build(run)
     if run.shorter is None:
         return model, 0.0
     weights, seconds = load_final(scratch_of("duplication", run.shorter, scratch.parents[1]))
     name = "reformer.embeddings.position_embeddings.embedding.weight"
-    model.load_state_dict(weights | {name: stretch_positions(weights[name], run.length)})
+    if name in weights:
+        weights[name] = stretch_positions(weights[name], run.length)
+    model.load_state_dict(weights)
     return model, seconds
 
 
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
-    """Train a model, and evaluate it with full attention and with each number of hashes."""
+    """Train a model; evaluate one with LSH or full attention with full attention and with each number of hashes."""
     model, seconds = start(run, scratch)
     batch_size = max(1, 4096 // run.length)
     found = train(
         model,
         lambda step: draw(run, batch_size, run.seed << 32 | step),
         lambda model: {"accuracy": accuracy(model, run)},
-        Schedule(run.steps, learning_rate=1e-3, eval_every=100),
+        Schedule(run.steps, learning_rate=1e-3, eval_every=max(1, run.steps // 20)),
         scratch,
         seconds_before=seconds,
     )
-    full, lsh = (build(run, layer).eval() for layer in ("full", "lsh"))
-    for each in (full, lsh):
-        each.load_state_dict(model.state_dict())
-    scores = {str(hashes): accuracy(lsh, run, num_hashes=hashes) for hashes in EVAL_HASHES}
-    return found | {"accuracy": {"full": accuracy(full, run)} | scores}
+    if run.model not in ("lsh", "full"):
+        return found
+    full = build(run, "full").eval()
+    full.load_state_dict(model.state_dict())
+    exact, scores = accuracy(full, run), {}
+    for pattern in PATTERNS if run.model == "full" else [run.pattern]:
+        lsh = build(replace(run, pattern=pattern), "lsh").eval()
+        lsh.load_state_dict(model.state_dict())
+        scores[pattern] = {str(hashes): accuracy(lsh, run, num_hashes=hashes) for hashes in EVAL_HASHES}
+        scores[pattern]["full"] = exact
+    return found | {"accuracy": scores}
 
 
 def report(records: list[Record], folder: Path) -> str:
-    """Draw the learning curves and write Table 2."""
-    groups: dict[tuple[int, str, int], list[Record]] = defaultdict(list)
+    """Draw the learning curves and write Table 2, and the table of the longest sequences next to other models."""
+    groups: dict[Run, list[Record]] = defaultdict(list)
+    race: dict[Run, Record] = {}
     for record in records:
         run = Run(**record["settings"])
-        groups[run.length, run.pattern, run.hashes].append(record["result"])
-    draw_curves(groups, folder / "curves.png")
+        groups[replace(run, seed=0)].append(record["result"])
+        if run.seed == 0 and run.hashes <= 1 and run.pattern == "window":
+            race[run] = record["result"]
+    shortest = min(run.length for run in groups)
+    draw_curves({run: results for run, results in groups.items() if run.length == shortest}, folder / "curves.png")
+    draw_race(race, folder / "lengths.png")
+    return "\n".join([*table_2(groups), "", *race_table(race)]) + "\n"
+
+
+def table_2(groups: dict[Run, list[Record]]) -> list[str]:
+    """Return the rows of Table 2, those of the paper first, and of the same task with longer sequences."""
     names = ("full", *map(str, EVAL_HASHES))
     lines = [
-        "| length | trained with | seeds | " + " | ".join(n if n == "full" else _hashes(int(n)) for n in names) + " | "
-        "minutes | with shorter lengths |",
-        "|" + "---|" * (5 + len(names)),
+        "| length | trained with | seeds | full | " + " | ".join(map(_hashes, EVAL_HASHES)) + " | minutes |",
+        "|" + "---|" * (4 + len(names)),
     ]
-    for length in sorted({key[0] for key in groups}):
-        for hashes in (0, 4, 2, 1):
-            trained_with = _hashes(hashes) if hashes else "full attention"
-            if length == 1024:
-                cells = [f"{length:,}", f"paper: {trained_with}", "", *map(str, PAPER[hashes]), "", ""]
-                lines.append(f"| {' | '.join(cells)} |")
-            for pattern in ("window", "chunk"):
-                results = groups.get((length, pattern, hashes), [])
-                if results:
-                    cells = [f"{length:,}", f"`{pattern}`: {trained_with}", str(len(results))]
-                    cells += [spread([100 * result["accuracy"][name] for result in results]) for name in names]
-                    cells += [
-                        f"{mean(result[key] for result in results) / 60:.1f}" for key in ("seconds", "total_seconds")
-                    ]
-                    lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    for length, hashes in itertools.product(sorted({run.length for run in groups}), (0, 4, 2, 1)):
+        trained_with = _hashes(hashes) if hashes else "full attention"
+        if length == LENGTHS[0]:
+            lines.append(_row(f"{length:,}", f"paper: {trained_with}", "", *PAPER[hashes], ""))
+        for run, results in groups.items():
+            if (run.length, run.hashes) != (length, hashes) or run.model not in ("lsh", "full"):
+                continue
+            minutes = f"{mean(result['cpu_seconds'] for result in results) / 60:.1f}"
+            for pattern in results[0]["accuracy"]:
+                values = [[100 * result["accuracy"][pattern][name] for result in results] for name in names]
+                cells = (f"`{pattern}`: {trained_with}", len(results), *map(spread, values), minutes)
+                lines.append(_row(f"{length:,}", *cells))
+    return lines
+
+
+def race_table(results: dict[Run, Record]) -> list[str]:
+    """Return the final accuracy of each model at each length, and the CPU time of training until 90 %."""
+    lines = ["| length | model | accuracy | minutes | until 90 % |", "|---|---|---|---|---|"]
+    for run in sorted(results, key=lambda run: (run.length, list(MODELS).index(run.model))):
+        minutes, values = _against_minutes(results, run)
+        until = next((f"{at:.1f}" for at, value in zip(minutes, values, strict=True) if value >= 90), "–")
+        cells = (f"{values[-1]:.1f}", f"{minutes[-1]:.1f}", until)
+        lines.append(_row(f"{run.length:,}", MODELS[run.model][0], *cells))
+    return lines
+
+
+def _against_minutes(results: dict[Run, Record], run: Run) -> tuple[list[float], list[float]]:
+    """Return minutes of CPU time, with those of the shorter lengths, and accuracies in percent."""
+    before, shorter = 0.0, run.shorter
+    while shorter is not None:
+        before += results[shorter]["cpu_seconds"]
+        shorter = shorter.shorter
+    result = results[run]
+    minutes = [(before + entry["step"] / result["steps"] * result["cpu_seconds"]) / 60 for entry in result["curve"]]
+    return minutes, [100 * entry["accuracy"] for entry in result["curve"]]
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _hashes(number: int) -> str:
     return f"{number} hash" if number == 1 else f"{number} hashes"
 
 
-def draw_curves(groups: dict[tuple[int, str, int], list[Record]], path: Path) -> None:
-    """Draw the accuracy against steps, with a panel for each length."""
-    lengths = sorted({key[0] for key in groups})
+def draw_curves(groups: dict[Run, list[Record]], path: Path) -> None:
+    """Draw the accuracy of the models of Table 2 against steps."""
+    figure, axes = pyplot.subplots(figsize=(6, 3.5))
+    for run, results in sorted(groups.items(), key=lambda item: (item[0].pattern, item[0].hashes)):
+        if run.model not in ("lsh", "full"):
+            continue
+        name = f"{run.pattern}, {_hashes(run.hashes)}" if run.hashes else "full attention"
+        style = {"window": "-", "chunk": "--"}[run.pattern] if run.hashes else ":"
+        curves = [result["curve"] for result in results]
+        draw_band(axes, curves, "accuracy", name, scale=100, linestyle=style, color=f"C{run.hashes}")
+    axes.set(xlabel="training steps", ylabel="accuracy on the copy, %", ylim=(0, 102))
+    axes.grid(alpha=0.3)
+    # At their ends, curves would be indistinguishable at 100 %.
+    axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def draw_race(results: dict[Run, Record], path: Path) -> None:
+    """Draw the accuracy of each model against minutes, with a panel for each length."""
+    lengths = sorted({run.length for run in results})
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 4 * len(lengths), 3.5), squeeze=False)
     for axes, length in zip(panels[0], lengths, strict=True):
-        for (_, pattern, hashes), results in sorted((key, group) for key, group in groups.items() if key[0] == length):
-            name = f"{pattern}, {_hashes(hashes)}" if hashes else "full attention"
-            style = {"window": "-", "chunk": "--"}[pattern] if hashes else ":"
-            curves = [result["curve"] for result in results]
-            draw_band(axes, curves, "accuracy", name, scale=100, linestyle=style, color=f"C{hashes}")
-        axes.set(title=f"{length:,} tokens", xlabel="training steps", ylim=(0, 102))
+        for run in results:
+            if run.length == length:
+                label, color = MODELS[run.model]
+                axes.plot(*_against_minutes(results, run), label=label, color=color)
+        title = f"{length:,} tokens"
+        axes.set(title=title, xlabel="minutes of training, from 1,024 tokens on", xscale="log", ylim=(0, 102))
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("accuracy on the copy, %")
-    # At their ends, curves would be indistinguishable at 100 %.
-    for axes in panels[0]:
-        axes.legend(fontsize=7)
+    panels[0, 0].legend(fontsize=7)
     save(figure, path)
 
 
 _SEEDS = (0, 1, 2)
+# One hash, and the other models, with lengths that they can be trained at.
+RACE = [
+    Run(hashes, length=length, steps=steps, model=model)
+    for length, steps in STEPS.items()
+    for model, hashes in (("lsh", 1), ("local", 0), ("full", 0), ("in-tree", 1), ("llama", 0))
+    if length < 65536 or model in ("lsh", "local")
+]
+_TABLE_2 = [
+    *(Run(hashes, pattern, seed=seed) for seed in _SEEDS for pattern in PATTERNS for hashes in (4, 2, 1)),
+    # Evaluated with both patterns.
+    *(Run(0, seed=seed, model="full") for seed in _SEEDS),
+    *(Run(4, length=length, steps=STEPS[length]) for length in (4096, 16384)),
+]
 EXPERIMENT = Experiment(
     "duplication",
-    [
-        *(
-            Run(hashes, pattern, seed=seed)
-            for seed in _SEEDS
-            for pattern in ("window", "chunk")
-            for hashes in (4, 2, 1)
-        ),
-        # Evaluated with both patterns, so trained for both.
-        *(Run(0, pattern, seed=seed) for seed in _SEEDS for pattern in ("window", "chunk")),
-        *(Run(hashes, length=length) for length in (4096, 16384) for hashes in (1, 4)),
-    ],
+    list(dict.fromkeys([*_TABLE_2, *RACE])),
     train_and_evaluate,
     report,
-    quick=[Run(hashes, length=64, steps=30, width=32) for hashes in (0, 2)],
+    quick=[Run(int(model in ("lsh", "in-tree")), length=64, steps=30, width=32, model=model) for model in MODELS],
     warm_start=attrgetter("shorter"),
 )
 
