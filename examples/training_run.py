@@ -4,8 +4,10 @@
 import json
 import logging
 import re
+import shlex
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -188,6 +190,12 @@ class ScriptTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs):
         """Keep the existing model card."""
+
+
+def command_line() -> str:
+    """Return the command that runs this process, for the model card; an empty string if it is not a script."""
+    script = Path(sys.argv[0])
+    return shlex.join(["python", f"examples/{script.name}", *sys.argv[1:]]) if script.suffix == ".py" else ""
 
 
 def find_checkpoint(args: ScriptTrainingArguments) -> str | None:
