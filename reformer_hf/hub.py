@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 import transformers
-import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump
 from transformers import PreTrainedModel, Trainer
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -181,7 +181,7 @@ def write_model_card(trainer: Trainer, report: RunReport) -> Path:
         entry = EvalResultEntry(report.dataset_id, "default", metric.value, notes=f"{metric.name}, {metric.split}")
         path = folder / EVAL_RESULTS
         path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+        path.write_text(yaml_dump(eval_result_entries_to_yaml([entry])), encoding="utf-8")
     return folder / "README.md"
 
 
