@@ -1,6 +1,6 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The figure of the README: seconds of a training step against length, from saved results.
+The figure and the table of the README, from saved results.
 
     python -m benchmarks.overview
 """
@@ -14,6 +14,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
 from .cases import DENSE, IN_TREE, OURS  # noqa: E402
+from .decoding import TOKENS_PER_RUN  # noqa: E402
 from .results import Results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,19 @@ LINES = (
     ("2026-11-24-required", DENSE, "dense model: fused\nattention, activation\ncheckpointing", "black", (10, 0)),
     ("2026-11-24-lengths", IN_TREE, "Reformer of\nTransformers", "C1", (-4, 22)),
     ("2026-11-24-lengths", OURS, "reformer_hf", "C0", (10, 0)),
+)
+
+README, START, END = ROOT / "README.md", "<!-- Written by `python -m benchmarks.overview`. -->\n", "<!-- End. -->\n"
+NAMES = {IN_TREE: "Reformer of Transformers", DENSE: "dense model", "reformer-pytorch": "`reformer-pytorch`"}
+# File, case, what it is, quantity, and with what it is compared.
+_REQUIRED, _GENERATION = "2026-11-24-required", "2026-11-24-generation"
+ROWS = (
+    (_REQUIRED, "step-L16384-R4", "training step, 16,384 tokens, 4 hashes", "seconds", (IN_TREE, "reformer-pytorch")),
+    (_REQUIRED, "step-L16384-R4", "its peak memory", "peak_bytes", (IN_TREE, "reformer-pytorch")),
+    (_REQUIRED, "step-L4096-R2", "training step, 4,096 tokens, 2 hashes", "seconds", (DENSE,)),
+    (_REQUIRED, "step-L65536-R2", "training step, 65,536 tokens, 2 hashes", "seconds", (DENSE,)),
+    (_GENERATION, "decoder-tokens-L4096-R4", "one token after 4,096 tokens", "seconds", (IN_TREE, DENSE)),
+    (_GENERATION, "decoder-tokens-L16384-R4", "one token after 16,384 tokens", "seconds", (IN_TREE, DENSE)),
 )
 
 
@@ -57,5 +71,35 @@ def draw(path: Path = FIGURE) -> None:
     pyplot.close(figure)
 
 
+def table() -> str:
+    """Return the table of the README: medians of this package and of others on the same work."""
+    lines = ["| | reformer_hf | others | ratio |", "|---|---|---|---|"]
+    for file, case, workload, quantity, rivals in ROWS:
+        results = Results.load(ROOT / "benchmarks" / "results" / f"{file}.json")
+        ours = results.median(case, OURS, quantity)
+        for implementation in rivals:
+            theirs = results.median(case, implementation, quantity)
+            if ours is None or theirs is None:
+                raise ValueError(f"{file}.json has no {quantity} of {case} for {OURS} and {implementation}.")
+            per_token = TOKENS_PER_RUN if "-tokens-" in case else 1
+            values = (_shown(value / per_token, quantity) for value in (ours, theirs))
+            lines.append(f"| {workload} | {' | '.join(values)}, {NAMES[implementation]} | {theirs / ours:.1f} × |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: float, quantity: str) -> str:
+    if quantity == "peak_bytes":
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def write_table(path: Path = README) -> None:
+    """Write the table between its markers."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{START}{table()}{END}{after}", encoding="utf-8")
+
+
 if __name__ == "__main__":
     draw()
+    write_table()

@@ -450,7 +450,7 @@ def test_process_without_package(saved, tmp_path):
 def test_readme(tmp_path):
     """Each block on saving and loading runs in a process of its own."""
     readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme.partition("## Train")[0], re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         run_python(["-c", block], tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
