@@ -150,7 +150,7 @@ def build(run: Run, model: str | None = None) -> nn.Module:
 def accuracy(model: nn.Module, run: Run, **options: Any) -> float:
     """Return the accuracy on the second w of held-out sequences."""
     right, batch_size = [], max(1, 4096 // run.length)
-    for start in range(0, NUM_HELD_OUT_TOKENS // run.length, batch_size):
+    for start in range(0, max(1, NUM_HELD_OUT_TOKENS // run.length), batch_size):
         batch = draw(run, batch_size, (1 << 40) + start)
         right.append(share_right(model(batch["input_ids"], **options).logits, batch["labels"]))
     return mean(right)
