@@ -154,7 +154,8 @@ class LogLines(TrainerCallback):
         shown = {name: value for name, value in (logs or {}).items() if name.endswith(_LOGGED)}
         if state.is_world_process_zero and shown:
             values = ", ".join(f"{name.replace('_', ' ')} {float(value):.4g}" for name, value in shown.items())
-            logger.info("step %d of %d: %s", state.global_step, state.max_steps, values)
+            of_all = "" if args.max_minutes else f" of {state.max_steps}"
+            logger.info("step %d%s: %s", state.global_step, of_all, values)
 
 
 class ScriptTrainer(Trainer):
