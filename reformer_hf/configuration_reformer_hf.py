@@ -299,11 +299,11 @@ class ReformerHfConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        return cls._adopt_in_tree(config_dict), kwargs
+        return cls._adopt_older(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        config_dict = cls._adopt_in_tree(config_dict)
+        config_dict = cls._adopt_older(config_dict)
         # Apply overrides before the config is built, so that derived fields and checks use them.
         fields = (cls.__dataclass_fields__.keys() | {"num_hidden_layers"}) & kwargs.keys() - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in fields}
@@ -332,10 +332,12 @@ class ReformerHfConfig(PreTrainedConfig):
         return super().to_dict()
 
     @classmethod
-    def _adopt_in_tree(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+    def _adopt_older(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of `config_dict`. Complete an in-tree one with its defaults and its values of our fields."""
         if config_dict.get("model_type") != "reformer":
-            return dict(config_dict)
+            # Version 0.1 had no rotary position embeddings, and a saved config has all fields of its version.
+            older = "transformers_version" in config_dict and "local_rope_theta" not in config_dict
+            return {**config_dict, "local_rope_theta": None} if older else dict(config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
         # The in-tree models ignore them.
         adopted.pop("num_hidden_layers", None)

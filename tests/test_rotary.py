@@ -1,9 +1,13 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Rotary position embeddings of local layers."""
 
+import json
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 from reformer_hf.local_attention import LocalSelfAttention
 from reformer_hf.rotary import rotate, rotation_of
 from reformer_hf.self_attention import AttentionCall
@@ -106,3 +110,19 @@ def test_odd_head_size():
     with pytest.raises(ValueError, match="`attention_head_size` is 7.*choose an even size, or set `local_rope_theta`"):
         tiny_config(attn_layers=["local"], attention_head_size=7)
     assert tiny_config(attn_layers=["lsh"], attention_head_size=7).attention_head_size == 7
+
+
+def test_folder_of_version_0_1(tmp_path):
+    """It has no rotary position embeddings, and does not get them."""
+    model = random_model(attn_layers=["local"], local_rope_theta=None)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["local_rope_theta"]
+    path.write_text(json.dumps(saved))
+    ids = torch.arange(1, 30)[None]
+    for cls in (AutoModelForCausalLM, ReformerHfForCausalLM):
+        loaded = cls.from_pretrained(tmp_path)
+        assert loaded.config.local_rope_theta is None
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert ReformerHfConfig.from_dict({"hidden_size": 32}).local_rope_theta == 10000.0
