@@ -42,6 +42,7 @@ def hub_env(hub: HubServer, folder: Path, token: str | None = TOKEN) -> dict[str
         **({"HF_TOKEN": token} if token else {}),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         # Else, where weights are missing, a service on the internet would be asked to convert others.
         "DISABLE_SAFETENSORS_CONVERSION": "1",
         "NO_PROXY": "127.0.0.1",
