@@ -99,7 +99,7 @@ class HubServer(ThreadingHTTPServer):
         """Nothing on stderr: a client that goes away is no error of the server."""
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *exception):

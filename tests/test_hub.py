@@ -61,7 +61,7 @@ HEADS = {
     "Seq2SeqLM": "encoder_decoder.ReformerHfForConditionalGeneration",
 }
 
-def save_head(name, model):
+def save_head(name, model, prefix=""):
     input_ids = torch.arange(40).view((2, 2, 10) if name == "MultipleChoice" else (2, 20))
     inputs = {"decoder_input_ids": input_ids[:, :7]} if name == "Seq2SeqLM" else {}
     with torch.no_grad():
@@ -71,7 +71,7 @@ def save_head(name, model):
     if name == "Seq2SeqLM":
         found["generated"] = model.generate(input_ids, max_new_tokens=3, num_beams=2)
         found["max_length"] = model.generation_config.max_length
-    torch.save(found, f"{sys.argv[1]}/{name}")
+    torch.save(found, f"{sys.argv[1]}/{prefix}{name}")
 """
 
 PUSH_HEADS = """
@@ -91,7 +91,12 @@ for name, head in HEADS.items():
 
 LOAD_HEADS = """
 for name in HEADS:
-    save_head(name, getattr(transformers, f"AutoModelFor{name}").from_pretrained(f"user/{name}", **options))
+    auto_class = getattr(transformers, f"AutoModelFor{name}")
+    model = auto_class.from_pretrained(f"user/{name}", **options)
+    save_head(name, model)
+    # And saved again.
+    model.save_pretrained(f"{sys.argv[1]}/saved/{name}")
+    save_head(name, auto_class.from_pretrained(f"{sys.argv[1]}/saved/{name}", **options), "again-")
 """
 
 FAIL = """
@@ -181,11 +186,16 @@ def test_each_head(hub, tmp_path):
     names = [path.name for path in folders["pushed"].iterdir() if path.is_file()]
     assert len(names) == 6
     for name in names:
-        pushed, *loaded = (torch.load(folder / name) for folder in folders.values())
-        for found, home in zip(loaded, ("reformer_hf.", f"transformers_modules.user.{name}."), strict=True):
-            assert found.pop("module").startswith(home), name
-            for field, value in found.items():
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(pushed[field])), (name, field)
+        pushed = torch.load(folders["pushed"] / name)
+        code = {path: content for path, content in hub.repos[f"user/{name}"].files.items() if path.endswith(".py")}
+        for kind, home in (("with", "reformer_hf."), ("without", "transformers_modules.")):
+            loaded, again = (torch.load(folders[kind] / f"{prefix}{name}") for prefix in ("", "again-"))
+            for found in (loaded, again):
+                assert found.pop("module").startswith(home), name
+                for field, value in found.items():
+                    assert torch.equal(torch.as_tensor(value), torch.as_tensor(pushed[field])), (name, field)
+            saved = folders[kind] / "saved" / name
+            assert {path.name: path.read_bytes() for path in saved.glob("*.py")} == code, name
 
 
 def test_client_errors(hub, folder):

@@ -208,9 +208,13 @@ def test_command_line(hub, tmp_path):
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
     assert repo.private and repo.files == saved == repo.commits[repo.branches["dev"]]
     assert len(repo.commits) == 2, "one commit for all files, and none where nothing has changed"
+    # As the documentation says: one file in place of the shards.
+    model.save_pretrained(tmp_path / "one")
+    _hf(hub, tmp_path, "upload", "user/uploaded", "one", "--delete", "model*.safetensors*")
+    assert [path for path in repo.files if "safetensors" in path] == ["model.safetensors"]
     _hf(hub, tmp_path, "download", "user/uploaded", "--local-dir", "down")
     down = {path.name: path.read_bytes() for path in (tmp_path / "down").iterdir() if path.is_file()}
-    assert saved.items() <= down.items()
+    assert down == repo.files
     loaded = ReformerHfForCausalLM.from_pretrained(tmp_path / "down")
     assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
     script = "AutoModelForCausalLM.from_pretrained('user/uploaded', revision='dev', **options)"
