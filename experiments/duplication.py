@@ -142,7 +142,7 @@ def build(run: Run, model: str | None = None) -> nn.Module:
     if model == "in-tree":
         # It has no default for the padding token, and chooses the number of buckets in its first forward pass.
         return ReformerModelWithLMHead(ReformerConfig(**shared | {"pad_token_id": 0}, use_cache=False))
-    lsh = {"lsh_pattern": run.pattern, "lsh_deduplicate_keys": run.pattern == "chunk"}
+    lsh: dict[str, Any] = {"lsh_pattern": run.pattern, "lsh_deduplicate_keys": run.pattern == "chunk"}
     return ReformerHfForCausalLM(ReformerHfConfig(**shared, **lsh))
 
 
