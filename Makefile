@@ -1,10 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# An empty value installs the newest versions.
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+INSTALL := $(BIN)/python $(PIP_INSTALL)
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench gpu clean
+.PHONY: help demo test test-slow check format bench gpu dist clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +54,20 @@ gpu:  ## Run the CUDA tests and the required benchmarks (options: ARGS='…')
 	of torch; here is torch {torch.__version__}, which sees no device. The CPU tests: make test.")'
 	HF_HUB_OFFLINE=1 $(GPU_PYTHON) -m pytest -m cuda tests
 	$(GPU_PYTHON) -m benchmarks --suite required --device cuda $(ARGS)
+
+dist: .venv/.installed  ## Build wheel and sdist, check them, and use each in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	set -e; for package in dist/*; do \
+		folder=$$(mktemp -d); \
+		$(PYTHON) -m venv $$folder/env; \
+		$$folder/env/bin/python $(PIP_INSTALL) torch; \
+		$$folder/env/bin/python $(PIP_INSTALL) $$package accelerate; \
+		cp tests/smoke.py $$folder; \
+		(cd $$folder && HF_HUB_OFFLINE=1 env/bin/python smoke.py); \
+		rm -rf $$folder; \
+	done
 
 clean:  ## Remove the virtual environment and all generated files
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -51,6 +51,14 @@ class Corpus:
         """Number of bytes of the held-out text, without separators and the context token."""
         return count_bytes(self.held_out[1:])
 
+    def describe(self) -> str:
+        """Return what a model card says about the data."""
+        return (
+            f"{self.description[0].upper()}{self.description[1:]}: {self.num_train_bytes:,} bytes. The held-out text, "
+            f"which was not used for training, is {self.held_out_description} ({self.num_held_out_bytes:,} bytes). "
+            "Tokens are the bytes of the text; `</s>` separates documents."
+        )
+
 
 @dataclass
 class CorpusArguments:

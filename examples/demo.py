@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 import reformer_hf  # noqa: F401  registers the model with the Auto classes
 
@@ -38,6 +39,13 @@ OPTIONS = f"""
     --logging_steps 25 --eval_steps 350 --save_strategy no --use_cpu
 """
 
+NEXT = """
+What to do next:
+  look at the loss curve and the model card   {folder}/loss_curve.png, {folder}/README.md
+  write with the model in a browser           make space
+  train on your own text                      python examples/train_causal_lm.py --data book.txt
+  train other tasks                           examples/README.md"""
+
 
 def compute_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """Compute the logits of `input_ids` in `eval()` mode and without gradients."""
@@ -50,6 +58,8 @@ def train_and_save(output_dir: Path, options: list[str]) -> dict[str, float]:
     # Imported here, so that the new process needs only the package and the folder.
     from train_causal_lm import main as train_main
 
+    if not sys.stdout.isatty():
+        options = ["--disable_tqdm", "true", "--logging_steps", "350", *options]
     trainer, metrics = train_main([*OPTIONS.split(), *options, "--output_dir", str(output_dir)])
     input_ids = trainer.eval_dataset[:1]["input_ids"].long()
     save_file({"input_ids": input_ids, "logits": compute_logits(trainer.model, input_ids)}, output_dir / CHECK_FILE)
@@ -79,6 +89,8 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--verify", action="store_true", help="only load and check the model in the output folder")
     args, options = parser.parse_known_args()
+    if not sys.stdout.isatty():
+        disable_progress_bar()
     if args.verify:
         return 0 if verify(args.output_dir) else 1
 
@@ -97,6 +109,7 @@ def main() -> int:
     }
     for name, value in rows.items():
         print(f"{name:<40}{value}")
+    print(NEXT.format(folder=args.output_dir))
     return 0 if ours < bigram and identical else 1
 
 

@@ -1,59 +1,16 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Write the loss curve and the model card of a training run."""
+"""Figures of training runs."""
 
 import json
 import math
-import platform
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
-import transformers
-from byte_data import Corpus
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import Trainer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-_CARDS = Path(__file__).resolve().parent.parent / "model_cards"
-TEMPLATE, TASK_TEMPLATE = _CARDS / "causal_lm.md", _CARDS / "task.md"
-MODEL_SETTINGS = (
-    "attn_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "attention_head_size",
-    "feed_forward_size",
-    "axial_pos_shape",
-    "axial_norm_std",
-    "initializer_range",
-    "local_attn_chunk_length",
-    "local_num_chunks_before",
-    "lsh_pattern",
-    "lsh_attn_chunk_length",
-    "lsh_num_chunks_before",
-    "num_hashes",
-    "num_buckets",
-    "hash_seed",
-    "hidden_dropout_prob",
-    "reversible",
-)
-TRAINING_SETTINGS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "bf16",
-    "fp16",
-)
 
 
 def plot_loss_curve(log_history: list[dict[str, Any]], bigram: float, folder: Path) -> None:
@@ -123,142 +80,3 @@ def plot_confusion_matrix(found: np.ndarray, right: np.ndarray, names: list[str]
     figure.colorbar(image, label="share of the true class")
     figure.savefig(folder / "confusion_matrix.png", dpi=120)
     plt.close(figure)
-
-
-def write_task_card(
-    trainer: Trainer,
-    summary: str,
-    pipeline_tag: str,
-    results: dict[str, str],
-    results_note: str,
-    figures: dict[str, str],
-    data_description: str,
-    dataset_id: str | None,
-    base_model: str | None,
-    metric: tuple[str, str, float],
-    usage: str,
-    sample: str = "",
-) -> None:
-    """Write the model card `README.md` of a task from `model_cards/task.md`, with settings and results of the run."""
-    args, model = trainer.args, trainer.model
-    name = args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).resolve().name
-    metric_type, metric_name, value = metric
-    card_data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        tags=["reformer", "lsh-attention"],
-        datasets=[dataset_id] if dataset_id else None,
-        base_model=base_model if base_model and not Path(base_model).exists() else None,
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type=pipeline_tag,
-                dataset_type=dataset_id or "generated",
-                dataset_name=data_description.split(":")[0].replace("`", ""),
-                dataset_split="validation",
-                metric_type=metric_type,
-                metric_name=metric_name,
-                metric_value=value,
-            )
-        ],
-    )
-    run = {
-        "Training steps": f"{trainer.state.global_step:,}",
-        "Minutes of training": f"{trainer.curve.spent()['seconds'] / 60:.1f}",
-    }
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(TASK_TEMPLATE),
-        model_name=name,
-        summary=summary,
-        origin=f"Fine-tuned from `{base_model}`." if base_model else "Trained from random weights.",
-        num_parameters=f"{model.num_parameters():,}",
-        max_position_embeddings=f"{model.config.max_position_embeddings:,}",
-        results=results | run,
-        results_note=results_note,
-        figures=figures,
-        data_description=data_description,
-        model_settings=_settings(model.config, MODEL_SETTINGS),
-        training_settings=_settings(args, TRAINING_SETTINGS) | {"processes": args.world_size},
-        software=f"torch {torch.__version__}, transformers {transformers.__version__}",
-        hardware=_hardware(args.device),
-        usage=usage.replace("{model_id}", args.hub_model_id or name),
-        sample=sample,
-    )
-    card.save(Path(args.output_dir) / "README.md")
-
-
-def write_model_card(
-    trainer: Trainer,
-    corpus: Corpus,
-    metrics: dict[str, float],
-    sequence_length: int,
-    base_model: str | None,
-    prompt: str,
-    sample: str,
-) -> None:
-    """Write the model card `README.md` from the template in `model_cards/`, with settings and results of the run."""
-    args, config = trainer.args, trainer.model.config
-    model_name = args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).resolve().name
-    bits = metrics["eval_bits_per_byte"]
-    num_sequences = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps
-    results = {
-        "Bits per byte, held out": f"{bits:.4f}",
-        "Bits per byte of a byte bigram model, held out": f"{metrics['bigram_bits_per_byte']:.4f}",
-        "Training steps": f"{trainer.state.global_step:,}",
-        "Training tokens, including repetitions": f"{num_sequences * args.world_size * sequence_length:,}",
-        "Epochs": f"{trainer.state.epoch:.2f}",
-        "Training time since the last resume": f"{metrics['train_runtime']:.0f} s",
-    }
-    card_data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["reformer", "lsh-attention", "byte-level"],
-        datasets=[corpus.dataset_id] if corpus.dataset_id else None,
-        base_model=base_model if base_model and not Path(base_model).exists() else None,
-        model_name=model_name,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=corpus.dataset_id or "text",
-                dataset_name=corpus.description.replace("`", ""),
-                dataset_split="validation",
-                metric_type="bits_per_byte",
-                metric_name="Bits per byte",
-                metric_value=round(bits, 4),
-            )
-        ],
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
-        model_name=model_name,
-        model_id=args.hub_model_id or model_name,
-        origin=f"Fine-tuned from `{base_model}`." if base_model else "Trained from random weights.",
-        num_parameters=f"{trainer.model.num_parameters():,}",
-        max_position_embeddings=f"{config.max_position_embeddings:,}",
-        sequence_length=f"{sequence_length:,}",
-        results=results,
-        data_description=corpus.description,
-        num_train_bytes=f"{corpus.num_train_bytes:,}",
-        num_held_out_bytes=f"{corpus.num_held_out_bytes:,}",
-        held_out_description=corpus.held_out_description,
-        model_settings=_settings(config, MODEL_SETTINGS),
-        training_settings=_settings(args, TRAINING_SETTINGS) | {"processes": args.world_size},
-        software=f"torch {torch.__version__}, transformers {transformers.__version__}",
-        hardware=_hardware(args.device),
-        prompt=prompt,
-        sample=sample,
-    )
-    card.save(Path(args.output_dir) / "README.md")
-
-
-def _settings(source: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    values = {name: getattr(source, name) for name in names if hasattr(source, name)}
-    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"

@@ -36,22 +36,33 @@ import numpy as np
 import torch
 from bits_per_byte import BitsPerByte, bigram_bits_per_byte, sum_nll
 from byte_data import END_ID, PAD_ID, Corpus, CorpusArguments, count_bytes, documents_of
-from model_report import plot_loss_curve, write_model_card
+from model_report import plot_loss_curve
 from training_run import (
     ScriptTrainer,
     ScriptTrainingArguments,
     check_byte_config,
+    command_line,
     find_checkpoint,
     parse_overrides,
 )
 from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, set_seed
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf.hub import Metric, RunReport, write_model_card
 from reformer_hf.training import CausalCollator, pack_to_file
 
 logger = logging.getLogger(__name__)
 
 PROMPT_LENGTH = 128
+
+USAGE = """\
+import reformer_hf  # registers the model with the Auto classes
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{model_id}")
+model = AutoModelForCausalLM.from_pretrained("{model_id}")
+inputs = tokenizer("Once upon a time", add_special_tokens=False, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 
 _CONFIG_FIELDS = {config_field.name for config_field in fields(ReformerHfConfig)}
 
@@ -203,18 +214,48 @@ def train(
     prompt, sample = generate_sample(trainer, corpus, data_args.sample_length)
     if trainer.is_world_process_zero():
         plot_loss_curve(trainer.state.log_history, metrics["bigram_bits_per_byte"], Path(training_args.output_dir))
-        write_model_card(
-            trainer,
-            corpus,
-            metrics,
-            sequence_length=model_args.sequence_length,
-            base_model=model_args.model_name_or_path,
-            prompt=prompt,
-            sample=sample,
-        )
+        report = describe(trainer, corpus, metrics, model_args, prompt, sample)
+        write_model_card(trainer, report)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return trainer, metrics | {"sample": sample}
+
+
+def describe(
+    trainer: Trainer, corpus: Corpus, metrics: dict[str, float], args: ModelArguments, prompt: str, sample: str
+) -> RunReport:
+    """Return what the model card says."""
+    bits, bigram = metrics["eval_bits_per_byte"], metrics["bigram_bits_per_byte"]
+    batch_size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    num_tokens = trainer.state.global_step * batch_size * args.sequence_length
+    return RunReport(
+        summary="A byte-level causal language model: a Reformer.",
+        pipeline_tag="text-generation",
+        data=corpus.describe(),
+        metric=Metric("bits_per_byte", "Bits per byte", round(bits, 4)),
+        results={
+            "Bits per byte of a byte bigram model, held out": f"{bigram:.4f}",
+            "Training tokens, including repetitions": f"{num_tokens:,}",
+            "Epochs": f"{trainer.state.epoch:.2f}",
+        },
+        results_note=(
+            "Bits per byte is computed over every byte of the held-out text once, in sequences of "
+            f"{args.sequence_length:,} bytes. The first bytes of each sequence are predicted from a short context. "
+            "The bigram model is fitted to the same training text, with a pseudocount of 0.1."
+        ),
+        figures={"Loss curve": "loss_curve.png"},
+        usage=USAGE,
+        command=command_line(),
+        sample=f"Prompt, from the held-out text:\n\n{_fenced(prompt)}\n\nContinuation:\n\n{_fenced(sample)}",
+        dataset_id=corpus.dataset_id,
+        dataset_name=corpus.description.replace("`", ""),
+        base_model=args.model_name_or_path,
+        seconds=trainer.curve.spent()["seconds"],
+    )
+
+
+def _fenced(text: str) -> str:
+    return f"````text\n{text}\n````"
 
 
 def generate_sample(trainer: Trainer, corpus: Corpus, length: int) -> tuple[str, str]:

@@ -30,9 +30,9 @@ import datasets
 import evaluate
 import numpy as np
 from listops import baselines, listops_tokenizer, load_listops, majority
-from model_report import plot_confusion_matrix, plot_learning_curve, read_curve, write_task_card
+from model_report import plot_confusion_matrix, plot_learning_curve, read_curve
 from table_data import load_columns
-from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides
+from training_run import ScriptTrainer, ScriptTrainingArguments, command_line, find_checkpoint, parse_overrides
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -48,6 +48,7 @@ from transformers import (
 )
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig
+from reformer_hf.hub import Metric, RunReport, write_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -256,25 +257,25 @@ def train(
 def write_card(trainer: Trainer, task: Task, metrics: dict[str, float], base_model: str | None) -> None:
     """Write the model card."""
     results = {
-        "Accuracy, held out": f"{metrics['eval_accuracy']:.4f}",
         "Macro F1, held out": f"{metrics['eval_macro_f1']:.4f}",
         "Accuracy of the most frequent class": f"{metrics['baseline_majority']:.4f}",
     }
     if "baseline_root_operator" in metrics:
         results["Accuracy of the best guess from the first operator"] = f"{metrics['baseline_root_operator']:.4f}"
-    write_task_card(
-        trainer,
+    report = RunReport(
         summary=f"A {type(trainer.model).__name__} for {len(task.label_names)} classes.",
         pipeline_tag="text-classification",
         results=results,
-        results_note="",
         figures={"Learning curve": "learning_curve.png", "Confusion matrix": "confusion_matrix.png"},
-        data_description=task.description,
+        data=task.description,
         dataset_id=task.dataset_id,
         base_model=base_model,
-        metric=("accuracy", "Accuracy", round(metrics["eval_accuracy"], 4)),
+        metric=Metric("accuracy", "Accuracy", round(metrics["eval_accuracy"], 4)),
         usage=USAGE,
+        command=command_line(),
+        seconds=trainer.curve.spent()["seconds"],
     )
+    write_model_card(trainer, report)
 
 
 def main(argv: list[str] | None = None) -> tuple[Trainer, dict[str, Any]]:

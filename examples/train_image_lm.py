@@ -31,13 +31,14 @@ import torch
 from bits_per_byte import BitsPerByte, sum_nll
 from image_baselines import format_bits, neighbor_bits
 from image_data import BEGIN_ID, ImageArguments, RandomCrops, Tiles, encode_tile, grid_tiles, load_tiles
-from model_report import plot_learning_curve, read_curve, write_task_card
+from model_report import plot_learning_curve, read_curve
 from PIL import Image
 from torch import Tensor
-from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides
+from training_run import ScriptTrainer, ScriptTrainingArguments, command_line, find_checkpoint, parse_overrides
 from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, default_data_collator, set_seed
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf.hub import Metric, RunReport, write_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,6 @@ def write_card(
 ) -> None:
     """Write the model card."""
     results = {
-        "Bits per dimension, held out": metrics["eval_bits_per_dimension"],
         "Bits per dimension of the best neighbor predictor": metrics["best_neighbor_bits_per_dimension"],
         "Bits per dimension as PNG": metrics["png_bits_per_dimension"],
         "Bits per dimension as lossless WebP": metrics["webp_bits_per_dimension"],
@@ -278,8 +278,7 @@ def write_card(
             f"{args.temperature:g}."
         )
     bits = metrics["eval_bits_per_dimension"]
-    write_task_card(
-        trainer,
+    report = RunReport(
         summary=(
             f"A causal Reformer over the {3 * size**2:,} bytes of images of {size} × {size} pixels."
             + " Embeddings and output layer started as sinusoids." * sinusoidal_init
@@ -295,18 +294,20 @@ def write_card(
             "each tile, with all headers."
         ),
         figures=figures,
-        data_description=(
+        data=(
             f"{tiles.description[0].upper()}{tiles.description[1:]}: {tiles.num_train_pixels:,} pixels to train on. "
             f"Training examples are random crops of {size} × {size} pixels, half of them flipped horizontally. "
             f"{len(tiles.held_out)} adjacent tiles, which do not overlap them, are held out: "
             f"{tiles.held_out_description}."
         ),
         dataset_id=tiles.dataset_id,
-        base_model=None,
-        metric=("bits_per_dimension", "Bits per dimension", round(bits, 4)),
+        metric=Metric("bits_per_dimension", "Bits per dimension", round(bits, 4)),
         usage=USAGE,
+        command=command_line(),
         sample=sample,
+        seconds=trainer.curve.spent()["seconds"],
     )
+    write_model_card(trainer, report)
 
 
 def main(argv: list[str] | None = None) -> tuple[Trainer, dict[str, Any]]:

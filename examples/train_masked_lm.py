@@ -31,18 +31,20 @@ import datasets
 import numpy as np
 from bits_per_byte import BitsPerByte, sum_nll, unigram_bits_per_byte
 from byte_data import Corpus, CorpusArguments, count_bytes
-from model_report import plot_learning_curve, read_curve, write_task_card
+from model_report import plot_learning_curve, read_curve
 from span_masking import NewMasksEachEpoch, SpanMaskingCollator
 from training_run import (
     ScriptTrainer,
     ScriptTrainingArguments,
     check_byte_config,
+    command_line,
     find_checkpoint,
     parse_overrides,
 )
 from transformers import EvalPrediction, HfArgumentParser, Trainer, pipeline, set_seed
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForMaskedLM
+from reformer_hf.hub import Metric, RunReport, write_model_card
 from reformer_hf.training import pack_to_file
 
 logger = logging.getLogger(__name__)
@@ -202,12 +204,10 @@ def write_card(
 ) -> None:
     """Write the model card."""
     bits = metrics["eval_bits_per_masked_byte"]
-    write_task_card(
-        trainer,
+    report = RunReport(
         summary="A byte-level masked language model: a bidirectional Reformer.",
         pipeline_tag="fill-mask",
         results={
-            "Bits per masked byte, held out": f"{bits:.4f}",
             "Bits per masked byte of a byte unigram model": f"{metrics['unigram_bits_per_masked_byte']:.4f}",
         },
         results_note=(
@@ -216,17 +216,17 @@ def write_card(
             "training text, with a pseudocount of 0.1."
         ),
         figures={"Learning curve": "learning_curve.png"},
-        data_description=(
-            f"{corpus.description[0].upper()}{corpus.description[1:]}: {corpus.num_train_bytes:,} bytes. The held-out "
-            f"text, which was not used for training, is {corpus.held_out_description} "
-            f"({corpus.num_held_out_bytes:,} bytes). Tokens are the bytes of the text; `</s>` separates documents."
-        ),
+        data=corpus.describe(),
         dataset_id=corpus.dataset_id,
+        dataset_name=corpus.description.replace("`", ""),
         base_model=base_model,
-        metric=("bits_per_masked_byte", "Bits per masked byte", round(bits, 4)),
+        metric=Metric("bits_per_masked_byte", "Bits per masked byte", round(bits, 4)),
         usage=USAGE,
+        command=command_line(),
         sample=fill_sample(trainer, corpus),
+        seconds=trainer.curve.spent()["seconds"],
     )
+    write_model_card(trainer, report)
 
 
 def main(argv: list[str] | None = None) -> tuple[Trainer, dict[str, Any]]:

@@ -37,11 +37,11 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from model_report import plot_learning_curve, read_curve, write_task_card
+from model_report import plot_learning_curve, read_curve
 from sequence_tasks import GeneratedExamples, SequenceTask, draw_capitals, draw_reverse
 from table_data import load_columns
 from torch.utils.data import Dataset
-from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides
+from training_run import ScriptTrainer, ScriptTrainingArguments, command_line, find_checkpoint, parse_overrides
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -58,6 +58,7 @@ from transformers import (
 from reformer_hf import ReformerHfByteTokenizer
 from reformer_hf.configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
 from reformer_hf.encoder_decoder import ReformerHfForConditionalGeneration
+from reformer_hf.hub import Metric, RunReport, write_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -406,25 +407,26 @@ def write_card(
 ) -> None:
     """Write the model card."""
     results = {
-        "Exact match, held out": f"{metrics['eval_exact_match']:.4f}",
         "Token accuracy, held out": f"{metrics['eval_token_accuracy']:.4f}",
         "Loss per token, held out": f"{metrics['eval_loss']:.4f}",
     }
     if "eval_chrf" in metrics:
         results["chrF, held out"] = f"{metrics['eval_chrf']:.2f}"
-    write_task_card(
-        trainer,
+    report = RunReport(
         summary="A Reformer encoder-decoder from sequence to sequence.",
         pipeline_tag="text2text-generation",
         results=results,
         results_note=RESULTS_NOTE + "\n\n" + "\n\n".join(_sample(sample) for sample in samples),
         figures={"Learning curve": "learning_curve.png"},
-        data_description=pairs.description,
+        data=pairs.description,
         dataset_id=pairs.dataset_id,
         base_model=base_model,
-        metric=("exact_match", "Exact match", round(metrics["eval_exact_match"], 4)),
+        metric=Metric("exact_match", "Exact match", round(metrics["eval_exact_match"], 4)),
         usage=USAGE,
+        command=command_line(),
+        seconds=trainer.curve.spent()["seconds"],
     )
+    write_model_card(trainer, report)
 
 
 def _sample(sample: dict[str, str]) -> str:

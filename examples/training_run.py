@@ -4,8 +4,10 @@
 import json
 import logging
 import re
+import shlex
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from reformer_hf import ReformerHfConfig
 from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
@@ -23,6 +25,8 @@ from reformer_hf.training import SaveOnSigterm, StopOnNonFinite, find_corruption
 logger = logging.getLogger(__name__)
 
 _MANY_EPOCHS = 1e6
+# Ends of the names of what a log line shows.
+_LOGGED = ("loss", "per_byte", "per_dimension", "per_masked_byte", "accuracy", "exact_match")
 
 
 @dataclass
@@ -143,6 +147,17 @@ class LearningCurve(TrainerCallback, ExportableState):
                 file.write(json.dumps({name: _rounded(value) for name, value in entry.items()}) + "\n")
 
 
+class LogLines(TrainerCallback):
+    """Write one line per log where there is no progress bar."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {name: value for name, value in (logs or {}).items() if name.endswith(_LOGGED)}
+        if state.is_world_process_zero and shown:
+            values = ", ".join(f"{name.replace('_', ' ')} {float(value):.4g}" for name, value in shown.items())
+            of_all = "" if args.max_minutes else f" of {state.max_steps}"
+            logger.info("step %d%s: %s", state.global_step, of_all, values)
+
+
 class ScriptTrainer(Trainer):
     """
     A `Trainer` with a time budget and a learning curve.
@@ -157,6 +172,9 @@ class ScriptTrainer(Trainer):
         self.on_sigterm = SaveOnSigterm()
         for callback in (StopOnNonFinite(), self.on_sigterm, self.curve):
             self.add_callback(callback)
+        if self.args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+            self.add_callback(LogLines())
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Create the schedule of the arguments, or, with `max_minutes`, one that follows the time."""
@@ -188,6 +206,12 @@ class ScriptTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs):
         """Keep the existing model card."""
+
+
+def command_line() -> str:
+    """Return the command that runs this process, for the model card; an empty string if it is not a script."""
+    script = Path(sys.argv[0])
+    return shlex.join(["python", f"examples/{script.name}", *sys.argv[1:]]) if script.suffix == ".py" else ""
 
 
 def find_checkpoint(args: ScriptTrainingArguments) -> str | None:

@@ -35,6 +35,7 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -197,7 +198,8 @@ def run_all(
 def _pool(jobs: int) -> Iterator[Callable[..., Future]]:
     """Open a pool of processes, or none for one job: this process then runs it."""
     if jobs > 1:
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
             yield pool.submit
         return
 
@@ -210,6 +212,18 @@ def _pool(jobs: int) -> Iterator[Callable[..., Future]]:
         return future
 
     yield call
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed; otherwise it would wait for the next run forever."""
+
+    def wait_for_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def _key_or_none(run: Any) -> str | None:

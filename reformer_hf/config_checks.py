@@ -17,9 +17,9 @@ from huggingface_hub.dataclasses import type_validator
 
 # Of sizes, lengths, token ids and entries of lists.
 MAX_NUMBER = 2**31 - 1
-# Of fields that are no sizes: a number of bytes and a seed.
+# Of fields that are no sizes: a number of bytes, a seed and a base of wavelengths.
 _MAX_INT64 = 2**63 - 1
-_INT64_FIELDS = ("max_kept_activations", "hash_seed")
+_INT64_FIELDS = ("max_kept_activations", "hash_seed", "local_rope_theta")
 # Elements of one weight: a petabyte in fp32. More overflows the sizes of tensors.
 MAX_WEIGHT_ELEMENTS = 2**48
 MAX_LAYERS = 2**16
@@ -93,14 +93,14 @@ def _is_free(cls: type, name: str) -> bool:
 
 
 def check_numbers(values: Mapping[str, Any]):
-    """Check that numbers and numbers in lists are finite and not beyond all sizes. Raises `ValueError`."""
+    """Check that numbers and numbers in lists are finite, and integers not beyond all sizes. Raises `ValueError`."""
     for name, value in values.items():
         limit = _MAX_INT64 if name in _INT64_FIELDS else MAX_NUMBER
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"`{name}` is {value}, but must be finite.")
-            if isinstance(number, int | float) and abs(number) > limit:
-                raise ValueError(f"`{name}` is {_short(value)}, but no number there may exceed {limit}.")
+            if isinstance(number, int) and abs(number) > limit:
+                raise ValueError(f"`{name}` is {_short(value)}, but no integer there may exceed {limit}.")
 
 
 def check_weight(*sizes: tuple[str, int]):

@@ -23,6 +23,7 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "axial_pos_shape": (64, 64),
     "axial_pos_embds_dim": (64, 192),
     "axial_norm_std": 1.0,
+    "local_rope_theta": None,
     "local_num_chunks_after": 0,
     "lsh_num_chunks_before": 1,
     "lsh_num_chunks_after": 0,
@@ -93,6 +94,9 @@ class ReformerHfConfig(PreTrainedConfig):
             `None` gives a quarter to the first of two axes, and splits `hidden_size` evenly for any other number.
         axial_norm_std (`float`, defaults to 0.02): Standard deviation of the initial axial position embeddings. The
             in-tree default is 1, which dominates the word embeddings for many training steps.
+        local_rope_theta (`float`, *optional*, defaults to 10000.0): Base of the wavelengths of rotary position
+            embeddings (Su et al. 2021), which turn the queries and keys of local layers, in addition to the position
+            embeddings of the input. `None` means none, as in the paper and in-tree.
         local_attn_chunk_length (`int`, defaults to 64): Chunk length of local layers.
         local_num_chunks_before (`int`, defaults to 1): Number of chunks before its own that a query of a local layer
             sees.
@@ -183,6 +187,7 @@ class ReformerHfConfig(PreTrainedConfig):
     axial_pos_shape: list[int] | tuple[int, ...] | None = None
     axial_pos_embds_dim: list[int] | tuple[int, ...] | None = None
     axial_norm_std: float | int = 0.02
+    local_rope_theta: float | int | None = 10000.0
     local_attn_chunk_length: int | None = 64
     local_num_chunks_before: int = 1
     local_num_chunks_after: int | None = None
@@ -317,12 +322,12 @@ class ReformerHfConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        return cls._adopt_in_tree(config_dict), kwargs
+        return cls._adopt_older(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         check_given(cls, config_dict)
-        config_dict = cls._adopt_in_tree(config_dict)
+        config_dict = cls._adopt_older(config_dict)
         # Apply overrides before the config is built, so that derived fields and checks use them.
         fields = (cls.__dataclass_fields__.keys() | {"num_hidden_layers"}) & kwargs.keys() - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in fields}
@@ -351,10 +356,12 @@ class ReformerHfConfig(PreTrainedConfig):
         return super().to_dict()
 
     @classmethod
-    def _adopt_in_tree(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+    def _adopt_older(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of `config_dict`. Complete an in-tree one with its defaults and its values of our fields."""
         if config_dict.get("model_type") != "reformer":
-            return dict(config_dict)
+            # Version 0.1 had no rotary position embeddings, and a saved config has all fields of its version.
+            older = "transformers_version" in config_dict and "local_rope_theta" not in config_dict
+            return {**config_dict, "local_rope_theta": None} if older else dict(config_dict)
         check_given(cls, config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
         # The in-tree models ignore them.
@@ -393,6 +400,7 @@ class ReformerHfConfig(PreTrainedConfig):
         self._check_pooling()
         self._check_layers()
         self._check_positions()
+        self._check_rotation()
         self._check_attention()
 
     def _check_sizes(self):
@@ -458,6 +466,21 @@ class ReformerHfConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` holds {layer_type!r}, but each entry must be one of {list(ATTENTION_LAYER_TYPES)}."
                 )
+
+    def _check_rotation(self):
+        theta = self.local_rope_theta
+        if theta is None:
+            return
+        if not 0.0 < theta < math.inf:
+            raise ValueError(
+                f"`local_rope_theta` is {theta}, but must be a number above 0, such as 10000.0, or None for no rotary "
+                "position embeddings."
+            )
+        if self.attention_head_size % 2 and "local" in self.attn_layers:
+            raise ValueError(
+                f"`attention_head_size` is {self.attention_head_size}, but rotary position embeddings turn pairs of "
+                "features: choose an even size, or set `local_rope_theta` to None."
+            )
 
     def _check_positions(self):
         if not self.axial_pos_embds:

@@ -198,6 +198,11 @@ def _obstacles(config: ReformerHfConfig, architecture: str) -> Iterator[str]:
             f"`pooling` is {config.pooling!r}, which reads the {config.pooled_tokens} token(s), but the in-tree model "
             "reads the first token: train a bidirectional model with `pooling='first'`."
         )
+    if config.local_rope_theta is not None and "local" in config.attn_layers:
+        yield (
+            f"`local_rope_theta` is {config.local_rope_theta}, but the in-tree model has no rotary position "
+            "embeddings: train the model with `local_rope_theta=None`."
+        )
     yield from _position_obstacles(config)
 
 

@@ -14,6 +14,7 @@ from .attention_pattern import AttentionPattern
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
 from .hashing import sort_by_bucket
+from .rotary import rotate
 from .self_attention import AttentionCall, Found, SelfAttention, Weights
 
 
@@ -47,6 +48,7 @@ class LocalSelfAttention(SelfAttention):
         self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
     ) -> tuple[Tensor, Found]:
         query, key, value = projected
+        query, key = _rotate(query, key, call)
         inputs, padding, pattern = (query, key, value), call.padding, self.pattern
         # In the in-tree pattern, padding keeps its slots in the chunks. Otherwise, it is sorted to the end.
         last = None if pattern.wraps else padding
@@ -70,7 +72,12 @@ class LocalSelfAttention(SelfAttention):
         self, hidden_states: Tensor, call: AttentionCall, cache: Cache, layer_idx: int
     ) -> tuple[Tensor, Weights | None]:
         query, key, value = self.project_new(hidden_states)
+        query, key = _rotate(query, key, call)
         return self.append_and_attend(query, key, value, call, cache, layer_idx)
+
+
+def _rotate(query: Tensor, key: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    return (query, key) if call.rotation is None else (rotate(query, call.rotation), rotate(key, call.rotation))
 
 
 def _positions_with_last(last: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
 from .pretrained_model import ReformerHfPreTrainedModel
 from .reformer_encoder import ReformerHfEncoder
 from .reformer_layer import ReformerHfLayer
+from .rotary import Rotation, rotation_of
 from .self_attention import AttentionCall, is_plain
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         lacks_gradient = cache is not None and torch.is_grad_enabled()
         with torch.no_grad() if lacks_gradient else nullcontext():
             output = encode(
-                (input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds),
+                (input_ids, position_ids, inputs_embeds),
                 (cache, cross_cache),
                 output_hidden_states,
                 padding=padding,
@@ -189,12 +190,23 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
     def _encode(
         self, inputs: tuple, caches: tuple[Cache | None, Cache | None], output_hidden_states: bool, **options
     ) -> ReformerHfModelOutput:
-        hidden_states = self.embeddings(*inputs)
-        return self.encoder(hidden_states, AttentionCall.on(hidden_states, **options), *caches, output_hidden_states)
+        input_ids, position_ids, inputs_embeds = inputs
+        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        hidden_states = self.embeddings(input_ids, position_ids.expand(shape), inputs_embeds)
+        rotation = self._rotation(position_ids, hidden_states.dtype)
+        call = AttentionCall.on(hidden_states, rotation=rotation, **options)
+        return self.encoder(hidden_states, call, *caches, output_hidden_states)
 
     @torch.compiler.disable(reason="Only decoding steps with a static cache are compiled: set `fullgraph=False`.")
     def _encode_uncompiled(self, *args, **options) -> ReformerHfModelOutput:
         return self._encode(*args, **options)
+
+    def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation | None:
+        """Return the rotation of the positions `[B or 1, L]` in local layers, or `None` if they have none."""
+        theta = self.config.local_rope_theta
+        if theta is None or "local" not in self.config.attn_layers:
+            return None
+        return rotation_of(position_ids, self.config.attention_head_size, theta, dtype)
 
     def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
         """Count tokens from those in the cache on, `[B or 1, L]`; padding has the position of the token before it."""

@@ -19,6 +19,7 @@ from .cross_attention import Context
 from .device_policy import policy_for
 from .documents import Documents
 from .rng import draw_seed
+from .rotary import Rotation
 
 # Attention weights and the positions of their keys.
 Weights = tuple[Tensor, Tensor]
@@ -34,6 +35,7 @@ class AttentionCall:
     Args:
         batch_size, length, dtype, device: Properties of the hidden states `[B, L, E]`.
         padding: `[B, L]`, True for padding.
+        rotation: Rotation of the queries and keys of local layers; `None` for none.
         num_hashes: Number of hash rounds; overrides the config.
         num_buckets: Factors of the number of buckets; overrides those that follow from the config and the length.
         output_attentions: Whether to return attention weights.
@@ -54,6 +56,7 @@ class AttentionCall:
     dtype: torch.dtype
     device: torch.device
     padding: Tensor | None = None
+    rotation: Rotation | None = None
     num_hashes: int | None = None
     num_buckets: Sequence[int] | None = None
     output_attentions: bool = False

@@ -160,3 +160,12 @@ def full_decoder_layer(
     dense, output = of("feed_forward.dense.dense."), of("feed_forward.output.dense.")
     inner = (norm(y2, "feed_forward") @ dense["weight"].T + dense["bias"]).relu()
     return y2, y1 + inner @ output["weight"].T + output["bias"]
+
+
+def rotated(x_BLHD: Tensor, position_ids_BL: Tensor, theta: float) -> Tensor:
+    """Rotary position embeddings: features i and i + D/2 are a complex number, turned by position * theta^(-2i/D)."""
+    half = x_BLHD.shape[-1] // 2
+    wavelengths = theta ** (torch.arange(half, dtype=torch.float64) / half)
+    angles = position_ids_BL[..., None, None] / wavelengths
+    turned = torch.complex(x_BLHD[..., :half], x_BLHD[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag], dim=-1)

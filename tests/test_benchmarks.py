@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
-from benchmarks import checks, measure, old_checkpoints, runner  # noqa: E402
+from benchmarks import checks, measure, old_checkpoints, overview, runner  # noqa: E402
 from benchmarks.__main__ import main, select  # noqa: E402
 from benchmarks.cases import SHAPES, SUITES, Case  # noqa: E402
 from benchmarks.checks import Finding  # noqa: E402
@@ -366,3 +366,14 @@ def test_old_checkpoints_with_wrong_logits(monkeypatch):
     monkeypatch.setattr(old_checkpoints, "relative_rms", lambda *args: math.nan)
     with pytest.raises(RuntimeError, match="The logits of reformer-enwik8 differ by nan"):
         old_checkpoints.main(["--quick", "--checkpoints", "reformer-enwik8"])
+
+
+def test_readme_holds_the_results(tmp_path):
+    readme = overview.README.read_text()
+    assert overview.table() in readme
+    path = tmp_path / "README.md"
+    path.write_text(readme.replace(overview.table(), "outdated\n"))
+    overview.write_table(path)
+    assert path.read_text() == readme
+    overview.draw(tmp_path / "step_time.png")
+    assert (tmp_path / "step_time.png").stat().st_size > 10_000

