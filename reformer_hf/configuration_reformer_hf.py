@@ -3,12 +3,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .config_checks import MAX_LAYERS, MAX_NUMBER, check_given, check_numbers, check_weight
 from .peft_defaults import register_peft_defaults
 
 ATTENTION_LAYER_TYPES = ("local", "lsh", "full")
@@ -140,9 +143,13 @@ class ReformerHfConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `False`): Whether the LM head shares the word embeddings. It then
             reads the mean of both streams instead of their concatenation.
 
+    Numbers must be finite. Sizes, lengths and token ids must be below 2^31, a weight must have at most 2^48 elements
+    (a petabyte), and the config at most 65,536 layers and 4,194,304 labels: a file with larger numbers is damaged or
+    hostile, and is refused before memory is allocated.
+
     Raises:
-        `ValueError`: If fields are out of range or contradict each other. The message names the field, its value and
-            how to fix it.
+        `ValueError`: If fields are of the wrong type, are out of range or contradict each other. The message names
+            the field, its value and how to fix it.
 
     ```python
     >>> from reformer_hf import ReformerHfConfig
@@ -205,6 +212,22 @@ class ReformerHfConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     bos_token_id: int | None = 258
+    # Fields of every config, again: the types that Transformers gives them are not checked.
+    transformers_version: str | None = None
+    architectures: list[str] | None = None
+    output_hidden_states: bool | None = False
+    return_dict: bool | None = True
+    dtype: str | torch.dtype | None = None
+    chunk_size_feed_forward: int = 0
+    is_encoder_decoder: bool = False
+    id2label: dict | None = None
+    label2id: dict | None = None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+
+    def __new__(cls, *args, **kwargs):
+        # Before the fields are set: `strict` checks types too, but does not raise a `ValueError`.
+        check_given(cls, kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self, **kwargs):
         num_hidden_layers = kwargs.pop("num_hidden_layers", None)
@@ -303,6 +326,7 @@ class ReformerHfConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        check_given(cls, config_dict)
         config_dict = cls._adopt_older(config_dict)
         # Apply overrides before the config is built, so that derived fields and checks use them.
         fields = (cls.__dataclass_fields__.keys() | {"num_hidden_layers"}) & kwargs.keys() - {"dtype"}
@@ -338,6 +362,7 @@ class ReformerHfConfig(PreTrainedConfig):
             # Version 0.1 had no rotary position embeddings, and a saved config has all fields of its version.
             older = "transformers_version" in config_dict and "local_rope_theta" not in config_dict
             return {**config_dict, "local_rope_theta": None} if older else dict(config_dict)
+        check_given(cls, config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
         # The in-tree models ignore them.
         adopted.pop("num_hidden_layers", None)
@@ -370,6 +395,7 @@ class ReformerHfConfig(PreTrainedConfig):
 
     def validate_reformer(self):
         """Check all fields. Raises `ValueError` if one is out of range or contradicts another."""
+        check_numbers({each.name: getattr(self, each.name) for each in fields(self)})
         self._check_sizes()
         self._check_pooling()
         self._check_layers()
@@ -397,6 +423,14 @@ class ReformerHfConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1, or 0 for all positions.")
         if not self.layer_norm_eps > 0.0:
             raise ValueError(f"`layer_norm_eps` is {self.layer_norm_eps}, but must be above 0, such as 1e-12.")
+        for name in ("initializer_range", "axial_norm_std"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but a standard deviation must be at least 0.")
+        hidden = ("hidden_size", self.hidden_size)
+        for name in ("hidden_size", "vocab_size", "feed_forward_size"):
+            check_weight(hidden, (name, getattr(self, name)))
+        heads = ("num_attention_heads", self.num_attention_heads)
+        check_weight(hidden, heads, ("attention_head_size", self.attention_head_size))
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}, but must be one of {sorted(ACT2FN)}.")
         attention_rates = ("local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
@@ -425,6 +459,8 @@ class ReformerHfConfig(PreTrainedConfig):
         layer_types = getattr(self, name)
         if not layer_types:
             raise ValueError(f"`{name}` is empty, but needs at least one of {list(ATTENTION_LAYER_TYPES)}.")
+        if len(layer_types) > MAX_LAYERS:
+            raise ValueError(f"`{name}` has {len(layer_types)} entries, but at most {MAX_LAYERS} are allowed.")
         for layer_type in layer_types:
             if layer_type not in ATTENTION_LAYER_TYPES:
                 raise ValueError(
@@ -448,6 +484,8 @@ class ReformerHfConfig(PreTrainedConfig):
 
     def _check_positions(self):
         if not self.axial_pos_embds:
+            positions = ("max_position_embeddings", self.max_position_embeddings)
+            check_weight(("hidden_size", self.hidden_size), positions)
             return
         shape, dims = self.axial_pos_shape, self.axial_pos_embds_dim
         if len(shape) != len(dims) or not shape or min(*shape, *dims) < 1:
@@ -460,6 +498,8 @@ class ReformerHfConfig(PreTrainedConfig):
                 f"`axial_pos_embds_dim` {dims} sums to {sum(dims)}, but must sum to `hidden_size` "
                 f"({self.hidden_size}): set it to None for a default."
             )
+        for length, dim in zip(shape, dims, strict=True):
+            check_weight(("axial_pos_shape", length), ("axial_pos_embds_dim", dim))
         if math.prod(shape) < self.max_position_embeddings:
             raise ValueError(
                 f"`axial_pos_shape` {shape} holds {math.prod(shape)} positions, fewer than `max_position_embeddings` "
@@ -517,6 +557,8 @@ class ReformerHfConfig(PreTrainedConfig):
                 f"`num_buckets` is {num_buckets}, but random rotations give an even number of buckets: use an "
                 "even number, a list of even factors, 1 for a single bucket, or None to derive it from the length."
             )
+        if math.prod(factors) > MAX_NUMBER:
+            raise ValueError(f"`num_buckets` is {num_buckets}, but there may be at most {MAX_NUMBER} in all.")
 
 
 __all__ = ["ReformerHfConfig"]

@@ -1,15 +1,18 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """The base class of all models: initialization, saving, more positions, recomputation of activations."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, initialization
 from transformers.utils import logging
 
 from .configuration_reformer_hf import ReformerHfConfig
 from .embeddings import AxialPositionEmbeddings, AxialTables, PositionEmbeddings, resize_positions
+from .hub_commit import commit_model
 from .lm_head import ReformerHfLMHead
 from .reformer_encoder import ReformerHfEncoder
 
@@ -122,3 +125,24 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         """Save the model as in Transformers, together with its code for `trust_remote_code=True`."""
         self.config.auto_map = dict(self._auto_map)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_modified_files(
+        self,
+        working_dir,
+        repo_id: str,
+        files_timestamps: dict[str, float],
+        commit_message: str | None = None,
+        token: bool | str | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_description: str | None = None,
+    ):
+        """Upload what `save_pretrained` has written, for `push_to_hub`. See `commit_model` for what is different."""
+        folder = Path(working_dir)
+        changed = [each for each in folder.iterdir() if each.stat().st_mtime > files_timestamps.get(each.name, 0)]
+        paths = [path for each in changed for path in (each.rglob("*") if each.is_dir() else [each]) if path.is_file()]
+        if revision is not None and not create_pr and not revision.startswith("refs/pr"):
+            HfApi(token=token).create_branch(repo_id, branch=revision, exist_ok=True)
+        return commit_model(
+            folder, paths, repo_id, commit_message or "Upload model", commit_description, token, revision, create_pr
+        )

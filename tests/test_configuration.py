@@ -144,7 +144,7 @@ BAD_FIELDS = [
     ({"lsh_attention_probs_dropout_prob": 2}, ["`lsh_attention_probs_dropout_prob`", "2", "[0, 1)"]),
     ({"layer_norm_eps": 0.0}, ["`layer_norm_eps`", "0.0", "above 0"]),
     ({"hidden_act": "rleu"}, ["`hidden_act`", "'rleu'", "'relu'"]),
-    ({"hidden_dropout_prob": float("nan")}, ["`hidden_dropout_prob`", "nan", "[0, 1)"]),
+    ({"hidden_dropout_prob": float("nan")}, ["`hidden_dropout_prob`", "nan", "finite"]),
     ({"num_hashes": 0}, ["`num_hashes`", "0", "at least 1"]),
     ({"vocab_size": 0}, ["`vocab_size`", "0", "at least 1"]),
     ({"hidden_size": 0}, ["`hidden_size`", "0", "at least 1"]),

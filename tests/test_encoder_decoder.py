@@ -37,10 +37,9 @@ from reformer_hf.self_attention import AttentionCall
 
 from .helpers import DROPOUT, assert_close, gradients, memory_of, random_model, relative_rms, tiny_config
 from .policies import set_policy
-from .processes import run_python, run_worker
+from .processes import WITHOUT_PACKAGE, run_python, run_worker
 from .reference import cross_attention, full_decoder_layer
 from .test_flat_files import FLAT_FILES
-from .test_hub import WITHOUT_PACKAGE
 from .test_interventions import INTERVENTIONS, _inside
 from .test_reversible import _FreshBackward
 

@@ -2,38 +2,13 @@
 """To the Hub and back, with the real client in processes of its own, against a server on loopback."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
+from .hub_process import USERS, run_with_hub
 from .hub_server import HubServer
-from .processes import ROOT, run_python
-
-TOKEN = "dummy"
-
-# What each process runs first, with the package and without. Those after it save results in the folder `sys.argv[1]`.
-WITH_PACKAGE = """
-import sys
-import reformer_hf
-
-options = {}
-"""
-
-WITHOUT_PACKAGE = """
-import sys
-
-class NoPackage:
-    # The package may be installed, so an empty PYTHONPATH does not hide it.
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "reformer_hf":
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
-
-sys.meta_path.insert(0, NoPackage)
-options = {"trust_remote_code": True}
-"""
+from .processes import ROOT
 
 SAVE_OUTPUTS = """
 import torch
@@ -86,7 +61,7 @@ HEADS = {
     "Seq2SeqLM": "encoder_decoder.ReformerHfForConditionalGeneration",
 }
 
-def save_head(name, model):
+def save_head(name, model, prefix=""):
     input_ids = torch.arange(40).view((2, 2, 10) if name == "MultipleChoice" else (2, 20))
     inputs = {"decoder_input_ids": input_ids[:, :7]} if name == "Seq2SeqLM" else {}
     with torch.no_grad():
@@ -96,7 +71,7 @@ def save_head(name, model):
     if name == "Seq2SeqLM":
         found["generated"] = model.generate(input_ids, max_new_tokens=3, num_beams=2)
         found["max_length"] = model.generation_config.max_length
-    torch.save(found, f"{sys.argv[1]}/{name}")
+    torch.save(found, f"{sys.argv[1]}/{prefix}{name}")
 """
 
 PUSH_HEADS = """
@@ -116,7 +91,12 @@ for name, head in HEADS.items():
 
 LOAD_HEADS = """
 for name in HEADS:
-    save_head(name, getattr(transformers, f"AutoModelFor{name}").from_pretrained(f"user/{name}", **options))
+    auto_class = getattr(transformers, f"AutoModelFor{name}")
+    model = auto_class.from_pretrained(f"user/{name}", **options)
+    save_head(name, model)
+    # And saved again.
+    model.save_pretrained(f"{sys.argv[1]}/saved/{name}")
+    save_head(name, auto_class.from_pretrained(f"{sys.argv[1]}/saved/{name}", **options), "again-")
 """
 
 FAIL = """
@@ -144,7 +124,7 @@ with open(f"{sys.argv[1]}/errors.json", "w") as file:
 
 @pytest.fixture(scope="module")
 def hub():
-    with HubServer(TOKEN) as server:
+    with HubServer(USERS) as server:
         yield server
 
 
@@ -152,7 +132,7 @@ def hub():
 def folder(hub, tmp_path_factory):
     """Results of a process that pushes `user/tiny-reformer`, loads it again, and tries what must fail."""
     folder = tmp_path_factory.mktemp("with-package")
-    _run(PUSH + LOAD + FAIL, hub, folder)
+    run_with_hub(SAVE_OUTPUTS + PUSH + LOAD + FAIL, hub, folder)
     return folder
 
 
@@ -160,27 +140,6 @@ def folder(hub, tmp_path_factory):
 def pushed(folder):
     """Outputs of the model and the tokenizer that were pushed."""
     return torch.load(folder / "pushed")
-
-
-def _run(script: str, hub: HubServer, folder: Path, package: bool = True) -> None:
-    """Run `script` in a new process whose cache is empty. It saves its results in `folder`."""
-    dropped = ("HF_", "TRANSFORMERS_", "PYTHONPATH")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    env.update(
-        HF_ENDPOINT=hub.url,
-        HF_HOME=str(folder / "hf_home"),
-        HF_TOKEN=TOKEN,
-        HF_HUB_DISABLE_TELEMETRY="1",
-        HF_HUB_DISABLE_XET="1",
-        # Else, where weights are missing, a service on the internet would be asked to convert others.
-        DISABLE_SAFETENSORS_CONVERSION="1",
-        NO_PROXY="127.0.0.1",
-        no_proxy="127.0.0.1",
-    )
-    if package:
-        env["PYTHONPATH"] = str(ROOT)
-    script = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + SAVE_OUTPUTS + script
-    run_python(["-c", script, folder], folder, env)
 
 
 def _is_home(module: str, package: bool) -> bool:
@@ -212,7 +171,7 @@ def test_load_with_package(folder, pushed):
 
 
 def test_load_without_package(hub, pushed, tmp_path):
-    _run(LOAD, hub, tmp_path, package=False)
+    run_with_hub(SAVE_OUTPUTS + LOAD, hub, tmp_path, package=False)
     _assert_equals(torch.load(tmp_path / "loaded"), pushed, package=False)
 
 
@@ -223,15 +182,20 @@ def test_each_head(hub, tmp_path):
     for name, folder in folders.items():
         folder.mkdir()
         script = HEADS + (PUSH_HEADS if name == "pushed" else LOAD_HEADS)
-        _run(script, hub, folder, package=name != "without")
+        run_with_hub(script, hub, folder, package=name != "without")
     names = [path.name for path in folders["pushed"].iterdir() if path.is_file()]
     assert len(names) == 6
     for name in names:
-        pushed, *loaded = (torch.load(folder / name) for folder in folders.values())
-        for found, home in zip(loaded, ("reformer_hf.", f"transformers_modules.user.{name}."), strict=True):
-            assert found.pop("module").startswith(home), name
-            for field, value in found.items():
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(pushed[field])), (name, field)
+        pushed = torch.load(folders["pushed"] / name)
+        code = {path: content for path, content in hub.repos[f"user/{name}"].files.items() if path.endswith(".py")}
+        for kind, home in (("with", "reformer_hf."), ("without", "transformers_modules.")):
+            loaded, again = (torch.load(folders[kind] / f"{prefix}{name}") for prefix in ("", "again-"))
+            for found in (loaded, again):
+                assert found.pop("module").startswith(home), name
+                for field, value in found.items():
+                    assert torch.equal(torch.as_tensor(value), torch.as_tensor(pushed[field])), (name, field)
+            saved = folders[kind] / "saved" / name
+            assert {path.name: path.read_bytes() for path in saved.glob("*.py")} == code, name
 
 
 def test_client_errors(hub, folder):

@@ -37,9 +37,8 @@ from reformer_hf import (
 )
 
 from .helpers import random_model, tiny_config
-from .processes import ROOT, run_python
+from .processes import ROOT, WITHOUT_PACKAGE, run_python
 from .test_flat_files import FLAT_FILES
-from .test_hub import WITHOUT_PACKAGE
 
 TEXT = "Пульхерия Александровна, née R.\n"
 AXIAL_AND_TIED = {

@@ -1,7 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Training utilities: packing, callbacks, checkpoints and a memory estimate. Models do not depend on them."""
 
-from .callbacks import NonFiniteGradientsError, SaveOnSigterm, StopOnNonFinite
+from .callbacks import NonFiniteGradientsError, PushModelCode, SaveOnSigterm, StopOnNonFinite
 from .checkpoints import find_corruption, last_intact_checkpoint
 from .memory import MemoryEstimate, estimate_training_memory
 from .packing import CausalCollator, pack, pack_to_file
@@ -10,6 +10,7 @@ __all__ = [
     "CausalCollator",
     "MemoryEstimate",
     "NonFiniteGradientsError",
+    "PushModelCode",
     "SaveOnSigterm",
     "StopOnNonFinite",
     "estimate_training_memory",

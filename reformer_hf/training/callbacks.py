@@ -1,8 +1,10 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks for `Trainer`: stop on non-finite gradients, and save a checkpoint on SIGTERM."""
+"""Callbacks for `Trainer`: stop on non-finite gradients, save a checkpoint on SIGTERM, and push code with weights."""
 
+import shutil
 import signal
 import sys
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -102,3 +104,18 @@ class SaveOnSigterm(TrainerCallback):
         # Another handler may have replaced this one.
         if signal.getsignal(signal.SIGTERM) == self._stop:
             signal.signal(signal.SIGTERM, self._previous_handler or signal.SIG_DFL)
+
+
+class PushModelCode(TrainerCallback):
+    """
+    Add the code of the model to what `Trainer(push_to_hub=True)` pushes while it trains.
+
+    At each checkpoint, `Trainer` pushes weights and config, but no code, which follows only at the end of training.
+    With this callback the model on the Hub can be loaded by `trust_remote_code=True` from the first push on. Loading
+    with the package installed does not need it.
+    """
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            for path in (Path(args.output_dir) / f"checkpoint-{state.global_step}").glob("*.py"):
+                shutil.copy(path, args.output_dir)
