@@ -81,10 +81,14 @@ def build_page(text_model: TextModel) -> gr.Blocks:
         continuation = gr.HTML(elem_id="continuation", visible=False, container=True, padding=True)
 
         gr.Markdown(_explanation(text_model))
-        show = gr.Button("Show my text", variant="primary", elem_id="show")
+        show = gr.Button("Show what its tokens saw", variant="primary", elem_id="show")
         with gr.Row():
             head = gr.Radio(
-                [(str(i + 1), i) for i in range(config.num_attention_heads)], value=0, label="Head", min_width=200
+                [(str(i + 1), i) for i in range(config.num_attention_heads)],
+                value=0,
+                label="Head",
+                scale=2,
+                min_width=240,
             )
             layer = gr.Dropdown(
                 [(f"layer {i + 1}", i) for i in layers],
@@ -114,7 +118,7 @@ def build_page(text_model: TextModel) -> gr.Blocks:
 
         def draw(input_ids: list[int], *settings: Any) -> str:
             if not input_ids:
-                return _message("Press “Show my text” first.")
+                return _message("Press “Show what its tokens saw” first.")
             try:
                 return draw_picture(text_model, input_ids, *settings)
             except InputError as error:
@@ -164,9 +168,9 @@ def _explanation(text_model: TextModel) -> str:
     reach = f", at most the nearest {nearest:,}" if config.lsh_pattern == "window" else ""
     return f"""## Which earlier tokens did a token see?
 
-In each hash round, a token sees the tokens that hash to its own bucket{reach}. More rounds find more. More buckets make
-each of them smaller: the model takes more buckets for longer texts, so 8 or 16 show on a short text (up to {MAX_TOKENS}
-tokens) what happens in one of thousands. **Click a token to choose it.**"""
+In each hash round, a token sees the tokens that hash to its own bucket{reach}. More rounds find more. More buckets
+make each of them smaller: the model takes more buckets for longer texts, so 8 or 16 show on a short text (up to
+{MAX_TOKENS} tokens) what happens in one of thousands. **Click a token to choose it.**"""
 
 
 def _speed(progress: Progress, text_model: TextModel) -> str:

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.generation.streamers import BaseStreamer
 
 import reformer_hf  # noqa: F401  registers the model with the Auto classes
-from reformer_hf.diagnostics.lsh_layers import find_lsh_layers
 
 MODEL_VARIABLE = "REFORMER_MODEL"
 # In a Space, the folder of a model can lie beside the page.
@@ -57,9 +56,7 @@ class TextModel:
     @property
     def lsh_layers(self) -> list[int]:
         """Indices of the LSH layers."""
-        if "lsh" not in self.model.config.attn_layers:
-            return []
-        return [layer.layer_idx for layer in find_lsh_layers(self.model).values()]
+        return [i for i, layer_type in enumerate(self.model.config.attn_layers) if layer_type == "lsh"]
 
     def encode(self, text: Any) -> list[int]:
         """
