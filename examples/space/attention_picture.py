@@ -71,7 +71,7 @@ def draw_picture(
     for i in range(rounds):
         bucket = keys.buckets[head, i]
         size = int((bucket == bucket[query]).sum())
-        found = f"{_count(seen[i], query)} of {query} earlier tokens, {_share(weights, seen[i])} of the weight"
+        found = f"{_count(seen[i], query)} of {query} earlier tokens, with {_share(weights, seen[i])} of the weight"
         caption = f"its bucket holds {size} of {len(labels)} tokens; it saw {found}"
         panels.append(_panel(f"Hash round {i + 1}", caption, _text(labels, query, weights, seen[i]), "round"))
     return f'<div class="lsh">{_legend()}{"".join(panels)}{_table(keys, head, query)}</div>'
