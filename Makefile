@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python $(PIP_INSTALL)
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench gpu dist clean
+.PHONY: help demo space test test-slow check format bench gpu dist clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ help:  ## Show this help
 
 demo: .venv/.installed  ## Train a small byte-level model and generate text with it
 	$(BIN)/python examples/demo.py
+
+.venv/.installed-space: .venv/.installed
+	$(INSTALL) --editable '.[space]'
+	touch $@
+
+space: .venv/.installed-space  ## Open a page that generates text and shows what LSH attention saw (options: ARGS='…')
+	$(BIN)/python examples/space/app.py $(ARGS)
 
 test: .venv/.installed  ## Run the quick tests
 	$(PYTEST) -m 'not slow' -n 2

@@ -4,5 +4,6 @@
 from .coverage import AttentionCoverage, attention_coverage
 from .drawing import draw_attention
 from .replacement import replace_lsh
+from .seen_keys import SeenKeys, seen_keys
 
-__all__ = ["AttentionCoverage", "attention_coverage", "draw_attention", "replace_lsh"]
+__all__ = ["AttentionCoverage", "SeenKeys", "attention_coverage", "draw_attention", "replace_lsh", "seen_keys"]

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention_pattern import AttentionPattern
-from ..hashing import unpack_order
-from ..reformer_layer import ReformerHfLayer
-from ..self_attention import AttentionCall
-from .coverage import full_weights, project_wide, row_of
-from .lsh_layers import find_lsh_layers, lsh_attention_of, observe
+from .seen_keys import seen_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,43 +97,15 @@ def observe_head(
     model: nn.Module, input_ids: Tensor, layer: int | str, head: int, num_hashes: int | None, inputs: dict[str, Any]
 ) -> HeadPicture:
     """Compute what `draw_attention` draws, for ids `[1, L]`."""
-    layers = find_lsh_layers(model, [layer])
-    if len(layers) > 1:
-        raise ValueError(f"Layer {layer!r} is one of {list(layers)}: give a name.")
-    pictures: list[HeadPicture] = []
-
-    def take(name: str, layer: ReformerHfLayer, hidden_states: Tensor, call: AttentionCall) -> None:
-        pictures.append(_picture(layer, head, hidden_states, row_of(call, 0)))
-
-    for module in layers.values():
-        num_heads = module.attention.self_attention.num_heads
-        if not 0 <= head < num_heads:
-            raise ValueError(f"`head` is {head}, but the layer has {num_heads} heads: give one from 0.")
-    given = {"input_ids": input_ids.to(next(model.parameters()).device), "num_hashes": num_hashes} | inputs
-    observe(model, take, layers, given)
-    return pictures[0]
-
-
-def _picture(layer: ReformerHfLayer, head: int, hidden_states: Tensor, call: AttentionCall) -> HeadPicture:
-    attention, heads = lsh_attention_of(layer), slice(head, head + 1)
-    call = attention.begin(call)
-    query, value = (x[:, :, heads] for x in project_wide(attention, hidden_states))
-    found = attention.attend([query, value], call, heads)[1]
-    positions = found.weights[1][0, 0].long()
-    seen = torch.zeros((*positions.shape[:2], call.length + 1), dtype=torch.bool, device=call.device)
-    seen.scatter_(2, torch.where(positions < 0, call.length, positions), True)
-    queries = torch.arange(call.length, device=call.device)
-    weights, visible = full_weights(query[0, :, 0], queries, call, attention.pattern.causal)
-    order, starts = queries, queries == 0
-    if found.order is not None:
-        order, starts = unpack_order(found.order[0, 0, 0])
+    keys = seen_keys(model, input_ids, layer, [head], num_hashes=num_hashes, **inputs)
+    sorted_buckets, order = keys.buckets[0, 0].sort(stable=True)
     return HeadPicture(
-        weights=weights.cpu(),
-        visible=visible.cpu(),
-        seen=seen[..., :-1].cpu() & visible.cpu(),
-        order=order.long().cpu(),
-        starts=starts.nonzero()[:, 0].tolist(),
-        pattern=attention.pattern,
+        weights=keys.weights[0],
+        visible=keys.visible,
+        seen=keys.seen[0],
+        order=order,
+        starts=[0, *(sorted_buckets.diff().nonzero()[:, 0] + 1).tolist()],
+        pattern=keys.pattern,
     )
 
 

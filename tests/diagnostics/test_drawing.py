@@ -78,7 +78,7 @@ def test_tokens_on_axes():
         ("some text", {}, "`text` is a string, but `tokenizer` is None"),
         (torch.zeros(1025, dtype=torch.long), {}, r"shape \(1, 1025\), but must be one text of 1 to 1024 tokens"),
         (torch.stack([IDS, IDS]), {}, r"shape \(2, 50\), but must be one text"),
-        (IDS, {"head": 2}, "`head` is 2, but the layer has 2 heads"),
+        (IDS, {"head": 2}, r"`heads` is \[2\], but the layer has 2 heads"),
         (IDS, {"layer": 1}, "Layer 1 is not an LSH layer of the model, which has"),
         (IDS, {"axes": [None]}, "`axes` has 1 entries"),
     ],
