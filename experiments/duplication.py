@@ -56,7 +56,7 @@ PAPER = {
 NUM_HELD_OUT_TOKENS = 1 << 15
 PATTERNS = ("window", "chunk")
 # Lengths, each warm-started from the one before, and their numbers of training steps.
-STEPS = {1024: 2000, 4096: 2000, 16384: 300, 65536: 100}
+STEPS = {1024: 2000, 4096: 2000, 16384: 300, 65536: 200}
 LENGTHS = tuple(STEPS)
 # Names in figures, and colors.
 MODELS = {

@@ -471,7 +471,7 @@ class ReformerHfConfig(PreTrainedConfig):
         theta = self.local_rope_theta
         if theta is None:
             return
-        if not 0.0 < theta < math.inf:
+        if theta <= 0.0:
             raise ValueError(
                 f"`local_rope_theta` is {theta}, but must be a number above 0, such as 10000.0, or None for no rotary "
                 "position embeddings."
