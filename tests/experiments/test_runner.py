@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import pytest
 
 from experiments.records import append_record, read_records
-from experiments.runner import Experiment, execute, finished, label, override, run_all, scratch_of, write_report
+from experiments.runner import (
+    Experiment,
+    execute,
+    finished,
+    label,
+    override,
+    run_all,
+    scratch_of,
+    update_pages,
+    write_report,
+)
 from experiments.training import FINAL
 
 from ..processes import ROOT
@@ -162,3 +172,12 @@ def test_killed_training_continues(tmp_path):
         [sys.executable, "-c", TRAIN, tmp_path / "moved"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert len(expected) == 12 and json.loads(resumed.stdout) == expected
+
+
+def test_pages_show_the_tables(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- table 2 of x -->\nold\n<!-- end -->\nb\n<!-- table 1 of x -->\n<!-- end -->\n")
+    for _ in range(2):
+        update_pages("x", "| 1 |\n\n| 2 |\n", [page])
+        expected = "a\n<!-- table 2 of x -->\n| 2 |\n<!-- end -->\nb\n<!-- table 1 of x -->\n| 1 |\n<!-- end -->\n"
+        assert page.read_text() == expected
