@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python $(PIP_INSTALL)
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo space test test-slow check format bench gpu dist clean
+.PHONY: help demo space test test-slow check format bench docs gpu dist clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,13 @@ dist: .venv/.installed  ## Build wheel and sdist, check them, and use each in an
 		(cd $$folder && HF_HUB_OFFLINE=1 env/bin/python smoke.py); \
 		rm -rf $$folder; \
 	done
+
+.venv/.installed-docs: .venv/.installed
+	$(INSTALL) --editable '.[docs]'
+	touch $@
+
+docs: .venv/.installed-docs  ## Build the documentation site in build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
 
 clean:  ## Remove the virtual environment and all generated files
 	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

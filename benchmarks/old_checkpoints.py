@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             task = {"folder": str(folder / "checkpoint"), "threads": options.threads, "memory_bytes": memory_bytes}
             difference, ours, in_tree = check(folder, task, launch, check_length)
             print(
-                f"\n### {name}\n\n{ours:,} parameters, in-tree {in_tree:,} (one of two biases of its head is unused)."
+                f"\n## {name}\n\n{ours:,} parameters, in-tree {in_tree:,} (one of two biases of its head is unused)."
             )
             print(f"Relative difference of the logits of {check_length:,} tokens: {difference:.1e}.\n")
             if not difference <= _LIMIT:

@@ -36,15 +36,9 @@ def _byte_backend() -> Tokenizer:
 
 class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
     r"""
-    Tokenizer over UTF-8 bytes with the ids of google/reformer-enwik8: byte `b` has the id `b + 2`.
+    Tokenizer over UTF-8 bytes with the ids of google/reformer-enwik8: byte `b` has the id `b + 2`, from 2 to 257.
 
-    | id | token |
-    |---|---|
-    | 0 | `<pad>` |
-    | 1 | `</s>` |
-    | 2 … 257 | the bytes 0 … 255 |
-    | 258 | `<s>` |
-    | 259 | `<mask>` |
+    The other ids are those of `<pad>` (0), `</s>` (1), `<s>` (258) and `<mask>` (259).
 
     Encoding is lossless: `decode(encode(text)) == text` for every text. Ids that are not valid UTF-8 decode to U+FFFD.
     `decode(…, errors="ignore")` omits them, and `decode_bytes` returns the bytes unchanged.
