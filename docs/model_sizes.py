@@ -79,7 +79,8 @@ def largest(budget: int, length: int) -> str:
 
 def tables() -> str:
     """Return both tables as Markdown."""
-    lines = ["| size | `hidden_size` | layers | heads | `feed_forward_size` | parameters |", "|---|---|---|---|---|---|"]
+    names = ("size", "`hidden_size`", "layers", "heads", "`feed_forward_size`", "parameters")
+    lines = [f"| {' | '.join(names)} |", "|---|---|---|---|---|---|"]
     for name, size in SIZES.items():
         config = size.config(LENGTHS[0])
         fields = (config.hidden_size, size.num_layers, config.num_attention_heads, config.feed_forward_size)

@@ -25,8 +25,10 @@ PYTHON = re.compile(
 DOCTEST = """
 import doctest
 runner = doctest.DocTestRunner()
-runner.run(doctest.DocTestParser().get_doctest({block!r}, globals(), "block", None, 0), clear_globs=False)
+test = doctest.DocTestParser().get_doctest({block!r}, globals(), "block", None, 0)
+runner.run(test, clear_globs=False)
 assert not runner.failures
+globals().update(test.globs)
 """
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 
