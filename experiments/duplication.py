@@ -254,26 +254,33 @@ def table_2(groups: dict[Run, list[Record]]) -> list[str]:
 
 
 def race_table(results: dict[Run, Record]) -> list[str]:
-    """Return the final accuracy of each model at each length, and the CPU time of training until 90 %."""
-    lines = ["| length | model | accuracy | minutes | until 90 % |", "|---|---|---|---|---|"]
+    """Return the final accuracy of each model at each length, and the CPU time of training in total and until 90 %."""
+    lines = [
+        "| length | model | accuracy | minutes | until 90 % | the same with all shorter lengths |",
+        "|---|---|---|---|---|---|",
+    ]
     for run in sorted(results, key=lambda run: (run.length, list(MODELS).index(run.model))):
-        minutes, values = _against_minutes(results, run)
-        until = next((f"{at:.1f}" for at, value in zip(minutes, values, strict=True) if value >= 90), "–")
-        cells = (f"{values[-1]:.1f}", f"{minutes[-1]:.1f}", until)
-        lines.append(_row(f"{run.length:,}", MODELS[run.model][0], *cells))
+        minutes, values = _curve(results[run], run)
+        until = next((at for at, value in zip(minutes, values, strict=True) if value >= 90), None)
+        times = ("–", "–") if until is None else (f"{until:.1f}", f"{until + _minutes_before(results, run):.1f}")
+        lines.append(_row(f"{run.length:,}", MODELS[run.model][0], f"{values[-1]:.1f}", f"{minutes[-1]:.1f}", *times))
     return lines
 
 
-def _against_minutes(results: dict[Run, Record], run: Run) -> tuple[list[float], list[float]]:
-    """Return minutes of CPU time, with those of the shorter lengths, and accuracies in percent."""
-    before, shorter = 0.0, run.shorter
-    while shorter is not None:
-        before += results[shorter]["cpu_seconds"]
-        shorter = shorter.shorter
-    result = results[run]
-    minutes = [(before + entry["step"] / result["steps"] * result["cpu_seconds"]) / 60 for entry in result["curve"]]
+def _curve(result: Record, run: Run) -> tuple[list[float], list[float]]:
+    """Return minutes of CPU time and accuracies in percent."""
+    minutes = [entry["step"] / result["steps"] * result["cpu_seconds"] / 60 for entry in result["curve"]]
     metric = "accuracy_4_hashes" if run.model == "lsh" else "accuracy"
     return minutes, [100 * entry[metric] for entry in result["curve"]]
+
+
+def _minutes_before(results: dict[Run, Record], run: Run) -> float:
+    """Return the minutes of CPU time of training at all shorter lengths."""
+    minutes, shorter = 0.0, run.shorter
+    while shorter is not None:
+        minutes += results[shorter]["cpu_seconds"] / 60
+        shorter = shorter.shorter
+    return minutes
 
 
 def _row(*cells: Any) -> str:
@@ -309,9 +316,10 @@ def draw_race(results: dict[Run, Record], path: Path) -> None:
         for run in results:
             if run.length == length:
                 label, color = MODELS[run.model]
-                axes.plot(*_against_minutes(results, run), label=label, color=color)
-        title = f"{length:,} tokens"
-        axes.set(title=title, xlabel="minutes of training, from 1,024 tokens on", xscale="log", ylim=(0, 102))
+                axes.plot(*_curve(results[run], run), label=label, color=color, marker=".")
+        axes.set(
+            title=f"{length:,} tokens", xlabel="minutes of training at this length", xlim=(0, None), ylim=(0, 102)
+        )
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("accuracy on the copy, %")
     panels[0, 0].legend(fontsize=7)
