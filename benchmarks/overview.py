@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter  # noqa: E402
 
 from .cases import DENSE, IN_TREE, OURS  # noqa: E402
 from .decoding import TOKENS_PER_RUN  # noqa: E402
+from .pages import write_tables  # noqa: E402
 from .results import Results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ LINES = (
     ("2026-11-24-lengths", OURS, "reformer_hf", "C0", (10, 0)),
 )
 
-README, START, END = ROOT / "README.md", "<!-- Written by `python -m benchmarks.overview`. -->\n", "<!-- End. -->\n"
+README, NAME = ROOT / "README.md", "benchmarks.overview"
 NAMES = {IN_TREE: "Reformer of Transformers", DENSE: "dense model", "reformer-pytorch": "`reformer-pytorch`"}
 # File, case, what it is, quantity, and with what it is compared.
 _REQUIRED, _GENERATION = "2026-11-24-required", "2026-11-24-generation"
@@ -93,13 +94,6 @@ def _shown(value: float, quantity: str) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
-def write_table(path: Path = README) -> None:
-    """Write the table between its markers."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{START}{table()}{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
     draw()
-    write_table()
+    write_tables(README, NAME, table())

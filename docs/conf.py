@@ -32,8 +32,8 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build", "dist", "outputs", "reformer_hf", "tests", "**/__pycache__"]
 
-# Pages that others link to, and code that leaves out arguments.
-suppress_warnings = ["toc.not_included", "misc.highlighting_failure"]
+# Pages that others link to.
+suppress_warnings = ["toc.not_included"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"

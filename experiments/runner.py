@@ -35,7 +35,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +49,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
+from benchmarks.pages import write_tables
 
 from .records import Record, append_record, read_records
 from .training import FINAL
@@ -267,17 +267,6 @@ def write_report(experiment: Experiment, results: Path, folder: Path) -> Path | 
     return path
 
 
-def update_pages(name: str, report: str, pages: Iterable[Path]) -> None:
-    """Write tables of a report to pages that show them, between `<!-- table 1 of NAME -->` and `<!-- end -->`."""
-    tables = report.strip().split("\n\n")
-    pattern = re.compile(rf"(<!-- table (\d+) of {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    for page in pages:
-        before = page.read_text(encoding="utf-8")
-        text = pattern.sub(lambda match: f"{match[1]}{tables[int(match[2]) - 1]}\n{match[3]}", before)
-        if text != before:
-            page.write_text(text, encoding="utf-8")
-
-
 def main(experiment: Experiment, argv: list[str] | None = None) -> None:
     """Run the command line of an experiment."""
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{experiment.name}")
@@ -308,4 +297,5 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> None:
     if path is not None:
         logger.info("Report: %s", path)
         if not options.quick:
-            update_pages(experiment.name, path.read_text(encoding="utf-8"), REPORTS.parent.glob("*.md"))
+            for page in REPORTS.parent.glob("*.md"):
+                write_tables(page, experiment.name, path.read_text(encoding="utf-8"))

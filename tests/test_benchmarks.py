@@ -17,6 +17,7 @@ from benchmarks.__main__ import main, select  # noqa: E402
 from benchmarks.cases import SHAPES, SUITES, Case  # noqa: E402
 from benchmarks.checks import Finding  # noqa: E402
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation  # noqa: E402
+from benchmarks.pages import write_tables  # noqa: E402
 from benchmarks.report import markdown  # noqa: E402
 from benchmarks.required import TARGETS, fit_growth, required_figures  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
@@ -373,7 +374,7 @@ def test_readme_holds_the_results(tmp_path):
     assert overview.table() in readme
     path = tmp_path / "README.md"
     path.write_text(readme.replace(overview.table(), "outdated\n"))
-    overview.write_table(path)
+    write_tables(path, overview.NAME, overview.table())
     assert path.read_text() == readme
     overview.draw(tmp_path / "step_time.png")
     assert (tmp_path / "step_time.png").stat().st_size > 10_000

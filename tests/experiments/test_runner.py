@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from benchmarks.pages import write_tables
 from experiments.records import append_record, read_records
 from experiments.runner import (
     Experiment,
@@ -19,7 +20,6 @@ from experiments.runner import (
     override,
     run_all,
     scratch_of,
-    update_pages,
     write_report,
 )
 from experiments.training import FINAL
@@ -178,6 +178,6 @@ def test_pages_show_the_tables(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- table 2 of x -->\nold\n<!-- end -->\nb\n<!-- table 1 of x -->\n<!-- end -->\n")
     for _ in range(2):
-        update_pages("x", "| 1 |\n\n| 2 |\n", [page])
+        write_tables(page, "x", "| 1 |\n\n| 2 |\n")
         expected = "a\n<!-- table 2 of x -->\n| 2 |\n<!-- end -->\nb\n<!-- table 1 of x -->\n| 1 |\n<!-- end -->\n"
         assert page.read_text() == expected

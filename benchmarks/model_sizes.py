@@ -2,12 +2,9 @@
 """
 Write the tables of `docs/choosing_a_config.md`: ready-made sizes, and the largest that fits into a memory budget.
 
-    python docs/model_sizes.py
-
-The tables stand between the comments `<!-- sizes -->` and `<!-- /sizes -->` of the page.
+    python -m benchmarks.model_sizes
 """
 
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,8 +12,9 @@ from pathlib import Path
 from reformer_hf import ReformerHfConfig
 from reformer_hf.training import estimate_training_memory
 
-PAGE = Path(__file__).resolve().parent / "choosing_a_config.md"
-TABLES = re.compile(r"(?<=<!-- sizes -->\n).*(?=<!-- /sizes -->)", re.DOTALL)
+from .pages import write_tables
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing_a_config.md"
 
 BUDGETS = (16, 24, 40, 80)
 LENGTHS = (4096, 16384, 65536, 262144, 1048576)
@@ -93,4 +91,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(TABLES.sub(lambda _: f"\n{tables()}\n", PAGE.read_text()))
+    write_tables(PAGE, "benchmarks.model_sizes", tables())
