@@ -41,14 +41,14 @@ from training_run import (
     ScriptTrainer,
     ScriptTrainingArguments,
     check_byte_config,
-    command_line,
     find_checkpoint,
     parse_overrides,
+    write_card_of_run,
 )
 from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, set_seed
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
-from reformer_hf.hub import Metric, RunReport, write_model_card
+from reformer_hf.hub import Metric, RunReport
 from reformer_hf.training import CausalCollator, pack_to_file
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def train(
     if trainer.is_world_process_zero():
         plot_loss_curve(trainer.state.log_history, metrics["bigram_bits_per_byte"], Path(training_args.output_dir))
         report = describe(trainer, corpus, metrics, model_args, prompt, sample)
-        write_model_card(trainer, report)
+        write_card_of_run(trainer, report)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return trainer, metrics | {"sample": sample}
@@ -245,12 +245,10 @@ def describe(
         ),
         figures={"Loss curve": "loss_curve.png"},
         usage=USAGE,
-        command=command_line(),
         sample=f"Prompt, from the held-out text:\n\n{_fenced(prompt)}\n\nContinuation:\n\n{_fenced(sample)}",
         dataset_id=corpus.dataset_id,
         dataset_name=corpus.description.replace("`", ""),
         base_model=args.model_name_or_path,
-        seconds=trainer.curve.spent()["seconds"],
     )
 
 

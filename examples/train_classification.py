@@ -32,7 +32,7 @@ import numpy as np
 from listops import baselines, listops_tokenizer, load_listops, majority
 from model_report import plot_confusion_matrix, plot_learning_curve, read_curve
 from table_data import load_columns
-from training_run import ScriptTrainer, ScriptTrainingArguments, command_line, find_checkpoint, parse_overrides
+from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides, write_card_of_run
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -48,7 +48,7 @@ from transformers import (
 )
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig
-from reformer_hf.hub import Metric, RunReport, write_model_card
+from reformer_hf.hub import Metric, RunReport
 
 logger = logging.getLogger(__name__)
 
@@ -272,10 +272,8 @@ def write_card(trainer: Trainer, task: Task, metrics: dict[str, float], base_mod
         base_model=base_model,
         metric=Metric("accuracy", "Accuracy", round(metrics["eval_accuracy"], 4)),
         usage=USAGE,
-        command=command_line(),
-        seconds=trainer.curve.spent()["seconds"],
     )
-    write_model_card(trainer, report)
+    write_card_of_run(trainer, report)
 
 
 def main(argv: list[str] | None = None) -> tuple[Trainer, dict[str, Any]]:

@@ -34,11 +34,11 @@ from image_data import BEGIN_ID, ImageArguments, RandomCrops, Tiles, encode_tile
 from model_report import plot_learning_curve, read_curve
 from PIL import Image
 from torch import Tensor
-from training_run import ScriptTrainer, ScriptTrainingArguments, command_line, find_checkpoint, parse_overrides
+from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides, write_card_of_run
 from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, default_data_collator, set_seed
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
-from reformer_hf.hub import Metric, RunReport, write_model_card
+from reformer_hf.hub import Metric, RunReport
 
 logger = logging.getLogger(__name__)
 
@@ -303,11 +303,9 @@ def write_card(
         dataset_id=tiles.dataset_id,
         metric=Metric("bits_per_dimension", "Bits per dimension", round(bits, 4)),
         usage=USAGE,
-        command=command_line(),
         sample=sample,
-        seconds=trainer.curve.spent()["seconds"],
     )
-    write_model_card(trainer, report)
+    write_card_of_run(trainer, report)
 
 
 def main(argv: list[str] | None = None) -> tuple[Trainer, dict[str, Any]]:

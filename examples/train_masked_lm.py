@@ -37,14 +37,14 @@ from training_run import (
     ScriptTrainer,
     ScriptTrainingArguments,
     check_byte_config,
-    command_line,
     find_checkpoint,
     parse_overrides,
+    write_card_of_run,
 )
 from transformers import EvalPrediction, HfArgumentParser, Trainer, pipeline, set_seed
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForMaskedLM
-from reformer_hf.hub import Metric, RunReport, write_model_card
+from reformer_hf.hub import Metric, RunReport
 from reformer_hf.training import pack_to_file
 
 logger = logging.getLogger(__name__)
@@ -222,11 +222,9 @@ def write_card(
         base_model=base_model,
         metric=Metric("bits_per_masked_byte", "Bits per masked byte", round(bits, 4)),
         usage=USAGE,
-        command=command_line(),
         sample=fill_sample(trainer, corpus),
-        seconds=trainer.curve.spent()["seconds"],
     )
-    write_model_card(trainer, report)
+    write_card_of_run(trainer, report)
 
 
 def main(argv: list[str] | None = None) -> tuple[Trainer, dict[str, Any]]:

@@ -41,7 +41,7 @@ from model_report import plot_learning_curve, read_curve
 from sequence_tasks import GeneratedExamples, SequenceTask, draw_capitals, draw_reverse
 from table_data import load_columns
 from torch.utils.data import Dataset
-from training_run import ScriptTrainer, ScriptTrainingArguments, command_line, find_checkpoint, parse_overrides
+from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides, write_card_of_run
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -58,7 +58,7 @@ from transformers import (
 from reformer_hf import ReformerHfByteTokenizer
 from reformer_hf.configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
 from reformer_hf.encoder_decoder import ReformerHfForConditionalGeneration
-from reformer_hf.hub import Metric, RunReport, write_model_card
+from reformer_hf.hub import Metric, RunReport
 
 logger = logging.getLogger(__name__)
 
@@ -423,10 +423,8 @@ def write_card(
         base_model=base_model,
         metric=Metric("exact_match", "Exact match", round(metrics["eval_exact_match"], 4)),
         usage=USAGE,
-        command=command_line(),
-        seconds=trainer.curve.spent()["seconds"],
     )
-    write_model_card(trainer, report)
+    write_card_of_run(trainer, report)
 
 
 def _sample(sample: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from reformer_hf import ReformerHfConfig
+from reformer_hf.hub import RunReport, write_model_card
 from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
 from reformer_hf.training import SaveOnSigterm, StopOnNonFinite, find_corruption, last_intact_checkpoint
 
@@ -208,10 +209,11 @@ class ScriptTrainer(Trainer):
         """Keep the existing model card."""
 
 
-def command_line() -> str:
-    """Return the command that runs this process, for the model card; an empty string if it is not a script."""
+def write_card_of_run(trainer: ScriptTrainer, report: RunReport) -> None:
+    """Write the model card, with the command of this process, if it is a script, and the seconds of training."""
     script = Path(sys.argv[0])
-    return shlex.join(["python", f"examples/{script.name}", *sys.argv[1:]]) if script.suffix == ".py" else ""
+    command = shlex.join(["python", f"examples/{script.name}", *sys.argv[1:]]) if script.suffix == ".py" else ""
+    write_model_card(trainer, replace(report, command=command, seconds=trainer.curve.spent()["seconds"]))
 
 
 def find_checkpoint(args: ScriptTrainingArguments) -> str | None:
