@@ -33,9 +33,10 @@ import torch
 from matplotlib import pyplot
 from torch import Tensor, nn
 
-from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf import ReformerHfForCausalLM
 
 from .figures import draw_band, save, spread
+from .models import causal_lm
 from .records import Record
 from .runner import Experiment, main
 from .text import VOCAB_SIZE, bits_per_byte, draw_text, load_text
@@ -93,9 +94,8 @@ def build(run: Run) -> ReformerHfForCausalLM:
     """Build the model of a run. Equal modules of different runs with the same seed start with equal weights."""
     layer = {"shared": "full", "separate": "local"}.get(run.attention, "lsh")
     lsh: dict[str, Any] = {"lsh_pattern": run.attention, "num_hashes": run.hashes} if layer == "lsh" else {}
-    config = ReformerHfConfig(
+    model = causal_lm(
         attn_layers=[layer] * run.depth,
-        is_decoder=True,
         vocab_size=VOCAB_SIZE,
         hidden_size=run.width,
         attention_head_size=run.width // 4,
@@ -105,14 +105,9 @@ def build(run: Run) -> ReformerHfForCausalLM:
         local_num_chunks_before=0,
         lsh_attn_chunk_length=min(32, run.length // 8),
         lsh_deduplicate_keys=run.deduplicate,
-        hidden_dropout_prob=0.0,
         reversible=not run.plain,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
         **lsh,
     )
-    model = ReformerHfForCausalLM(config)
     if run.plain:
         layers: Any = model.reformer.encoder.layers
         for i, each in enumerate(layers):

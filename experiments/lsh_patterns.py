@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf import ReformerHfForCausalLM
 
 from . import duplication
+from .models import causal_lm
 from .records import Record
 from .runner import Experiment, main
 from .training import Schedule, train
@@ -72,7 +73,7 @@ def grid(steps: int, seeds: tuple[int, ...], hashes: tuple[int, ...]) -> list[Ru
 def build(run: Run, layer: str) -> ReformerHfForCausalLM:
     """Build one layer of width 128, with one learned embedding per position."""
     lsh: dict[str, Any] = {} if run.pattern == "full" else {"lsh_pattern": run.pattern, "num_buckets": run.num_buckets}
-    config = ReformerHfConfig(
+    return causal_lm(
         attn_layers=[layer],
         hidden_size=128,
         attention_head_size=32,
@@ -80,18 +81,12 @@ def build(run: Run, layer: str) -> ReformerHfForCausalLM:
         vocab_size=duplication.SYMBOLS,
         max_position_embeddings=LENGTH,
         axial_pos_embds=False,
-        hidden_dropout_prob=0.0,
-        is_decoder=True,
         lsh_attn_chunk_length=CHUNK,
         lsh_num_chunks_before=run.window // CHUNK,
         lsh_deduplicate_keys=run.deduplicate_keys,
         num_hashes=run.num_hashes,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
         **lsh,
     )
-    return ReformerHfForCausalLM(config)
 
 
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import (
@@ -70,6 +71,14 @@ class Sizes:
     def local_reach(self) -> int:
         """How far back a local layer sees, at most."""
         return 2 * self.local_chunk - 1
+
+
+def causal_lm(**fields: Any) -> ReformerHfForCausalLM:
+    """Build a causal model of this package without special tokens and without dropout."""
+    config = ReformerHfConfig(
+        is_decoder=True, hidden_dropout_prob=0.0, pad_token_id=None, bos_token_id=None, eos_token_id=None, **fields
+    )
+    return ReformerHfForCausalLM(config)
 
 
 def _reformer_fields(sizes: Sizes, layers: list[str]) -> dict:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 
-from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
+from reformer_hf import ReformerHfForCausalLM
 
 from .figures import draw_band, save, spread
+from .models import causal_lm
 from .records import Record
 from .runner import Experiment, label, main
 from .text import VOCAB_SIZE, bits_per_byte, draw_text, load_text
@@ -55,9 +56,8 @@ class Run:
 def build(run: Run) -> ReformerHfForCausalLM:
     """Build the model of a run."""
     layers = run.layers.split(",")
-    config = ReformerHfConfig(
+    return causal_lm(
         attn_layers=layers * (6 // len(layers)),
-        is_decoder=True,
         vocab_size=VOCAB_SIZE,
         hidden_size=run.width,
         max_position_embeddings=run.length,
@@ -66,12 +66,7 @@ def build(run: Run) -> ReformerHfForCausalLM:
         axial_norm_std=run.axial_norm_std,
         local_attn_chunk_length=run.local_attn_chunk_length,
         num_hashes=run.num_hashes,
-        hidden_dropout_prob=0.0,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
-    return ReformerHfForCausalLM(config)
 
 
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
