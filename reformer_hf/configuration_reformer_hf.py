@@ -326,7 +326,6 @@ class ReformerHfConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        check_given(cls, config_dict)
         config_dict = cls._adopt_older(config_dict)
         # Apply overrides before the config is built, so that derived fields and checks use them.
         fields = (cls.__dataclass_fields__.keys() | {"num_hidden_layers"}) & kwargs.keys() - {"dtype"}
@@ -357,12 +356,12 @@ class ReformerHfConfig(PreTrainedConfig):
 
     @classmethod
     def _adopt_older(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of `config_dict`. Complete an in-tree one with its defaults and its values of our fields."""
+        """Check `config_dict` and return a copy, with what an in-tree one or one of version 0.1 means."""
+        check_given(cls, config_dict)
         if config_dict.get("model_type") != "reformer":
             # Version 0.1 had no rotary position embeddings, and a saved config has all fields of its version.
             older = "transformers_version" in config_dict and "local_rope_theta" not in config_dict
             return {**config_dict, "local_rope_theta": None} if older else dict(config_dict)
-        check_given(cls, config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
         # The in-tree models ignore them.
         adopted.pop("num_hidden_layers", None)
