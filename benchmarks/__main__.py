@@ -94,7 +94,7 @@ def _fresh_results(options: argparse.Namespace) -> Results:
         suite=suite,
         date=date,
         machine=describe_machine(options.threads, options.device),
-        options={name: getattr(options, name) for name in ("device", "threads", "cases", "implementations")},
+        options={name: getattr(options, name) for name in ("device", "bf16", "threads", "cases", "implementations")},
         path=_free_path(options.out, f"{date}-{suite}"),
     )
 
@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, help="number of torch threads (default: that of torch)")
     parser.add_argument("--device", default="cpu", help="device of the models: cpu (default) or cuda")
+    parser.add_argument("--bf16", action="store_true", help="measure under bf16 autocast, as Trainer's option --bf16")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for results")
     parser.add_argument("--quick", action="store_true", help="run the suite of tiny sizes once, in this process")
     parser.add_argument("--list", action="store_true", help="list suites, cases and workloads, and exit")

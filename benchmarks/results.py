@@ -40,6 +40,11 @@ class Results:
         fresh.write_text(json.dumps(kept, indent=1) + "\n")
         fresh.replace(self.path)
 
+    @property
+    def bf16(self) -> bool:
+        """Whether models run under bf16 autocast. Checks never do."""
+        return self.options.get("bf16", False)
+
     def check(self, shape_name: str, num_hashes: int, implementation: str) -> dict | None:
         """Return the result of the check of an implementation, or `None`."""
         key = (shape_name, num_hashes, implementation)

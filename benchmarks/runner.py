@@ -87,5 +87,6 @@ def _task(kind: str, case: Case, name: str, results: Results) -> dict:
         "implementation": name,
         "case": case.to_dict(),
         "device": results.options["device"],
+        "bf16": results.bf16,
         "threads": results.options["threads"],
     }

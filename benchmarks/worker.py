@@ -2,7 +2,8 @@
 """
 Perform one task in a separate process: `python -m benchmarks.worker JSON` writes one line of JSON.
 
-The task is `{"task": "check" or "measure", "implementation": …, "case": {…}, "device": …, "threads": … or null}`.
+The task is
+`{"task": "check" or "measure", "implementation": …, "case": {…}, "device": …, "bf16": …, "threads": … or null}`.
 """
 
 import json
@@ -28,7 +29,8 @@ def perform(task: dict) -> dict:
         raise ValueError(f"{task['implementation']!r} has no workload {case.workload!r}.")
     device = torch.device(task["device"])
     if task["task"] == "measure":
-        return measure(implementation, case, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=task["bf16"]):
+            return measure(implementation, case, device)
     findings = implementation.check(case.shape, case.num_hashes)
     if device.type != "cpu":
         findings += check_device(task["implementation"], case.shape, case.num_hashes, device)

@@ -152,7 +152,7 @@ def accuracy(model: nn.Module, run: Run, **options: Any) -> float:
     right, batch_size = [], max(1, 4096 // run.length)
     for start in range(0, max(1, NUM_HELD_OUT_TOKENS // run.length), batch_size):
         batch = draw(run, batch_size, (1 << 40) + start)
-        right.append(share_right(model(batch["input_ids"], **options).logits, batch["labels"]))
+        right.append(share_right(model(batch["input_ids"].to(model.device), **options).logits, batch["labels"]))
     return mean(right)
 
 
@@ -205,11 +205,11 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
     )
     if run.model not in ("lsh", "full"):
         return found
-    full = build(run, "full").eval()
+    full = build(run, "full").to(model.device).eval()
     full.load_state_dict(model.state_dict())
     exact, scores = accuracy(full, run), {}
     for pattern in PATTERNS if run.model == "full" else [run.pattern]:
-        lsh = build(replace(run, pattern=pattern), "lsh").eval()
+        lsh = build(replace(run, pattern=pattern), "lsh").to(model.device).eval()
         lsh.load_state_dict(model.state_dict())
         scores[pattern] = {str(hashes): accuracy(lsh, run, num_hashes=hashes) for hashes in EVAL_HASHES}
         scores[pattern]["full"] = exact

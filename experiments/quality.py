@@ -44,7 +44,7 @@ class Run:
 
     model: str
     length: int
-    seconds: float = 1200.0
+    seconds: float = 420.0
     learning_rate: float = 1e-3
     seed: int = 0
     width: int = 256
@@ -109,12 +109,7 @@ def report(records: list[Record], folder: Path) -> str:
 
 EXPERIMENT = Experiment(
     "quality",
-    [
-        Run(model, length, learning_rate=learning_rate)
-        for length in (4096, 16384)
-        for learning_rate in (1e-3, 3e-3)
-        for model in MODELS
-    ],
+    [Run(model, length) for length in (4096, 16384) for model in MODELS],
     train_and_evaluate,
     report,
     quick=[Run(model, 256, seconds=2.0, width=64, depth=2) for model in MODELS],

@@ -129,7 +129,7 @@ def accuracy(model: nn.Module, run: Run) -> float:
     right = []
     for i in range(NUM_HELD_OUT):
         batch = draw(run, 1, (1 << 40) + i)
-        right.append(share_right(model(input_ids=batch["input_ids"]).logits, batch["labels"]))
+        right.append(share_right(model(input_ids=batch["input_ids"].to(model.device)).logits, batch["labels"]))
     return mean(right)
 
 

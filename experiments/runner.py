@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
@@ -129,7 +130,9 @@ def _claim(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def execute(experiment: Experiment, run: Any, results: Path, scratch_root: Path, threads: int) -> bool:
+def execute(
+    experiment: Experiment, run: Any, results: Path, scratch_root: Path, threads: int, device: str = "cpu"
+) -> bool:
     """
     Run one of the settings, unless it is recorded or another process runs it, and append its record.
 
@@ -150,6 +153,8 @@ def execute(experiment: Experiment, run: Any, results: Path, scratch_root: Path,
                 "first. If it is recorded but its weights were deleted, delete its record as well."
             )
         torch.set_num_threads(threads)
+        # The device of `experiments.training.train`.
+        PartialState(cpu=device == "cpu")
         started = time.perf_counter()
         found = experiment.train_and_evaluate(run, scratch)
         record = {
@@ -157,14 +162,20 @@ def execute(experiment: Experiment, run: Any, results: Path, scratch_root: Path,
             "result": found,
             "last_session_seconds": round(time.perf_counter() - started, 1),
             "date": date.today().isoformat(),
-            "machine": describe_machine(threads, "cpu"),
+            "machine": describe_machine(threads, device),
         }
         append_record(results, record)
         return True
 
 
 def run_all(
-    experiment: Experiment, runs: Iterable[Any], results: Path, scratch: Path, jobs: int, threads: int
+    experiment: Experiment,
+    runs: Iterable[Any],
+    results: Path,
+    scratch: Path,
+    jobs: int,
+    threads: int,
+    device: str = "cpu",
 ) -> None:
     """
     Run the settings that are not recorded, several at a time, each after the run whose weights it starts from.
@@ -182,7 +193,7 @@ def run_all(
             ready = [run for run in waiting if _key_or_none(experiment.needs(run)) not in unfinished]
             for run in ready:
                 waiting.remove(run)
-                running[submit(execute, experiment, run, results, scratch, threads)] = run
+                running[submit(execute, experiment, run, results, scratch, threads, device)] = run
                 if jobs == 1:
                     break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -277,6 +288,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="only draw the report of the records")
     parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="number of threads of each run")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the models")
     options = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     quick = SCRATCH / "quick" / experiment.name
@@ -292,7 +304,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> None:
         return
     if not options.report:
         scratch = quick if options.quick else SCRATCH
-        run_all(experiment, runs, results, scratch, options.jobs, options.threads)
+        run_all(experiment, runs, results, scratch, options.jobs, options.threads, options.device)
     path = write_report(experiment, results, quick / "report" if options.quick else REPORTS / experiment.name)
     if path is not None:
         logger.info("Report: %s", path)

@@ -55,5 +55,5 @@ def bits_per_byte(model: nn.Module, text: Tensor, length: int, num_bytes: int = 
     """Return the mean loss in bits, over slices of `length` bytes spread over a text, `num_bytes` in total."""
     number = max(1, num_bytes // length)
     starts = torch.linspace(0, len(text) - length, number).long().tolist()
-    slices = [text[None, start : start + length] for start in starts]
+    slices = [text[None, start : start + length].to(model.device) for start in starts]
     return sum(model(input_ids=each, labels=each).loss.item() for each in slices) / number / math.log(2)

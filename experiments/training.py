@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 # Name of the file of the final weights.
@@ -75,7 +76,7 @@ def train(
     seconds_before: float = 0.0,
 ) -> dict[str, Any]:
     """
-    Train a model, and keep its final weights in `scratch`, for `load_final`.
+    Train a model on the device of the process, and keep its final weights in `scratch`, for `load_final`.
 
     Args:
         model: Called with a batch, it returns an output with `loss`.
@@ -90,15 +91,18 @@ def train(
         The number of steps, seconds and CPU seconds of training, without evaluations, total seconds, with those of the
         weights that the model starts with, and the curve: step, seconds, mean loss since the last entry, and metrics.
     """
+    device = PartialState().device
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98)
     )
     state, path = _State(0, 0.0, 0.0, [], []), scratch / "checkpoint.pt"
     if path.exists():
-        saved = torch.load(path, weights_only=False)
+        saved = torch.load(path, map_location="cpu", weights_only=False)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
         state = saved["state"]
     last_saved = time.monotonic()
     while not _is_done(state, schedule):
@@ -106,7 +110,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * schedule.share_of_learning_rate(state.step, state.seconds)
         model.train()
-        loss = model(**batches(state.step)).loss
+        loss = model(**{name: tensor.to(device) for name, tensor in batches(state.step).items()}).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
         optimizer.step()
@@ -120,8 +124,8 @@ def train(
         if state.step % schedule.eval_every == 0 or _is_done(state, schedule):
             _evaluate(model, evaluate, state)
         if time.monotonic() - last_saved > checkpoint_seconds:
-            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            _save({**weights, "rng": torch.get_rng_state(), "state": state}, path)
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+            _save({**saved, "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}, path)
             last_saved = time.monotonic()
     total = seconds_before + state.seconds
     _save({"weights": model.state_dict(), "seconds": total}, scratch / FINAL)
@@ -136,13 +140,13 @@ def train(
 
 def load_final(scratch: Path) -> tuple[dict[str, Tensor], float]:
     """Return the final weights of a training and the total seconds that it took."""
-    saved = torch.load(scratch / FINAL)
+    saved = torch.load(scratch / FINAL, map_location="cpu")
     return saved["weights"], saved["seconds"]
 
 
 def share_right(logits: Tensor, labels: Tensor) -> float:
     """Return the share of labels `[B, L]` other than -100 that the token before them predicts (`[B, L, V]`)."""
-    predicted, labels = logits[:, :-1].argmax(-1), labels[:, 1:]
+    predicted, labels = logits[:, :-1].argmax(-1), labels[:, 1:].to(logits.device)
     return (predicted == labels)[labels != -100].float().mean().item()
 
 
@@ -155,10 +159,8 @@ def _is_done(state: _State, schedule: Schedule) -> bool:
 
 
 def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]], state: _State) -> None:
-    rng = torch.get_rng_state()
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
         metrics = evaluate(model.eval())
-    torch.set_rng_state(rng)
     entry = {"step": state.step, "seconds": round(state.seconds, 2), "loss": sum(state.losses) / len(state.losses)}
     state.curve.append({name: round(value, 5) for name, value in (entry | metrics).items()})
     state.losses = []
