@@ -45,8 +45,9 @@ def _machine(results: Results) -> str:
     ]
     return (
         f"{'; '.join(words)}.\n\n{'bf16 autocast' if results.bf16 else 'fp32'}, batch size 1. Each time is the median "
-        "over processes that take turns, and each process reports the median of its runs. Peak MB is the peak memory above the built model, process MB that of "
-        "the whole process (1 MB is 10^6 bytes). See `benchmarks/README.md` for the method."
+        "over processes that take turns, and each process reports the median of its runs. Peak MB is the peak memory "
+        "above the built model, process MB that of the whole process (1 MB is 10^6 bytes). See `benchmarks/README.md` "
+        "for the method."
     )
 
 

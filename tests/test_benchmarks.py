@@ -31,11 +31,18 @@ STEP = Case("step", "quick", 256, 2)
 
 def _results(suite="required"):
     machine = {"cpu": "a", "cores": 2, "memory_gib": 1, "threads": 1, "device": "cpu", "commit": "b"}
-    return Results(suite, "2026-01-31", machine, {"device": "cpu", "threads": None})
+    return Results(suite, "2026-01-31", machine, {"device": "cpu", "bf16": False, "threads": None})
 
 
 def _task(kind, name, case=STEP):
-    return {"task": kind, "implementation": name, "case": case.to_dict(), "device": "cpu", "threads": None}
+    return {
+        "task": kind,
+        "implementation": name,
+        "case": case.to_dict(),
+        "device": "cpu",
+        "bf16": False,
+        "threads": None,
+    }
 
 
 def _table_rows(text, width):
