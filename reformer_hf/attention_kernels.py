@@ -177,13 +177,15 @@ class _CudaKernel:
     @staticmethod
     def attend_backward(grad_out, query, key, value, mask, out, lse) -> tuple[Tensor, Tensor, Tensor]:
         no_dropout = torch.zeros((), dtype=torch.int64)
+        # The kernel reads the output in the memory layout of its own forward pass, [g, C, n, E], whatever the strides.
+        out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         grad_query, grad_key, grad_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             grad_out.to(query.dtype),
             query,
             key,
             value,
             mask.to(query.dtype),
-            out.to(query.dtype),
+            out,
             lse,
             no_dropout,
             no_dropout,
@@ -252,7 +254,9 @@ def _equals_plain(
     inputs = (query, key, value, (MASKED * masked).to(device))
     try:
         out, lse = kernel.attend(*inputs)
-        grads = kernel.attend_backward(grad_out, *inputs, out, lse.masked_fill(lse < NO_KEY, math.inf))
+        # Outputs of several rounds are merged in another memory layout than that of the kernel.
+        merged = out.contiguous()
+        grads = kernel.attend_backward(grad_out, *inputs, merged, lse.masked_fill(lse < NO_KEY, math.inf))
     except (AttributeError, RuntimeError, TypeError) as error:
         _warn_of_trial(f"does not run on {device} in {dtype} ({error}).")
         return False

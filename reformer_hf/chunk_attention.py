@@ -202,7 +202,8 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
         lse.index_copy_(0, rows, part_lse)
     out, without_key = out[:-1].to(inputs.value.dtype), lse <= NO_KEY
     lse.masked_fill_(without_key, math.inf)
-    lse[-1] = math.inf
+    # Assigning to `lse[-1]` would make the host wait for the device.
+    lse[-1:] = math.inf
     if not tiling.has_key_everywhere:
         # Weights of 0 and 1 are exact. To index the rows without keys, the host would have to wait for the device.
         fallback = out.new_zeros(()) if tiling.pattern.include_self else inputs.value
