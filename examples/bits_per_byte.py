@@ -1,6 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The metric bits per byte, and a bigram and a unigram model as baselines."""
+"""The metric bits per byte, and a bigram model, a unigram model and xz as baselines."""
 
+import lzma
 import math
 
 import datasets
@@ -49,6 +50,47 @@ def sum_nll(logits: Tensor | tuple[Tensor, ...], labels: Tensor, shift: bool = T
         logits, labels = logits[:, :-1], labels[:, 1:]
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
     return nll.sum(dim=1)
+
+
+# The dictionary of `xz -9`.
+_XZ_DICTIONARY = 1 << 26
+
+
+def xz_bits_per_byte(train: np.ndarray, held_out: np.ndarray, sequence_length: int) -> dict[str, float]:
+    """
+    Compress a text with `xz -9`.
+
+    Args:
+        train, held_out: Token ids of `ReformerHfByteTokenizer`; the first held-out one is context. Other tokens than
+            bytes are left out.
+        sequence_length: Length of sequences.
+
+    Returns:
+        Bits per byte of `held_out`: `xz_bits_per_byte`, `xz_sequences_bits_per_byte` with each sequence compressed by
+        itself, which sees as much context as a model does, and, if both texts fit into the dictionary of xz,
+        `xz_after_training_text_bits_per_byte`, what it adds to the compressed training text.
+    """
+    held_out = held_out[1:]
+    text = _bytes_of(held_out)
+    starts = range(0, len(held_out), sequence_length)
+    sequences = [_bytes_of(held_out[start : start + sequence_length]) for start in starts]
+    sizes = {
+        "xz_bits_per_byte": _xz_size(text),
+        "xz_sequences_bits_per_byte": sum(map(_xz_size, sequences)),
+    }
+    if len(train) + len(held_out) <= _XZ_DICTIONARY:
+        before = _bytes_of(train)
+        sizes["xz_after_training_text_bits_per_byte"] = _xz_size(before + text) - _xz_size(before)
+    return {name: 8 * size / len(text) for name, size in sizes.items()}
+
+
+def _bytes_of(ids: np.ndarray) -> bytes:
+    ids = ids[(ids >= FIRST_BYTE_ID) & (ids <= LAST_BYTE_ID)]
+    return (ids - FIRST_BYTE_ID).astype(np.uint8).tobytes()
+
+
+def _xz_size(text: bytes) -> int:
+    return len(lzma.compress(text, preset=9))
 
 
 def bigram_bits_per_byte(train: np.ndarray, held_out: np.ndarray, alpha: float = 0.1) -> float:

@@ -3,6 +3,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,10 +86,18 @@ class RandomCrops(Dataset):
         size: Height and width of a crop in pixels.
         num_crops: Number of crops in one epoch.
         seed: Seed of the crops.
+        encode: Turns a crop into an example.
     """
 
-    def __init__(self, images: list[np.ndarray], size: int, num_crops: int, seed: int):
-        self.images, self.size, self.num_crops, self.seed = images, size, num_crops, seed
+    def __init__(
+        self,
+        images: list[np.ndarray],
+        size: int,
+        num_crops: int,
+        seed: int,
+        encode: Callable[[np.ndarray], dict[str, Tensor]],
+    ):
+        self.images, self.size, self.num_crops, self.seed, self.encode = images, size, num_crops, seed, encode
         self.epoch = 0
         positions = np.array([math.prod(side - size + 1 for side in image.shape[:2]) for image in images])
         self._shares = positions / positions.sum()
@@ -111,7 +120,7 @@ class RandomCrops(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.num_crops:
             raise IndexError(index)
-        return encode_tile(self.crop(index))
+        return self.encode(self.crop(index))
 
 
 def encode_tile(tile: np.ndarray) -> dict[str, Tensor]:

@@ -16,6 +16,10 @@ Fine-tune a saved model:
     python examples/train_causal_lm.py --model_name_or_path outputs/book --data letters.txt \
         --output_dir outputs/letters
 
+Train a dense model of the same width, depth and heads for comparison (Llama with fused attention):
+
+    python examples/train_causal_lm.py --architecture llama --output_dir outputs/stdlib-llama --max_minutes 120
+
 Train with two processes on one machine without a GPU:
 
     torchrun --nproc_per_node 2 examples/train_causal_lm.py --use_cpu --output_dir outputs/stdlib
@@ -34,7 +38,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from bits_per_byte import BitsPerByte, bigram_bits_per_byte, sum_nll
+from bits_per_byte import BitsPerByte, bigram_bits_per_byte, sum_nll, xz_bits_per_byte
 from byte_data import END_ID, PAD_ID, Corpus, CorpusArguments, count_bytes, documents_of
 from model_report import plot_loss_curve
 from training_run import (
@@ -45,7 +49,16 @@ from training_run import (
     parse_overrides,
     write_card_of_run,
 )
-from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, set_seed
+from transformers import (
+    EvalPrediction,
+    GenerationConfig,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    set_seed,
+)
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
 from reformer_hf.hub import Metric, RunReport
@@ -73,6 +86,10 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub name of a byte-level model to fine-tune."}
+    )
+    architecture: str = field(
+        default="reformer",
+        metadata={"help": "Of a new model: reformer, or llama of the same width, depth and heads, for comparison."},
     )
     sequence_length: int = field(
         default=4096, metadata={"help": "Sequence length in tokens; a new model reads at most this many."}
@@ -147,6 +164,30 @@ def build_config(args: ModelArguments) -> ReformerHfConfig:
     return config
 
 
+def build_model(args: ModelArguments, config: ReformerHfConfig) -> PreTrainedModel:
+    """Build a new model, or load the one to fine-tune. Raises `ValueError` for an unknown architecture."""
+    if args.architecture not in ("reformer", "llama"):
+        raise ValueError(f"`architecture` is {args.architecture!r}, but must be 'reformer' or 'llama'.")
+    if args.model_name_or_path is not None:
+        return ReformerHfForCausalLM.from_pretrained(args.model_name_or_path, config=config)
+    if args.architecture == "reformer":
+        return ReformerHfForCausalLM(config)
+    dense = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=len(config.attn_layers),
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.attention_head_size,
+        # Three matrices instead of two.
+        intermediate_size=config.feed_forward_size * 2 // 3 // 8 * 8,
+        max_position_embeddings=config.max_position_embeddings,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+    )
+    return LlamaForCausalLM._from_config(dense, attn_implementation="sdpa")
+
+
 def pack_stream(
     stream: np.ndarray, path: Path, length: int, across_documents: bool, keep_last: bool
 ) -> datasets.Dataset:
@@ -164,17 +205,14 @@ def train(
     Train and evaluate a model, and write everything to `training_args.output_dir`.
 
     Returns:
-        The trainer with the trained model, and a dictionary of the metrics of `Trainer`, `eval_bits_per_byte`,
-        `bigram_bits_per_byte` and the generated `sample`.
+        The trainer with the trained model, and a dictionary of the metrics of `Trainer`, `eval_bits_per_byte`, those
+        of the byte bigram model and of xz, and the generated `sample`.
     """
     set_seed(training_args.seed)
     config = build_config(model_args)
     corpus = data_args.load(model_args.sequence_length)
     checkpoint = find_checkpoint(training_args)
-    if model_args.model_name_or_path is None:
-        model = ReformerHfForCausalLM(config)
-    else:
-        model = ReformerHfForCausalLM.from_pretrained(model_args.model_name_or_path, config=config)
+    model = build_model(model_args, config)
     tokenizer = ReformerHfByteTokenizer(model_max_length=config.max_position_embeddings)
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -209,6 +247,7 @@ def train(
     metrics = trainer.train_or_exit(checkpoint)
     metrics |= trainer.evaluate()
     metrics["bigram_bits_per_byte"] = bigram_bits_per_byte(corpus.train, corpus.held_out)
+    metrics |= xz_bits_per_byte(corpus.train, corpus.held_out, model_args.sequence_length)
     trainer.save_run(metrics)
 
     prompt, sample = generate_sample(trainer, corpus, data_args.sample_length)
@@ -226,15 +265,28 @@ def describe(
 ) -> RunReport:
     """Return what the model card says."""
     bits, bigram = metrics["eval_bits_per_byte"], metrics["bigram_bits_per_byte"]
+    summary = "A byte-level causal language model: a Reformer."
+    if args.architecture == "llama":
+        summary = "A byte-level Llama with fused attention, to compare a Reformer with."
+    compressed = {
+        "xz_sequences_bits_per_byte": "each sequence by itself",
+        "xz_bits_per_byte": "the whole text",
+        "xz_after_training_text_bits_per_byte": "the whole text after the training text",
+    }
     batch_size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     num_tokens = trainer.state.global_step * batch_size * args.sequence_length
     return RunReport(
-        summary="A byte-level causal language model: a Reformer.",
+        summary=summary,
         pipeline_tag="text-generation",
         data=corpus.describe(),
         metric=Metric("bits_per_byte", "Bits per byte", round(bits, 4)),
         results={
             "Bits per byte of a byte bigram model, held out": f"{bigram:.4f}",
+            **{
+                f"Bits per byte of `xz -9`, held out, {how}": f"{metrics[name]:.4f}"
+                for name, how in compressed.items()
+                if name in metrics
+            },
             "Training tokens, including repetitions": f"{num_tokens:,}",
             "Epochs": f"{trainer.state.epoch:.2f}",
         },
@@ -289,4 +341,5 @@ if __name__ == "__main__":
         print(f"\n{final_metrics['sample']}\n")
         print(f"Held-out bits per byte: {final_metrics['eval_bits_per_byte']:.3f}")
         print(f"Byte bigram model:      {final_metrics['bigram_bits_per_byte']:.3f}")
+        print(f"xz -9 of the same text: {final_metrics['xz_bits_per_byte']:.3f}")
         print(f"Model, model card and loss curve: {final_trainer.args.output_dir}")

@@ -11,6 +11,9 @@ Train on your own images, or on a dataset on the Hub:
 
     python examples/train_image_lm.py --data photos/ --output_dir outputs/photos --max_minutes 120
 
+The bytes are residuals of a predictor from neighboring pixels, so that the model need not learn that neighbors are
+alike (`--predict_residuals False`: the bytes themselves). Nothing is lost, so bits per dimension mean the same.
+
 Training tiles are random crops, half of them flipped. The script measures bits per dimension (bits for one color
 channel of one pixel) on held-out tiles, and compares them with residuals of neighboring pixels and with PNG files of
 the same tiles. It then samples the lower half of held-out tiles with a KV cache and writes `completions.png`.
@@ -31,6 +34,7 @@ import torch
 from bits_per_byte import BitsPerByte, sum_nll
 from image_baselines import format_bits, neighbor_bits
 from image_data import BEGIN_ID, ImageArguments, RandomCrops, Tiles, encode_tile, grid_tiles, load_tiles
+from image_residuals import from_residuals, to_residuals
 from model_report import plot_learning_curve, read_curve
 from PIL import Image
 from torch import Tensor
@@ -69,12 +73,26 @@ model = AutoModelForCausalLM.from_pretrained("{model_id}")
 begin = torch.tensor([[model.config.bos_token_id]])
 ids = model.generate(begin)[0, 1:]  # the bytes of one image
 image = ids.reshape(model.config.axial_pos_shape).numpy().astype(np.uint8)"""
+# Residuals stand in place of the bytes.
+USAGE_OF_RESIDUALS = """
+residuals, image = image.astype(int), np.zeros(image.shape, dtype=int)
+for y, x in np.ndindex(image.shape[:2]):
+    left, above = image[y, x - 1], image[y - 1, x]
+    predicted = np.median([left, above, left + above - image[y - 1, x - 1]], axis=0).astype(int)
+    if not x or not y:
+        predicted = left if x else above if y else 128
+    image[y, x] = (predicted + residuals[y, x]) % 256
+image = image.astype(np.uint8)"""
 
 
 @dataclass
 class ModelArguments:
     """The model."""
 
+    predict_residuals: bool = field(
+        default=True,
+        metadata={"help": "Predict residuals of the predictor of JPEG-LS instead of the bytes themselves."},
+    )
     sinusoidal_init: bool = field(
         default=True,
         metadata={
@@ -117,7 +135,7 @@ def build_model(args: ModelArguments, tile_size: int) -> ReformerHfForCausalLM:
         )
     model = ReformerHfForCausalLM(ReformerHfConfig(**{**DEFAULTS, **given, **fixed}))
     if args.sinusoidal_init:
-        start_with_sinusoids(model)
+        start_with_sinusoids(model, circular=args.predict_residuals)
     model.generation_config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -128,29 +146,41 @@ def build_model(args: ModelArguments, tile_size: int) -> ReformerHfForCausalLM:
     return model
 
 
-def sinusoids(size: int, dim: int) -> Tensor:
-    """Return sines and cosines of `size` values, `[size, dim]`, with wavelengths from 2.5 to four times `size`."""
-    wavelengths = torch.logspace(math.log10(SHORTEST_WAVELENGTH), math.log10(4 * size), math.ceil(dim / 2))
+def sinusoids(size: int, dim: int, circular: bool = False) -> Tensor:
+    """
+    Return sines and cosines of `size` values, `[size, dim]`.
+
+    The wavelengths go from 2.5 to four times `size`, or, if the values are numbers modulo `size`, to `size`.
+    """
+    longest = size if circular else 4 * size
+    wavelengths = torch.logspace(math.log10(SHORTEST_WAVELENGTH), math.log10(longest), math.ceil(dim / 2))
+    if circular:
+        wavelengths = size / (size / wavelengths).round()
     angles = 2 * math.pi * torch.arange(size)[:, None] / wavelengths
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
 
 
 @torch.no_grad()
-def start_with_sinusoids(model: ReformerHfForCausalLM) -> None:
+def start_with_sinusoids(model: ReformerHfForCausalLM, circular: bool) -> None:
     """
     Set the vectors of bytes and positions to sinusoids (Vaswani et al. 2017, section 3.5).
 
     A linear map then finds the pixel above or values that are close, instead of learning each of them. The standard
-    deviation of both embeddings is about `axial_norm_std`.
+    deviation of both embeddings is about `axial_norm_std`. `circular`: whether bytes are numbers modulo 256.
     """
     embeddings = model.reformer.embeddings
     scale = math.sqrt(2) * model.config.axial_norm_std
-    embeddings.word_embeddings.weight[:BEGIN_ID] = scale * sinusoids(BEGIN_ID, model.config.hidden_size)
+    embeddings.word_embeddings.weight[:BEGIN_ID] = scale * sinusoids(BEGIN_ID, model.config.hidden_size, circular)
     for weight in embeddings.position_embeddings.weights:
         table = weight.view(-1, weight.shape[-1])
         table.copy_(scale * sinusoids(*table.shape))
     output = model.get_output_embeddings().weight
-    output[:BEGIN_ID] = output.std() * math.sqrt(2) * sinusoids(BEGIN_ID, output.shape[1])
+    output[:BEGIN_ID] = output.std() * math.sqrt(2) * sinusoids(BEGIN_ID, output.shape[1], circular)
+
+
+def encode(tile: np.ndarray, predict_residuals: bool) -> dict[str, Tensor]:
+    """Encode a tile `[size, size, 3]` (`uint8`), or its residuals, as `encode_tile` does."""
+    return encode_tile(to_residuals(tile[None])[0] if predict_residuals else tile)
 
 
 def train(
@@ -169,6 +199,7 @@ def train(
     set_seed(training_args.seed)
     tiles = load_tiles(data_args)
     model = build_model(model_args, tiles.size)
+    encode_one = partial(encode, predict_residuals=model_args.predict_residuals)
     checkpoint = find_checkpoint(training_args)
     training_args.label_names = ["shift_labels"]
     metric = BitsPerByte(keep_in_memory=True)
@@ -182,8 +213,8 @@ def train(
     trainer = ScriptTrainer(
         model=model,
         args=training_args,
-        train_dataset=RandomCrops(tiles.train, tiles.size, data_args.num_crops, training_args.seed),
-        eval_dataset=[encode_tile(tile) for tile in tiles.held_out],
+        train_dataset=RandomCrops(tiles.train, tiles.size, data_args.num_crops, training_args.seed, encode_one),
+        eval_dataset=[encode_one(tile) for tile in tiles.held_out],
         data_collator=default_data_collator,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=partial(sum_nll, shift=False),
@@ -192,7 +223,7 @@ def train(
     metrics |= trainer.evaluate()
     metrics |= {f"{name}_bits_per_dimension": bits for name, bits in baselines(tiles).items()}
     trainer.save_run(metrics)
-    completed = complete_tiles(trainer, tiles, completion_args)
+    completed = complete_tiles(trainer, tiles, completion_args, model_args.predict_residuals)
     if trainer.is_world_process_zero():
         folder = Path(training_args.output_dir)
         if len(completed):
@@ -204,7 +235,7 @@ def train(
             folder / "learning_curve.png",
             {"best_neighbor": metrics["best_neighbor_bits_per_dimension"], "PNG": metrics["png_bits_per_dimension"]},
         )
-        write_card(trainer, tiles, metrics, completion_args, model_args.sinusoidal_init)
+        write_card(trainer, tiles, metrics, completion_args, model_args)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return trainer, metrics
@@ -222,7 +253,9 @@ def baselines(tiles: Tiles) -> dict[str, float]:
     }
 
 
-def complete_tiles(trainer: Trainer, tiles: Tiles, args: CompletionArguments) -> list[np.ndarray]:
+def complete_tiles(
+    trainer: Trainer, tiles: Tiles, args: CompletionArguments, predict_residuals: bool
+) -> list[np.ndarray]:
     """
     Sample the lower half of held-out tiles.
 
@@ -240,17 +273,21 @@ def complete_tiles(trainer: Trainer, tiles: Tiles, args: CompletionArguments) ->
     repeated = np.tile(originals, (args.completions_per_tile, 1, 1, 1))
     # With sharded weights, all processes must sample the same tokens.
     set_seed(trainer.args.seed)
-    completed = complete(trainer.model, repeated, args.temperature)
+    completed = complete(trainer.model, repeated, predict_residuals, args.temperature)
     return [originals, cut, *np.split(completed, args.completions_per_tile)]
 
 
-def complete(model: ReformerHfForCausalLM, tiles: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+def complete(
+    model: ReformerHfForCausalLM, tiles: np.ndarray, predict_residuals: bool, temperature: float = 1.0
+) -> np.ndarray:
     """Return tiles `[num_tiles, size, size, 3]` with the upper halves of `tiles` and lower halves from the model."""
     num_given = math.prod(tiles[0, : tiles.shape[1] // 2].shape)
     # The token of begin stands before the first byte.
-    given = torch.stack([encode_tile(tile)["input_ids"][: num_given + 1] for tile in tiles]).to(model.device)
+    encoded = [encode(tile, predict_residuals)["input_ids"][: num_given + 1] for tile in tiles]
+    given = torch.stack(encoded).to(model.device)
     output = model.eval().generate(given, attention_mask=torch.ones_like(given), temperature=temperature)
-    return output[:, 1:].reshape(tiles.shape).cpu().numpy().astype(np.uint8)
+    completed = output[:, 1:].reshape(tiles.shape).cpu().numpy().astype(np.uint8)
+    return from_residuals(completed) if predict_residuals else completed
 
 
 def write_grid(rows: list[np.ndarray], path: Path) -> None:
@@ -261,7 +298,11 @@ def write_grid(rows: list[np.ndarray], path: Path) -> None:
 
 
 def write_card(
-    trainer: Trainer, tiles: Tiles, metrics: dict[str, float], args: CompletionArguments, sinusoidal_init: bool
+    trainer: Trainer,
+    tiles: Tiles,
+    metrics: dict[str, float],
+    args: CompletionArguments,
+    model_args: ModelArguments,
 ) -> None:
     """Write the model card."""
     results = {
@@ -281,7 +322,8 @@ def write_card(
     report = RunReport(
         summary=(
             f"A causal Reformer over the {3 * size**2:,} bytes of images of {size} × {size} pixels."
-            + " Embeddings and output layer started as sinusoids." * sinusoidal_init
+            + " The bytes are residuals of the predictor of JPEG-LS." * model_args.predict_residuals
+            + " Embeddings and output layer started as sinusoids." * model_args.sinusoidal_init
         ),
         pipeline_tag="unconditional-image-generation",
         results={name: f"{value:.4f}" for name, value in results.items()},
@@ -302,7 +344,7 @@ def write_card(
         ),
         dataset_id=tiles.dataset_id,
         metric=Metric("bits_per_dimension", "Bits per dimension", round(bits, 4)),
-        usage=USAGE,
+        usage=USAGE + USAGE_OF_RESIDUALS * model_args.predict_residuals,
         sample=sample,
     )
     write_card_of_run(trainer, report)

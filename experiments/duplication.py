@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, ReformerConfig, ReformerModelWithLMHead
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, ReformerConfig, ReformerModelWithLMHead
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
@@ -113,9 +113,8 @@ def draw(run: Run, batch_size: int, seed: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-def build(run: Run, model: str | None = None) -> nn.Module:
-    """Build the model of a run, or another one of `MODELS`. With `"lsh"` and `"full"` it has the same parameters."""
-    model = model or run.model
+def build(run: Run) -> PreTrainedModel:
+    """Build the model of a run. With `"lsh"` and `"full"` it has the same parameters."""
     shared: dict[str, Any] = {
         "vocab_size": SYMBOLS,
         "hidden_size": run.width,
@@ -125,12 +124,12 @@ def build(run: Run, model: str | None = None) -> nn.Module:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if model == "llama":
+    if run.model == "llama":
         llama = LlamaConfig(num_hidden_layers=2, intermediate_size=run.width, use_cache=False, **shared)
         return LlamaForCausalLM._from_config(llama, attn_implementation="sdpa")
     shared |= {
         "is_decoder": True,
-        "attn_layers": ["lsh" if model == "in-tree" else model],
+        "attn_layers": ["lsh" if run.model == "in-tree" else run.model],
         "attention_head_size": run.width // 4,
         "feed_forward_size": run.width,
         "axial_pos_embds": False,
@@ -139,7 +138,7 @@ def build(run: Run, model: str | None = None) -> nn.Module:
         "local_attn_chunk_length": run.chunk_length,
         "num_hashes": max(run.hashes, 1),
     }
-    if model == "in-tree":
+    if run.model == "in-tree":
         # It has no default for the padding token, and chooses the number of buckets in its first forward pass.
         return ReformerModelWithLMHead(ReformerConfig(**shared | {"pad_token_id": 0}, use_cache=False))
     shared |= {"lsh_pattern": run.pattern, "lsh_deduplicate_keys": run.pattern == "chunk"}
@@ -147,7 +146,7 @@ def build(run: Run, model: str | None = None) -> nn.Module:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, run: Run, **options: Any) -> float:
+def accuracy(model: PreTrainedModel, run: Run, **options: Any) -> float:
     """Return the accuracy on the second w of held-out sequences."""
     right, batch_size = [], max(1, 4096 // run.length)
     for start in range(0, max(1, NUM_HELD_OUT_TOKENS // run.length), batch_size):
@@ -156,7 +155,7 @@ def accuracy(model: nn.Module, run: Run, **options: Any) -> float:
     return mean(right)
 
 
-def evaluate(model: nn.Module, run: Run) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, run: Run) -> dict[str, float]:
     """Return the accuracy, with the hashes of training and, for LSH attention, with 4."""
     found = {"accuracy": accuracy(model, run)}
     if run.model == "lsh":
@@ -177,7 +176,7 @@ def stretch_positions(table: Tensor, length: int) -> Tensor:
     return table[torch.cat([first, shorter + symbols])]
 
 
-def start(run: Run, scratch: Path) -> tuple[nn.Module, float]:
+def start(run: Run, scratch: Path) -> tuple[PreTrainedModel, float]:
     """Return the model that training starts with, and the seconds that it was trained for."""
     torch.manual_seed(run.seed)
     model = build(run)
@@ -205,15 +204,20 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
     )
     if run.model not in ("lsh", "full"):
         return found
-    full = build(run, "full").to(model.device).eval()
-    full.load_state_dict(model.state_dict())
+    full = _with_weights_of(model, replace(run, model="full"))
     exact, scores = accuracy(full, run), {}
     for pattern in PATTERNS if run.model == "full" else [run.pattern]:
-        lsh = build(replace(run, pattern=pattern), "lsh").to(model.device).eval()
-        lsh.load_state_dict(model.state_dict())
+        lsh = _with_weights_of(model, replace(run, pattern=pattern, model="lsh"))
         scores[pattern] = {str(hashes): accuracy(lsh, run, num_hashes=hashes) for hashes in EVAL_HASHES}
         scores[pattern]["full"] = exact
     return found | {"accuracy": scores}
+
+
+def _with_weights_of(model: PreTrainedModel, run: Run) -> PreTrainedModel:
+    """Build the model of a run for evaluation, with the weights and on the device of another one."""
+    built: Any = build(run)
+    built.load_state_dict(model.state_dict())
+    return built.to(model.device).eval()
 
 
 def report(records: list[Record], folder: Path) -> str:

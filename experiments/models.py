@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
     ReformerConfig,
     ReformerModelWithLMHead,
 )
@@ -101,17 +101,17 @@ def _reformer_fields(sizes: Sizes, layers: list[str]) -> dict:
     }
 
 
-def reformer(sizes: Sizes) -> nn.Module:
+def reformer(sizes: Sizes) -> PreTrainedModel:
     """The default layers of this package: local and LSH in turn."""
     return ReformerHfForCausalLM(ReformerHfConfig(**_reformer_fields(sizes, ["local", "lsh"] * (sizes.depth // 2))))
 
 
-def local(sizes: Sizes) -> nn.Module:
+def local(sizes: Sizes) -> PreTrainedModel:
     """Local layers alone."""
     return ReformerHfForCausalLM(ReformerHfConfig(**_reformer_fields(sizes, ["local"] * sizes.depth)))
 
 
-def in_tree(sizes: Sizes) -> nn.Module:
+def in_tree(sizes: Sizes) -> PreTrainedModel:
     """The in-tree Reformer with its own defaults for what `Sizes` leaves open."""
     config = ReformerConfig(
         **_reformer_fields(sizes, ["local", "lsh"] * (sizes.depth // 2)),
@@ -143,18 +143,18 @@ def _llama_fields(sizes: Sizes) -> dict:
     }
 
 
-def dense(sizes: Sizes) -> nn.Module:
+def dense(sizes: Sizes) -> PreTrainedModel:
     """Llama with fused attention, without activation checkpointing, which would make it slower."""
     return LlamaForCausalLM._from_config(LlamaConfig(**_llama_fields(sizes)), attn_implementation="sdpa")
 
 
-def sliding_window(sizes: Sizes) -> nn.Module:
+def sliding_window(sizes: Sizes) -> PreTrainedModel:
     """Mistral whose window is the reach of our local layers."""
     config = MistralConfig(**_llama_fields(sizes), sliding_window=sizes.local_reach + 1)
     return MistralForCausalLM._from_config(config, attn_implementation="sdpa")
 
 
-MODELS: dict[str, Callable[[Sizes], nn.Module]] = {
+MODELS: dict[str, Callable[[Sizes], PreTrainedModel]] = {
     "reformer": reformer,
     "local": local,
     "in-tree": in_tree,

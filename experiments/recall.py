@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .figures import save
 from .models import COLORS, LABELS, MODELS, Sizes
@@ -106,7 +107,7 @@ def draw(run: Run, batch_size: int, seed: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-def build(run: Run) -> nn.Module:
+def build(run: Run) -> PreTrainedModel:
     """Build a model of two layers, with chunks of the same length for sequences of any length."""
     sizes = Sizes(
         VOCAB_SIZE,
@@ -124,7 +125,7 @@ def build(run: Run) -> nn.Module:
     return MODELS[run.model](sizes)
 
 
-def accuracy(model: nn.Module, run: Run) -> float:
+def accuracy(model: PreTrainedModel, run: Run) -> float:
     """Return the accuracy on the values of held-out sequences."""
     right = []
     for i in range(NUM_HELD_OUT):
@@ -133,7 +134,7 @@ def accuracy(model: nn.Module, run: Run) -> float:
     return mean(right)
 
 
-def load_shorter(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_shorter(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Give a model the weights of one for shorter sequences. Further position embeddings are copies of its own."""
     own = model.state_dict()
     for name, weight in weights.items():

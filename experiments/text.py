@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 # A byte is a token; no others exist.
 VOCAB_SIZE = 256
@@ -51,7 +52,7 @@ def draw_text(text: Tensor, batch_size: int, length: int, seed: int) -> dict[str
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def bits_per_byte(model: nn.Module, text: Tensor, length: int, num_bytes: int = 1 << 17) -> float:
+def bits_per_byte(model: PreTrainedModel, text: Tensor, length: int, num_bytes: int = 1 << 17) -> float:
     """Return the mean loss in bits, over slices of `length` bytes spread over a text, `num_bytes` in total."""
     number = max(1, num_bytes // length)
     starts = torch.linspace(0, len(text) - length, number).long().tolist()

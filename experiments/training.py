@@ -69,7 +69,7 @@ class _State:
 def train(
     model: nn.Module,
     batches: Batches,
-    evaluate: Callable[[nn.Module], dict[str, float]],
+    evaluate: Callable[[Any], dict[str, float]],
     schedule: Schedule,
     scratch: Path,
     checkpoint_seconds: float = 120.0,
@@ -158,7 +158,7 @@ def _is_done(state: _State, schedule: Schedule) -> bool:
     return state.step >= schedule.steps or (schedule.seconds is not None and state.seconds >= schedule.seconds)
 
 
-def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]], state: _State) -> None:
+def _evaluate(model: nn.Module, evaluate: Callable[[Any], dict[str, float]], state: _State) -> None:
     with torch.random.fork_rng(), torch.no_grad():
         metrics = evaluate(model.eval())
     entry = {"step": state.step, "seconds": round(state.seconds, 2), "loss": sum(state.losses) / len(state.losses)}

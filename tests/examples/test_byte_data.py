@@ -1,15 +1,17 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Reading, splitting and cutting of text, and the two measures of it."""
 
+import lzma
 import math
 
 import datasets
 import numpy as np
 import pytest
-from bits_per_byte import BitsPerByte, bigram_bits_per_byte
+from bits_per_byte import BitsPerByte, bigram_bits_per_byte, xz_bits_per_byte
 from byte_data import END_ID, count_bytes, documents_of, encode, load_corpus
 
 from reformer_hf import ReformerHfByteTokenizer
+from reformer_hf.tokenization_reformer_hf import FIRST_BYTE_ID
 
 TEXT = "naïve text – 1, 2, 3\n" * 20
 
@@ -119,6 +121,20 @@ def test_bigram_by_hand():
     train, held_out = encode([b"ababac"]), encode([b"abac"])
     bits = -math.log2(3 / 260) - math.log2(3 / 259) - math.log2(2 / 260)
     assert bigram_bits_per_byte(train, held_out, alpha=1.0) == pytest.approx(bits / 3)
+
+
+def test_xz():
+    """Sizes of `xz -9`, without special tokens."""
+    words = np.random.default_rng(0).integers(65, 91, (64, 6), dtype=np.uint8)
+    text = words.tobytes() * 3
+    ids = np.frombuffer(text, np.uint8).astype(np.int16) + FIRST_BYTE_ID
+    ids[100] = END_ID
+    text = text[:100] + text[101:]
+    found = xz_bits_per_byte(ids, np.concatenate([ids[:1], ids]), sequence_length=500)
+    assert found["xz_bits_per_byte"] == 8 * len(lzma.compress(text, preset=9)) / len(text)
+    # Short sequences repeat less, and the training text holds all of it.
+    assert found["xz_sequences_bits_per_byte"] > found["xz_bits_per_byte"]
+    assert found["xz_after_training_text_bits_per_byte"] < 0.2 * found["xz_bits_per_byte"]
 
 
 def test_bigram_separators():

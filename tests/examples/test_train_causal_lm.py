@@ -93,6 +93,16 @@ def test_model_card(trained):
         assert stated in card.text
 
 
+def test_dense_model(text, tmp_path):
+    """Trained by the same script, with the same number of layers."""
+    trainer, metrics = run(text, tmp_path, "--architecture", "llama")
+    assert len(trainer.model.model.layers) == 2 and trainer.model.config._attn_implementation == "sdpa"
+    assert math.isfinite(metrics["eval_bits_per_byte"])
+    assert "Llama" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="'reformer' or 'llama'"):
+        run(text, tmp_path, "--architecture", "gpt")
+
+
 def test_bits_per_byte(trained, text):
     _, trainer, metrics = trained
     held_out = trainer.eval_dataset["input_ids"][:]

@@ -12,8 +12,9 @@ import torch
 from huggingface_hub import ModelCard
 from image_baselines import format_bits, neighbor_bits, neighbor_predictions
 from image_data import BEGIN_ID, ImageArguments, RandomCrops, encode_tile, load_photographs, load_tiles
+from image_residuals import from_residuals, to_residuals
 from PIL import Image
-from train_image_lm import complete, main, sinusoids
+from train_image_lm import complete, encode, main, sinusoids
 from training_run import LearningCurve
 from transformers import AutoModelForCausalLM, set_seed
 
@@ -69,10 +70,24 @@ def test_encode_tile():
     assert torch.equal(example["input_ids"][1:], example["shift_labels"][:-1])
 
 
+def test_residuals():
+    """They are those of the predictor, and give the tiles back."""
+    tiles = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    residuals = to_residuals(tiles)
+    assert residuals.dtype == np.uint8
+    assert np.array_equal(residuals, (tiles - neighbor_predictions(tiles)["median"]) % 256)
+    assert np.array_equal(from_residuals(residuals), tiles)
+    # Neighboring residuals are alike, -1 and 0 too.
+    vectors = sinusoids(256, 64, circular=True)
+    similarities = vectors @ vectors[0]
+    assert similarities[255] == pytest.approx(similarities[1].item(), rel=1e-4)
+    assert similarities.argsort(descending=True)[0] == 0 and similarities[1] > similarities[5:252].max()
+
+
 def test_random_crops():
     """Crops are windows of the images or their mirror images, and depend on seed, epoch and index only."""
     sources = [numbered_image(0, 9, 12), numbered_image(1, 8, 8)]
-    crops = RandomCrops(sources, SIZE, 200, seed=3)
+    crops = RandomCrops(sources, SIZE, 200, 3, encode_tile)
     found, flips = set(), 0
     for i in range(len(crops)):
         crop = crops.crop(i)
@@ -84,7 +99,7 @@ def test_random_crops():
         found.add((number, top, left))
     assert found == {(0, top, left) for top in range(2) for left in range(5)} | {(1, 0, 0)}
     assert 70 < flips < 130
-    again = RandomCrops(sources, SIZE, 200, seed=3)
+    again = RandomCrops(sources, SIZE, 200, 3, encode_tile)
     assert torch.equal(again[7]["input_ids"], crops[7]["input_ids"])
     again.set_epoch(1)
     assert any(not torch.equal(again[i]["input_ids"], crops[i]["input_ids"]) for i in range(5))
@@ -180,7 +195,7 @@ def test_bits_per_dimension(trained, images):
     nats = 0.0
     tiles = load_tiles(ImageArguments(str(images), tile_size=SIZE)).held_out
     for tile in tiles:
-        example = encode_tile(tile)
+        example = encode(tile, predict_residuals=True)
         with torch.no_grad():
             log_probs = trainer.model.eval()(example["input_ids"][None]).logits[0].double().log_softmax(-1)
         nats -= log_probs.gather(1, example["shift_labels"][:, None]).sum().item()
@@ -235,7 +250,7 @@ def test_complete(trained, images):
     for use_cache in (True, False):
         model.generation_config.use_cache = use_cache
         set_seed(0)
-        completed[use_cache] = complete(model, tiles)
+        completed[use_cache] = complete(model, tiles, predict_residuals=True)
     model.generation_config.use_cache = True
     assert np.array_equal(completed[True][:, : SIZE // 2], tiles[:, : SIZE // 2])
     assert not np.array_equal(completed[True][0, SIZE // 2 :], completed[True][1, SIZE // 2 :])
