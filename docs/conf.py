@@ -24,16 +24,12 @@ include_patterns = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     "docs/*.md",
-    "docs/results/*/*.md",
     "examples/*.md",
     "examples/*/*.md",
     "benchmarks/*.md",
     "benchmarks/results/*.md",
 ]
 exclude_patterns = [".*", "build", "dist", "outputs", "reformer_hf", "tests", "**/__pycache__"]
-
-# Pages that others link to.
-suppress_warnings = ["toc.not_included"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"

@@ -17,7 +17,7 @@ from .task_heads import (
 )
 from .tokenization_reformer_hf import ReformerHfByteTokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 for config_class in (ReformerHfConfig, ReformerHfEncoderDecoderConfig):
     transformers.AutoConfig.register(config_class.model_type, config_class)
