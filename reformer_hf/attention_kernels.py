@@ -143,6 +143,22 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return torch.lerp(out_a, out_b, share), torch.logaddexp(lse_a, lse_b)
 
 
+def merge_all(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Merge softmax attentions over different keys into one.
+
+    Args:
+        out: Outputs `[number, rows, E]`.
+        lse: Logsumexps `[number, rows]`, finite.
+
+    Returns:
+        Output `[rows, E]` and logsumexp `[rows]` over the keys of all.
+    """
+    total = lse.logsumexp(0)
+    shares = (lse - total).exp_()
+    return (out * shares[..., None]).sum(0), total
+
+
 def scores_of(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     """Return the scores `[g, n, C, W]`, mask included, in the dtype of the mask."""
     return torch.matmul(query, key.transpose(-1, -2)).to(mask.dtype).add_(mask)

@@ -13,6 +13,7 @@ Shapes: g heads of any batch row, R rounds, L length, n chunks, C chunk length, 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,17 +129,15 @@ class MaskMargins:
     def static_mask(self) -> Tensor:
         """Return the part of the mask that only depends on the index in the window, `[C, W]`, or `[1, 1]` if none."""
         pattern = self.layout.pattern
-        own = (
-            torch.arange(pattern.chunk_length, device=self.device)[:, None]
-            + pattern.chunk_length * pattern.chunks_before
-        )
-        window = torch.arange(pattern.window_length, device=self.device)
-        masked = torch.zeros((1, 1), dtype=torch.bool, device=self.device)
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        masked = torch.full((pattern.chunk_length, pattern.window_length), -_UNIT, **options)
+        # The diagonal of the queries themselves.
+        own = pattern.chunk_length * pattern.chunks_before
         if self.interval and pattern.causal:
-            masked = window > own if pattern.include_self else window >= own
-        elif not pattern.wraps and not pattern.include_self:
-            masked = window == own
-        return -_UNIT * masked.to(self.dtype)
+            return masked.triu_(own + pattern.include_self)
+        if not pattern.wraps and not pattern.include_self:
+            return masked.triu_(own).tril_(own)
+        return torch.zeros((1, 1), **options)
 
     def _in_interval(self, first: Tensor, last: Tensor) -> MaskMargin:
         """Return the margin of the keys from slot `first` to `last`, both `[g, L]` and indexed by the query's slot."""

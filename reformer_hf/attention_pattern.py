@@ -108,21 +108,23 @@ class AttentionPattern:
                 document, whose first slot begins a chunk.
         """
         slots = torch.arange(starts.shape[-1], dtype=torch.int32, device=starts.device)
-        origin = slots.new_zeros(()) if document_starts is None else _starts(document_starts, slots)
-        own_chunk = slots - (slots - origin) % self.chunk_length
-        first = own_chunk - self.chunk_length * self.chunks_before
-        last = own_chunk + self.chunk_length * (1 + self.chunks_after) - 1
+        before, after = (self.chunk_length * chunks for chunks in (self.chunks_before, self.chunks_after))
+        origin = None if document_starts is None else _starts(document_starts, slots)
         if self.window:
-            first = slots - self.chunk_length * self.chunks_before
-            last = slots + self.chunk_length * self.chunks_after
+            first, last = slots - before, slots + after
+        else:
+            own_chunk = slots - (slots if origin is None else slots - origin) % self.chunk_length
+            first, last = own_chunk - before, own_chunk + (self.chunk_length + after - 1)
         if self.same_bucket or self.window:
             first = torch.maximum(first, _starts(starts, slots))
             # Within a bucket, slots are in the order of positions.
             last = slots if self.causal else torch.minimum(last, _ends(starts, slots))
-        elif document_starts is not None:
+        elif origin is not None:
             first = torch.maximum(first, origin)
             last = torch.minimum(last, _ends(document_starts, slots))
-        return first.clamp(min=0).expand(starts.shape), last.clamp(max=slots[-1]).expand(starts.shape)
+        else:
+            first, last = first.clamp(min=0), last.clamp(max=starts.shape[-1] - 1)
+        return first.expand(starts.shape), last.expand(starts.shape)
 
 
 def _starts(starts: Tensor, slots: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
 The *tiles* of chunk attention: some heads times some chunks of one round. Attention is computed tile by tile, so that
-no tensor has the size of all scores.
+no tensor has the size of all scores. Where rounds are batched, each round of a head counts as a head of its own.
 
 Shapes: g heads of any batch row, n chunks, C chunk length, W window length, S slots; see `attention_slots`. A *row* is
 a (batch, position, head); rows of a tensor `[B, L, H, D]` are `[B * L * H, D]`.
@@ -28,10 +28,11 @@ class Tile:
 
     Args:
         pattern: Which keys a query sees.
-        round: The hash round.
+        round: The hash round; 0 if rounds are batched.
         query_rows: Rows of the queries, `[g, n, C]`.
         target_rows: Rows to write the results to, `[g, n, C]`: the rows of the queries or, for empty slots, the one
             additional row at the end.
+        result_rows: The same if each batched round has its own rows, `[g, n, C]`; otherwise `target_rows`.
         key_rows: Rows of the keys, `[g, S]`.
         mask: Added to the scores, `[g, n, C, W]`: 0 for visible keys, very negative for masked ones.
     """
@@ -40,6 +41,7 @@ class Tile:
     round: int
     query_rows: Tensor
     target_rows: Tensor
+    result_rows: Tensor
     key_rows: Tensor
     mask: Tensor
 
@@ -70,7 +72,7 @@ class Tile:
         """Sum the elements of windows `[g, n, W, D]` that share a slot, to `[g, S, D]`: the transpose of `windows`."""
         (heads, num_chunks, _, size), chunk_length = windows.shape, self.pattern.chunk_length
         slots = windows.new_empty(heads, self.key_rows.shape[1] // chunk_length, chunk_length, size)
-        slots[:, num_chunks:] = 0
+        slots[:, num_chunks:].zero_()
         for offset, part in enumerate(windows.split(chunk_length, dim=2)):
             target = slots[:, offset : offset + num_chunks]
             target.add_(part) if offset else target.copy_(part)
@@ -93,6 +95,9 @@ class Tiling:
     """
     Iterate over the tiles of an input: over heads in the outer loop, then rounds, then chunks.
 
+    Independent rounds are batched, up to the size that the policy of the device gives. `num_copies` is then their
+    number, and otherwise 1.
+
     The masks of all tiles share memory: use one before requesting the next.
 
     Args:
@@ -103,6 +108,7 @@ class Tiling:
         query_BLHD: The queries, which give the shape, dtype and device.
         documents: The order of packed documents, `[B, 1, 1, L]` as `Documents.sort` returns it. A query only sees its
             own document, and the buckets of `order` are those of single documents. `None` means one document.
+        batch_rounds: Whether rounds may be batched.
 
     Raises:
         ValueError: If the input has more positions than masks can represent exactly.
@@ -115,6 +121,7 @@ class Tiling:
         padding_BL: Tensor | None,
         query_BLHD: Tensor,
         documents: Tensor | None = None,
+        batch_rounds: bool = True,
     ):
         visible, self.pattern = pattern, pattern if documents is None else pattern.with_margin()
         pattern = self.pattern
@@ -129,7 +136,13 @@ class Tiling:
             order = torch.where(order == 0, ~order, order)
         self.num_rounds = order.shape[2]
         self.num_rows = self.batch_size * self.length * self.num_heads
-        self._order = order.expand(self.batch_size, self.num_heads, -1, -1)
+        policy = policy_for(self.device)
+        independent = batch_rounds and not pattern.wraps and not pattern.deduplicate_keys
+        fits = self.num_rows * self.num_rounds <= policy.batched_rounds
+        self.num_copies = self.num_rounds if independent and fits else 1
+        order = order.expand(self.batch_size, self.num_heads, -1, -1)
+        # Each batched round counts as a head.
+        self._order = order.reshape(self.batch_size, self.num_heads * self.num_copies, -1, self.length)
         self._document_starts = None if documents is None else unpack_order(documents[:, 0])[1]
         # An interval of visible slots contains no padding.
         self._padding_BL = None if interval else padding_BL
@@ -138,14 +151,13 @@ class Tiling:
         self._margins = MaskMargins(self._layout, visible, interval, self.mask_dtype, self.device)
         self._buffers = MaskBuffers(self._margins.static_mask())
         scores_per_head = pattern.chunk_length * pattern.window_length * self._layout.num_chunks
-        tile_scores = policy_for(self.device).tile_scores
-        num_tiles = max(round(scores_per_head / tile_scores), 1)
+        num_tiles = max(round(scores_per_head / policy.tile_scores), 1)
         self._chunks_per_tile = math.ceil(self._layout.num_chunks / num_tiles)
-        self._heads_per_tile = max(tile_scores // scores_per_head, 1)
+        self._heads_per_tile = max(policy.tile_scores // scores_per_head, 1)
 
     def __iter__(self) -> Iterator[Tile]:
-        groups = torch.arange(self.batch_size * self.num_heads, device=self.device).split(self._heads_per_tile)
-        for group in groups:
+        num_groups = self.batch_size * self.num_heads * self.num_copies
+        for group in torch.arange(num_groups, device=self.device).split(self._heads_per_tile):
             yield from self._tiles_of_heads(group)
 
     def query_positions(self, tile: Tile) -> Tensor:
@@ -160,8 +172,12 @@ class Tiling:
         return (rows.div(self.num_heads, rounding_mode="floor") % self.length).int()
 
     def _tiles_of_heads(self, group: Tensor) -> Iterator[Tile]:
-        batch_rows, heads = group.div(self.num_heads, rounding_mode="floor"), group % self.num_heads
+        of_row, num_copies = self.num_heads * self.num_copies, self.num_copies
+        batch_rows, heads = group.div(of_row, rounding_mode="floor"), group % of_row
         positions, starts = unpack_order(self._order[batch_rows, heads])
+        copies = None
+        if num_copies > 1:
+            heads, copies = heads.div(num_copies, rounding_mode="floor"), heads % num_copies
         padding = None
         if self._padding_BL is not None:
             padding = self._padding_BL[batch_rows][:, None].expand(positions.shape).gather(-1, positions.long())
@@ -170,17 +186,20 @@ class Tiling:
         sorted_heads = SortedHeads(positions, starts, padding, document_starts)
         for round, margins in enumerate(self._margins.of_rounds(sorted_heads)):
             key_rows = first_rows + self.num_heads * self._layout.slots(positions, round, 0).long()
-            yield from self._tiles_of_round(round, key_rows, margins)
+            yield from self._tiles_of_round(round, key_rows, margins, copies)
 
-    def _tiles_of_round(self, round: int, key_rows: Tensor, margins: list[MaskMargin]) -> Iterator[Tile]:
+    def _tiles_of_round(
+        self, round: int, key_rows: Tensor, margins: list[MaskMargin], copies: Tensor | None
+    ) -> Iterator[Tile]:
         pattern, num_chunks = self.pattern, self._layout.num_chunks
         around = pattern.chunks_before + pattern.chunks_after
         query_rows = self._layout.own_slots(key_rows)
         target_rows = query_rows
         if self._layout.num_empty:
             target_rows = query_rows.clone()
-            target_rows[:, self.length :] = self.num_rows
+            target_rows[:, self.length :].fill_(self.num_rows)
         query_rows, target_rows = (rows.unflatten(1, (-1, pattern.chunk_length)) for rows in (query_rows, target_rows))
+        result_rows = target_rows if copies is None else target_rows + (self.num_rows + 1) * copies[:, None, None]
         for first in range(0, num_chunks, self._chunks_per_tile):
             chunks = slice(first, min(first + self._chunks_per_tile, num_chunks))
             shape = (key_rows.shape[0], chunks.stop - first, pattern.chunk_length, pattern.window_length)
@@ -189,6 +208,7 @@ class Tiling:
                 round=round,
                 query_rows=query_rows[:, chunks],
                 target_rows=target_rows[:, chunks],
+                result_rows=result_rows[:, chunks],
                 key_rows=key_rows[:, first * pattern.chunk_length : (chunks.stop + around) * pattern.chunk_length],
                 mask=self._buffers.mask(margins, chunks, shape),
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_kernels import NO_KEY, attend, attend_backward, key_scale, merge, scores_of
+from .attention_kernels import NO_KEY, attend, attend_backward, key_scale, merge, merge_all, scores_of
 from .attention_pattern import AttentionPattern
 from .attention_tiles import Tile, Tiling
 from .rng import Dropout
@@ -75,7 +75,7 @@ def chunk_attention_weights(
         -1 for masked keys. The weights of a query sum to 1 over R and W.
     """
     with torch.no_grad(), torch.autocast(query_BLHD.device.type, enabled=False):
-        tiling = Tiling(pattern, order, padding_BL, query_BLHD, documents)
+        tiling = Tiling(pattern, order, padding_BL, query_BLHD, documents, batch_rounds=False)
         pattern = tiling.pattern
         rows = _Rows.of(query_BLHD, key_BLHD, query_BLHD)
         _, lse = _forward(rows, tiling, None)
@@ -188,22 +188,25 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
         keys and for the additional row.
     """
     # The additional row at the end receives the results of empty slots.
-    size = (tiling.num_rows + 1, inputs.value.shape[1])
+    num_copies = tiling.num_copies
+    size = (num_copies * (tiling.num_rows + 1), inputs.value.shape[1])
     out = torch.empty(size, dtype=tiling.mask_dtype, device=inputs.value.device)
     lse = torch.empty(size[0], dtype=tiling.mask_dtype, device=inputs.value.device)
     for tile in tiling:
         loaded = inputs.load(tile)
         part, part_lse = attend(loaded.query, loaded.key, loaded.value, tile.mask, drop)
-        rows = tile.target_rows.flatten()
+        rows = tile.result_rows.flatten()
         part, part_lse = part.flatten(0, 2).to(out.dtype), part_lse.flatten()
         if tile.round > 0:
             part, part_lse = merge(out.index_select(0, rows), lse.index_select(0, rows), part, part_lse)
         out.index_copy_(0, rows, part)
         lse.index_copy_(0, rows, part_lse)
+    if num_copies > 1:
+        out, lse = merge_all(out.unflatten(0, (num_copies, -1)), lse.unflatten(0, (num_copies, -1)))
     out, without_key = out[:-1].to(inputs.value.dtype), lse <= NO_KEY
     lse.masked_fill_(without_key, math.inf)
     # Assigning to `lse[-1]` would make the host wait for the device.
-    lse[-1:] = math.inf
+    lse[-1:].fill_(math.inf)
     if not tiling.has_key_everywhere:
         # Weights of 0 and 1 are exact. To index the rows without keys, the host would have to wait for the device.
         fallback = out.new_zeros(()) if tiling.pattern.include_self else inputs.value

@@ -48,6 +48,8 @@ class DevicePolicy:
             chunk fit into the cache of a CPU, or saturate a GPU.
         head_group_rows: Rows (batch size times positions times heads) per group of heads in attention. The queries,
             keys and values of a group fit into the cache of a CPU, or saturate a GPU.
+        batched_rounds: Rows times hash rounds up to which a tile holds all rounds of its heads. A GPU then runs fewer
+            kernels, but all rounds have their outputs in memory. On a CPU, each round has tiles of its own.
         kept_activations: Bytes of activations that a training step keeps instead of recomputing them.
         window_chunk_length: Shortest chunk of queries that runs at full speed in the `window` pattern; longer chunks
             are halved. `None` keeps the chunks of the pattern.
@@ -62,6 +64,7 @@ class DevicePolicy:
     hash_tile_elements: int
     chunk_positions: int
     head_group_rows: int
+    batched_rounds: int
     kept_activations: int
     window_chunk_length: int | None
     argmax_by_pooling: bool
@@ -74,6 +77,7 @@ CPU = DevicePolicy(
     hash_tile_elements=1 << 19,
     chunk_positions=1 << 10,
     head_group_rows=1 << 15,
+    batched_rounds=0,
     kept_activations=1 << 29,
     window_chunk_length=32,
     argmax_by_pooling=True,
@@ -86,6 +90,7 @@ CUDA = DevicePolicy(
     hash_tile_elements=1 << 26,
     chunk_positions=1 << 16,
     head_group_rows=1 << 20,
+    batched_rounds=1 << 21,
     kept_activations=1 << 31,
     window_chunk_length=None,
     argmax_by_pooling=False,

@@ -298,6 +298,9 @@ class _Shape:
         if kind == "local" and config.local_rope_theta is not None:
             # Rotated queries and keys, and cosines and sines of all positions.
             kept += 2 * rows * head_size * self.size + self.positions * head_size * self.size
+        if kind == "lsh" and 1 < self.rounds and rows * self.rounds <= policy_for(self.device).batched_rounds:
+            # Outputs of all rounds, once more with their weights, and rows of queries and keys.
+            kept += rows * self.rounds * (2 * head_size * self.wide + 32)
         return 6 * self.stream + kept + grads + index + _tile(self.device)
 
     @property
