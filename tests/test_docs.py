@@ -63,9 +63,10 @@ def test_few_blocks_are_not_run():
 def _commands():
     """Commands of shell blocks and of indented code, without prompts and comments."""
     for page in PAGES:
-        text = page.read_text()
+        text = page.read_text().replace("\\\n", " ")
         blocks = SHELL.findall(text) + re.findall(r"^    (?:make|python|torchrun|accelerate) .*$", text, re.MULTILINE)
-        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        blocks += re.findall(r"`((?:make|python|torchrun|accelerate) [^`\n]+)`", text)
+        for line in "\n".join(blocks).splitlines():
             yield page.name, line.partition(" #")[0].strip()
 
 
@@ -82,13 +83,38 @@ def test_commands_exist():
             if word == "make" and words[0] == "make" and re.fullmatch(r"[a-z-]+", following):
                 assert following in targets, f"{page}: {command}"
                 found += 1
-            elif word == "-m" and words[0] in ("python", "python3"):
+            elif word == "-m" and words[0] in ("python", "python3") and not following.endswith("NAME"):
                 assert importlib.util.find_spec(following), f"{page}: {command}"
                 found += 1
             elif re.fullmatch(r"(examples|docs|benchmarks|tests)/\S+\.(py|yaml)", following):
                 assert (ROOT / following).exists(), f"{page}: {command}"
                 found += 1
     assert found > 15
+
+
+def _options_by_program():
+    """The options that pages pass to each script of the examples and each module, `{program: {option: page}}`."""
+    programs = {}
+    for page, command in _commands():
+        words = re.split(r"[;|&]", command)[0].split()
+        for i, word in enumerate(words):
+            following = words[i + 1] if i + 1 < len(words) else ""
+            is_module = word == "-m" and following.startswith(("benchmarks", "experiments", "reformer_hf"))
+            if is_module or re.fullmatch(r"examples/\S+\.py", word):
+                program, rest = (("-m", following), words[i + 2 :]) if is_module else ((word,), words[i + 1 :])
+                options = {each.partition("=")[0]: page for each in rest if each.startswith("--")}
+                programs.setdefault(program, {}).update(options)
+                break
+    return {program: options for program, options in programs.items() if options}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, options", _options_by_program().items(), ids=lambda x: "".join(x)[-30:])
+def test_options_exist(program, options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    output = run_python([*program, "--help"], ROOT, environment).stdout
+    known = set(re.findall(r"--\w[\w-]*", output))
+    assert not {option: page for option, page in options.items() if option not in known}
 
 
 def test_messages_exist():
