@@ -182,11 +182,12 @@ def _assert_equals_oracle(case, limit=1e-10, dtype=torch.float64, of=""):
 
 
 @contextmanager
-def _tiles_of(chunks, pattern):
+def _tiles_of(chunks, pattern, batched_rounds=0):
     """Tiles of that many chunks; with None, those of the package."""
     with pytest.MonkeyPatch.context() as patch:
         if chunks:
             set_policy(patch, tile_scores=chunks * pattern.chunk_length * pattern.window_length)
+        set_policy(patch, batched_rounds=batched_rounds)
         yield
 
 
@@ -261,9 +262,9 @@ _shapes = st.tuples(
 @example(("bucket", True), False, SHAPES[5], "left", 0.3, True, 30, 1e-5)
 @example(("window", False), True, SHAPES[5], None, 0.0, False, 3, 1e-10)
 def test_random_cases_equal_oracle(kind, causal, shape, side, dropout, shared, chunks, limit):
-    """Any shape; keys that are queries; small tiles; fp32, whose limit is the higher one."""
+    """Any shape; keys that are queries; small tiles, or larger ones of all rounds; fp32, with the higher limit."""
     case = replace(_case(kind[0], causal, kind[1], shape, side, dropout), shared=shared)
-    with _tiles_of(chunks, case.pattern):
+    with _tiles_of(chunks, case.pattern, batched_rounds=1 << 20 if chunks == 20 else 0):
         _assert_equals_oracle(case, limit, torch.float64 if limit < 1e-6 else torch.float32)
 
 
@@ -396,13 +397,14 @@ def test_small_tiles(kind, deduplicate):
         case = _case(kind, causal, deduplicate, (2, 45, 2, 8, 5, 2), side)
         expected = case.op()
         # One chunk; some chunks; some heads.
-        for chunks in (1, 4, 20):
-            with _tiles_of(chunks, case.pattern):
+        for chunks, batched_rounds in itertools.product((1, 4, 20), (0, 1 << 20)):
+            with _tiles_of(chunks, case.pattern, batched_rounds):
+                tiles = f"tiles of {chunks} chunks, {batched_rounds} rows batched"
                 for name, found in case.op().items():
-                    assert_close(found, expected[name], 1e-12, f"{name}, causal {causal}, tiles of {chunks} chunks")
+                    assert_close(found, expected[name], 1e-12, f"{name}, causal {causal}, {tiles}")
     # What is dropped depends on the tiles, and is the same in the backward pass.
-    for chunks in (4, 20):
-        with _tiles_of(chunks, case.pattern):
+    for chunks, batched_rounds in itertools.product((4, 20), (0, 1 << 20)):
+        with _tiles_of(chunks, case.pattern, batched_rounds):
             _assert_equals_oracle(replace(case, dropout=0.3), of=f"tiles of {chunks} chunks")
 
 
