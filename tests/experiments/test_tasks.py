@@ -34,18 +34,18 @@ def test_stretched_positions():
     assert duplication.Run(1).shorter is None and duplication.Run(1, length=64).shorter is None
 
 
-@pytest.mark.parametrize("value_first", [False, True])
-def test_recalled_pairs(value_first):
-    run = recall.Run("reformer", 256, value_first=value_first)
-    batch = recall.draw(run, 2, seed=0)
+@pytest.mark.parametrize("length", [64, 256])
+def test_recalled_pairs(length):
+    batch = recall.draw(recall.Run("reformer", length), 2, seed=0)
+    num_ids = 2 * recall.NUM_PAIRS
     for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        first, second = ids[: 2 * run.pairs : 2], ids[1 : 2 * run.pairs : 2]
-        pairs = dict(zip(second, first, strict=True) if value_first else zip(first, second, strict=True))
-        assert len(pairs) == run.pairs and set(pairs) <= set(recall.KEYS) and set(pairs.values()) <= set(recall.VALUES)
+        pairs = dict(zip(ids[1:num_ids:2], ids[:num_ids:2], strict=True))
+        assert len(ids) == length and len(pairs) == recall.NUM_PAIRS
+        assert set(pairs) <= set(recall.KEYS) and set(pairs.values()) <= set(recall.VALUES)
         asked = [i for i, label in enumerate(labels) if label != -100]
         assert {ids[i - 1] for i in asked} == set(pairs)
         assert all(pairs[ids[i - 1]] == ids[i] == labels[i] for i in asked)
-        assert set(ids[2 * run.pairs : -2 * run.pairs]) <= set(recall.FILLER)
+        assert set(ids[num_ids:-num_ids]) <= set(recall.FILLER)
 
 
 def test_longer_recall():
