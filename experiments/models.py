@@ -32,7 +32,6 @@ class Sizes:
         local_chunk, lsh_chunk: Chunk lengths.
         num_hashes: Number of hash rounds.
         initializer_range: Standard deviation of initial weights; `None` for the default of each model.
-        axial_norm_std: Standard deviation of initial axial position embeddings; `None` for the default of each model.
         position_columns: Size of their last axis; `None` for the default of this package.
     """
 
@@ -45,7 +44,6 @@ class Sizes:
     lsh_chunk: int = 64
     num_hashes: int = 1
     initializer_range: float | None = None
-    axial_norm_std: float | None = None
     position_columns: int | None = None
 
     @property
@@ -96,7 +94,6 @@ def _reformer_fields(sizes: Sizes, layers: list[str]) -> dict:
         "num_hashes": sizes.num_hashes,
         "hidden_dropout_prob": 0.0,
         "axial_pos_shape": sizes.axial_pos_shape,
-        **({} if sizes.axial_norm_std is None else {"axial_norm_std": sizes.axial_norm_std}),
         **sizes.initial,
     }
 
