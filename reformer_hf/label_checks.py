@@ -2,9 +2,10 @@
 """
 Checks of heads and their labels. Each raises a `ValueError` that says what to change.
 
-`checks_values` says whether to read the values of labels, which waits for the device.
+`checks_values` says whether to read the values of labels, which waits for the device. Compiled code never does.
 """
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -67,7 +68,7 @@ def check_sequence_labels(labels: Tensor, logits: Tensor, config: ReformerHfConf
             f"{config.num_labels} needs {' or '.join(map(str, shapes))}: change the labels, `num_labels` or "
             "`problem_type`."
         )
-    if problem == "multi_label_classification" and checks_values and ((labels < 0) | (labels > 1)).any():
+    if problem == "multi_label_classification" and _reads(checks_values) and ((labels < 0) | (labels > 1)).any():
         raise ValueError(
             f"`labels` holds {labels.min().item()} to {labels.max().item()}, but `problem_type` {problem!r} needs "
             "numbers from 0 to 1, one for each class: for class indices, set `problem_type` to "
@@ -132,12 +133,16 @@ def check_span(start: Tensor | None, end: Tensor | None, logits: Tensor, checks_
             )
         if positions.is_floating_point():
             raise ValueError(f"`{name}` has dtype {positions.dtype}, but must hold integers, such as `torch.long`.")
-        if checks_values and (positions < 0).any():
+        if _reads(checks_values) and (positions < 0).any():
             raise ValueError(
                 f"`{name}` holds {positions.min().item()}, but indices of tokens start at 0. For an example without "
                 f"an answer, use the first token (0), or the length of the input ({logits.shape[1]}) for no loss."
             )
     return True
+
+
+def _reads(checks_values: bool) -> bool:
+    return checks_values and not torch.compiler.is_compiling()
 
 
 def _check_indices(
@@ -147,7 +152,7 @@ def _check_indices(
         raise ValueError(
             f"`labels` has dtype {labels.dtype}, but class indices must be integers, such as `torch.long`."
         )
-    if not checks_values:
+    if not _reads(checks_values):
         return
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
     if wrong.numel():
