@@ -7,7 +7,12 @@ import numpy as np
 from PIL import Image
 
 # The value that predicts the first pixel of a tile.
-_FIRST = 128
+FIRST = 128
+
+
+def median_prediction(left: np.ndarray, above: np.ndarray, upper_left: np.ndarray) -> np.ndarray:
+    """Predict bytes as JPEG-LS does: the median of left, above and left + above − upper left (integers)."""
+    return np.median(np.stack([left, above, left + above - upper_left]), axis=0).astype(np.int64)
 
 
 def neighbor_predictions(tiles: np.ndarray) -> dict[str, np.ndarray]:
@@ -30,12 +35,12 @@ def neighbor_predictions(tiles: np.ndarray) -> dict[str, np.ndarray]:
         "left": left.copy(),
         "above": above.copy(),
         "mean": (left + above) // 2,
-        "median": np.median(np.stack([left, above, left + above - upper_left]), axis=0).astype(np.int64),
+        "median": median_prediction(left, above, upper_left),
     }
     for prediction in predictions.values():
         prediction[:, 0, 1:] = tiles[:, 0, :-1]
         prediction[:, 1:, 0] = tiles[:, :-1, 0]
-        prediction[:, 0, 0] = _FIRST
+        prediction[:, 0, 0] = FIRST
     return predictions
 
 

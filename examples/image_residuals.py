@@ -2,7 +2,7 @@
 """Residuals of tiles: what is left of each byte after the predictor of JPEG-LS. Nothing is lost."""
 
 import numpy as np
-from image_baselines import neighbor_predictions
+from image_baselines import FIRST, median_prediction, neighbor_predictions
 
 
 def to_residuals(tiles: np.ndarray) -> np.ndarray:
@@ -25,8 +25,8 @@ def from_residuals(residuals: np.ndarray) -> np.ndarray:
     for row in range(1, tiles.shape[1]):
         for column in range(1, tiles.shape[2]):
             left, above = tiles[:, row, column - 1], tiles[:, row - 1, column]
-            predicted = np.median([left, above, left + above - tiles[:, row - 1, column - 1]], axis=0)
+            predicted = median_prediction(left, above, tiles[:, row - 1, column - 1])
             if row == 1 or column == 1:
-                predicted = left if column > 1 else above if row > 1 else 128
+                predicted = left if column > 1 else above if row > 1 else FIRST
             tiles[:, row, column] = (predicted + tiles[:, row, column]) % 256
     return tiles[:, 1:, 1:].astype(np.uint8)

@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Reforme
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
 from .figures import draw_band, save, spread
-from .records import Record
+from .records import Record, cpu_seconds_before, cpu_seconds_of_curve
 from .runner import Experiment, main, scratch_of
 from .training import Schedule, load_final, share_right, train
 
@@ -176,23 +176,23 @@ def stretch_positions(table: Tensor, length: int) -> Tensor:
     return table[torch.cat([first, shorter + symbols])]
 
 
-def start(run: Run, scratch: Path) -> tuple[PreTrainedModel, float]:
-    """Return the model that training starts with, and the seconds that it was trained for."""
+def start(run: Run, scratch: Path) -> PreTrainedModel:
+    """Return the model that training starts with."""
     torch.manual_seed(run.seed)
     model = build(run)
     if run.shorter is None:
-        return model, 0.0
-    weights, seconds = load_final(scratch_of("duplication", run.shorter, scratch.parents[1]))
+        return model
+    weights = load_final(scratch_of("duplication", run.shorter, scratch.parents[1]))
     name = "reformer.embeddings.position_embeddings.embedding.weight"
     if name in weights:
         weights[name] = stretch_positions(weights[name], run.length)
     model.load_state_dict(weights)
-    return model, seconds
+    return model
 
 
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
     """Train a model; evaluate one with LSH or full attention with full attention and with each number of hashes."""
-    model, seconds = start(run, scratch)
+    model = start(run, scratch)
     batch_size = max(1, 4096 // run.length)
     found = train(
         model,
@@ -200,7 +200,6 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
         lambda model: evaluate(model, run),
         Schedule(run.steps, learning_rate=1e-3, eval_every=max(1, run.steps // 20)),
         scratch,
-        seconds_before=seconds,
     )
     if run.model not in ("lsh", "full"):
         return found
@@ -265,25 +264,18 @@ def race_table(results: dict[Run, Record]) -> list[str]:
     for run in sorted(results, key=lambda run: (run.length, list(MODELS).index(run.model))):
         minutes, values = _curve(results[run], run)
         until = next((at for at, value in zip(minutes, values, strict=True) if value >= 90), None)
-        times = ("–", "–") if until is None else (f"{until:.1f}", f"{until + _minutes_before(results, run):.1f}")
+        times = (
+            ("–", "–") if until is None else (f"{until:.1f}", f"{until + cpu_seconds_before(results, run) / 60:.1f}")
+        )
         lines.append(_row(f"{run.length:,}", MODELS[run.model][0], f"{values[-1]:.1f}", f"{minutes[-1]:.1f}", *times))
     return lines
 
 
 def _curve(result: Record, run: Run) -> tuple[list[float], list[float]]:
     """Return minutes of CPU time and accuracies in percent."""
-    minutes = [entry["step"] / result["steps"] * result["cpu_seconds"] / 60 for entry in result["curve"]]
+    minutes = [seconds / 60 for seconds in cpu_seconds_of_curve(result)]
     metric = "accuracy_4_hashes" if run.model == "lsh" else "accuracy"
     return minutes, [100 * entry[metric] for entry in result["curve"]]
-
-
-def _minutes_before(results: dict[Run, Record], run: Run) -> float:
-    """Return the minutes of CPU time of training at all shorter lengths."""
-    minutes, shorter = 0.0, run.shorter
-    while shorter is not None:
-        minutes += results[shorter]["cpu_seconds"] / 60
-        shorter = shorter.shorter
-    return minutes
 
 
 def _row(*cells: Any) -> str:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from .figures import save
 from .models import COLORS, LABELS, MODELS, Sizes
-from .records import Record
+from .records import Record, cpu_seconds_before, cpu_seconds_of_curve
 from .runner import Experiment, main, scratch_of
 from .training import Schedule, load_final, share_right, train
 
@@ -146,10 +146,9 @@ def load_shorter(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
     """Train a model, from the weights of the length before."""
     torch.manual_seed(run.seed)
-    model, seconds_before = build(run), 0.0
+    model = build(run)
     if run.shorter is not None:
-        weights, seconds_before = load_final(scratch_of("recall", run.shorter, scratch.parents[1]))
-        load_shorter(model, weights)
+        load_shorter(model, load_final(scratch_of("recall", run.shorter, scratch.parents[1])))
     batch_size = max(1, run.tokens // run.length)
     return train(
         model,
@@ -157,7 +156,6 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
         lambda model: {"accuracy": accuracy(model, run)},
         Schedule(run.steps, run.learning_rate, seconds=run.seconds, eval_every=25, stop_at=0.9),
         scratch,
-        seconds_before=seconds_before,
     )
 
 
@@ -174,8 +172,8 @@ def report(records: list[Record], folder: Path) -> str:
         for run in sorted(results, key=lambda run: list(MODELS).index(run.model)):
             if run.length != length:
                 continue
-            result, before = results[run], _seconds_before(results, run)
-            seconds = [before + entry["step"] / result["steps"] * result["cpu_seconds"] for entry in result["curve"]]
+            result, before = results[run], cpu_seconds_before(results, run)
+            seconds = [before + at for at in cpu_seconds_of_curve(result)]
             values = [100 * entry["accuracy"] for entry in result["curve"]]
             axes.plot(seconds, values, color=COLORS[run.model], label=LABELS[run.model], marker=".")
             times = (f"{value:.0f}" for value in (result["cpu_seconds"], seconds[-1]))
@@ -187,15 +185,6 @@ def report(records: list[Record], folder: Path) -> str:
     panels[0, 0].legend(fontsize=7)
     save(figure, folder / "curves.png")
     return "\n".join(lines) + "\n"
-
-
-def _seconds_before(results: dict[Run, Record], run: Run) -> float:
-    """Return the CPU seconds of training at all shorter lengths."""
-    seconds, shorter = 0.0, run.shorter
-    while shorter is not None:
-        seconds += results[shorter]["cpu_seconds"]
-        shorter = shorter.shorter
-    return seconds
 
 
 EXPERIMENT = Experiment(

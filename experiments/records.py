@@ -13,6 +13,17 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
+def cpu_seconds_of_curve(result: Record) -> list[float]:
+    """Return the CPU seconds of training before each entry of the curve of a result."""
+    return [entry["step"] / result["steps"] * result["cpu_seconds"] for entry in result["curve"]]
+
+
+def cpu_seconds_before(results: Mapping[Any, Record], run: Any) -> float:
+    """Return the CPU seconds of training of all runs that a run was warm-started from, `run.shorter` and so on."""
+    shorter = run.shorter
+    return 0.0 if shorter is None else results[shorter]["cpu_seconds"] + cpu_seconds_before(results, shorter)
+
+
 def read_records(path: Path) -> list[Record]:
     """Return the records of a file, without lines that a killed process left incomplete."""
     records = []

@@ -73,7 +73,6 @@ def train(
     schedule: Schedule,
     scratch: Path,
     checkpoint_seconds: float = 120.0,
-    seconds_before: float = 0.0,
 ) -> dict[str, Any]:
     """
     Train a model on the device of the process, and keep its final weights in `scratch`, for `load_final`.
@@ -85,11 +84,10 @@ def train(
         schedule: Length and learning rate.
         scratch: Folder of the checkpoint, which a training that was killed continues from.
         checkpoint_seconds: Seconds between two checkpoints.
-        seconds_before: Seconds of training of the weights that the model starts with.
 
     Returns:
-        The number of steps, seconds and CPU seconds of training, without evaluations, total seconds, with those of the
-        weights that the model starts with, and the curve: step, seconds, mean loss since the last entry, and metrics.
+        The number of steps, seconds and CPU seconds of training, without evaluations, and the curve: step, seconds,
+        mean loss since the last entry, and metrics.
     """
     device = PartialState().device
     model.to(device)
@@ -127,21 +125,18 @@ def train(
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
             _save({**saved, "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}, path)
             last_saved = time.monotonic()
-    total = seconds_before + state.seconds
-    _save({"weights": model.state_dict(), "seconds": total}, scratch / FINAL)
+    _save({"weights": model.state_dict()}, scratch / FINAL)
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 1),
         "cpu_seconds": round(state.cpu_seconds, 1),
-        "total_seconds": round(total, 1),
         "curve": state.curve,
     }
 
 
-def load_final(scratch: Path) -> tuple[dict[str, Tensor], float]:
-    """Return the final weights of a training and the total seconds that it took."""
-    saved = torch.load(scratch / FINAL, map_location="cpu")
-    return saved["weights"], saved["seconds"]
+def load_final(scratch: Path) -> dict[str, Tensor]:
+    """Return the final weights of a training."""
+    return torch.load(scratch / FINAL, map_location="cpu")["weights"]
 
 
 def share_right(logits: Tensor, labels: Tensor) -> float:

@@ -32,7 +32,8 @@ class Tile:
         query_rows: Rows of the queries, `[g, n, C]`.
         target_rows: Rows to write the results to, `[g, n, C]`: the rows of the queries or, for empty slots, the one
             additional row at the end.
-        result_rows: The same if each batched round has its own rows, `[g, n, C]`; otherwise `target_rows`.
+        result_rows: Rows to write the results of a round to, `[g, n, C]`: the target rows, counted on from round to
+            round if rounds are batched.
         key_rows: Rows of the keys, `[g, S]`.
         mask: Added to the scores, `[g, n, C, W]`: 0 for visible keys, very negative for masked ones.
     """
