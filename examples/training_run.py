@@ -9,11 +9,14 @@ import shutil
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from muon import MuonWithAdamW, matrices_of
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
@@ -45,6 +48,13 @@ class ScriptTrainingArguments(TrainingArguments):
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train the weights of linear layers with Muon and this peak learning rate, such as 0.02, and "
+            "everything else with AdamW. None trains everything with AdamW."
+        },
+    )
     warmup_steps: float = field(
         default=0.05, metadata={"help": "Warm-up steps, or a fraction of all steps if below 1."}
     )
@@ -176,6 +186,29 @@ class ScriptTrainer(Trainer):
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(LogLines())
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer of the arguments, or, with `muon_learning_rate`, two in one."""
+        args = self.args
+        if args.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        parameters = dict((model or self.model).named_parameters())
+        matrices = matrices_of(model or self.model)
+        decayed = set(self.get_decay_parameter_names(model or self.model))
+        groups: dict[float, list[torch.Tensor]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and name not in matrices:
+                groups[args.weight_decay if name in decayed else 0.0].append(parameter)
+        self.optimizer = MuonWithAdamW(
+            [parameters[name] for name in sorted(matrices)],
+            [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
+            args.muon_learning_rate,
+            args.weight_decay,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Create the schedule of the arguments, or, with `max_minutes`, one that follows the time."""

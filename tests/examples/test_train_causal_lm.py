@@ -126,6 +126,20 @@ def test_resume(trained, text, tmp_path):
         assert torch.equal(weight, expected), name
 
 
+def test_resume_with_muon(text, tmp_path):
+    options = ("--muon_learning_rate", "0.02", "--num_hashes", "1", "--eval_strategy", "no", "--sample_length", "0")
+    whole, _ = run(text, tmp_path / "whole", *options)
+    start = ReformerHfForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-2").state_dict()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed, _ = run(text, tmp_path / "resumed", *options)
+    groups = resumed.optimizer.param_groups
+    assert [group["initial_lr"] for group in groups] == [0.02] + [1e-3] * (len(groups) - 1)
+    for (name, weight), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(weight, expected), name
+        assert not torch.equal(weight, start[name]), name
+    assert sum(len(group["params"]) for group in groups) == len(list(whole.model.parameters()))
+
+
 def test_overwrite(trained, text, tmp_path):
     shutil.copytree(trained[0] / "checkpoint-4", tmp_path / "checkpoint-4")
     anew, _ = run(text, tmp_path, "--overwrite_output_dir", "--max_steps", "1", "--save_strategy", "no")
