@@ -102,6 +102,11 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
     def checks_values(self, value: bool):
         self.encoder.checks_values = self.decoder.checks_values = value
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether both stacks read the values of inputs, see `ReformerHfModel`."""
+        return self.encoder.reads_values
+
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
     @can_return_tuple
     def forward(

@@ -2,10 +2,9 @@
 """
 Checks of heads and their labels. Each raises a `ValueError` that says what to change.
 
-`checks_values` says whether to read the values of labels, which waits for the device. Compiled code never does.
+`reads_values` says whether to read the values of labels, see `ReformerHfModel.reads_values`.
 """
 
-import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -31,7 +30,7 @@ def check_sees_both_sides(config: ReformerHfConfig, head: str, required: bool = 
 
 
 def check_token_labels(
-    labels: Tensor, states: Tensor, num_classes: int, field: str, checks_values: bool, ignore_index: int = IGNORED
+    labels: Tensor, states: Tensor, num_classes: int, field: str, reads_values: bool, ignore_index: int = IGNORED
 ) -> None:
     """Check labels `[B, L]` of the tokens of hidden states or logits `[B, L, …]`; `ignore_index` is allowed."""
     if labels.shape != states.shape[:2]:
@@ -39,10 +38,10 @@ def check_token_labels(
             f"`labels` has shape {tuple(labels.shape)}, but must be {tuple(states.shape[:2])}, one entry for each "
             f"token ({ignore_index} for tokens without loss)."
         )
-    _check_indices(labels, num_classes, field, checks_values, ignore_index)
+    _check_indices(labels, num_classes, field, reads_values, ignore_index)
 
 
-def check_sequence_labels(labels: Tensor, logits: Tensor, config: ReformerHfConfig, checks_values: bool) -> Tensor:
+def check_sequence_labels(labels: Tensor, logits: Tensor, config: ReformerHfConfig, reads_values: bool) -> Tensor:
     """
     Check labels of sequences, as `config.problem_type` or their dtype says, and return them as the loss needs them.
 
@@ -58,7 +57,7 @@ def check_sequence_labels(labels: Tensor, logits: Tensor, config: ReformerHfConf
         else "single_label_classification"
     )
     if problem == "single_label_classification":
-        return check_class_indices(labels, logits, "num_labels", checks_values)
+        return check_class_indices(labels, logits, "num_labels", reads_values)
     shapes = [tuple(logits.shape)]
     if problem == "regression" and config.num_labels == 1:
         shapes = [*shapes, (len(logits),)]
@@ -68,7 +67,7 @@ def check_sequence_labels(labels: Tensor, logits: Tensor, config: ReformerHfConf
             f"{config.num_labels} needs {' or '.join(map(str, shapes))}: change the labels, `num_labels` or "
             "`problem_type`."
         )
-    if problem == "multi_label_classification" and _reads(checks_values) and ((labels < 0) | (labels > 1)).any():
+    if problem == "multi_label_classification" and reads_values and ((labels < 0) | (labels > 1)).any():
         raise ValueError(
             f"`labels` holds {labels.min().item()} to {labels.max().item()}, but `problem_type` {problem!r} needs "
             "numbers from 0 to 1, one for each class: for class indices, set `problem_type` to "
@@ -77,7 +76,7 @@ def check_sequence_labels(labels: Tensor, logits: Tensor, config: ReformerHfConf
     return labels.view_as(logits).to(logits.dtype)
 
 
-def check_class_indices(labels: Tensor, logits: Tensor, limit_name: str, checks_values: bool) -> Tensor:
+def check_class_indices(labels: Tensor, logits: Tensor, limit_name: str, reads_values: bool) -> Tensor:
     """Check class indices `[B]` or `[B, 1]` for logits `[B, C]`, and return them as `[B]`; -100 is allowed."""
     batch_size, num_classes = logits.shape
     if tuple(labels.shape) not in ((batch_size,), (batch_size, 1)):
@@ -86,7 +85,7 @@ def check_class_indices(labels: Tensor, logits: Tensor, limit_name: str, checks_
             f"`labels` has shape {tuple(labels.shape)}, but must be {(batch_size,)}, one class index for each "
             f"sequence{multi_label if labels.shape == logits.shape else ''}."
         )
-    _check_indices(labels, num_classes, limit_name, checks_values)
+    _check_indices(labels, num_classes, limit_name, reads_values)
     return labels.flatten().to(logits.device)
 
 
@@ -117,7 +116,7 @@ def check_choices(
     return shape[0], shape[1]
 
 
-def check_span(start: Tensor | None, end: Tensor | None, logits: Tensor, checks_values: bool) -> bool:
+def check_span(start: Tensor | None, end: Tensor | None, logits: Tensor, reads_values: bool) -> bool:
     """Check the first and the last index of spans for logits `[B, L]`, and return whether they are given."""
     if start is None and end is None:
         return False
@@ -133,7 +132,7 @@ def check_span(start: Tensor | None, end: Tensor | None, logits: Tensor, checks_
             )
         if positions.is_floating_point():
             raise ValueError(f"`{name}` has dtype {positions.dtype}, but must hold integers, such as `torch.long`.")
-        if _reads(checks_values) and (positions < 0).any():
+        if reads_values and (positions < 0).any():
             raise ValueError(
                 f"`{name}` holds {positions.min().item()}, but indices of tokens start at 0. For an example without "
                 f"an answer, use the first token (0), or the length of the input ({logits.shape[1]}) for no loss."
@@ -141,18 +140,14 @@ def check_span(start: Tensor | None, end: Tensor | None, logits: Tensor, checks_
     return True
 
 
-def _reads(checks_values: bool) -> bool:
-    return checks_values and not torch.compiler.is_compiling()
-
-
 def _check_indices(
-    labels: Tensor, num_classes: int, limit_name: str, checks_values: bool, ignore_index: int = IGNORED
+    labels: Tensor, num_classes: int, limit_name: str, reads_values: bool, ignore_index: int = IGNORED
 ) -> None:
     if labels.is_floating_point():
         raise ValueError(
             f"`labels` has dtype {labels.dtype}, but class indices must be integers, such as `torch.long`."
         )
-    if not _reads(checks_values):
+    if not reads_values:
         return
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
     if wrong.numel():

@@ -136,22 +136,22 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache, may_be_packed
         )
         factors = bucket_factors_of_call(self.config, num_buckets)
-        checks_values = self.checks_values and not torch.compiler.is_compiling()
-        if checks_values:
+        reads_values = self.reads_values
+        if reads_values:
             check_input_ids(self.config, input_ids)
             check_position_ids(self.config, position_ids)
             check_attention_mask(attention_mask, inputs.shape[1])
         context = context_of_call(
             self.config, encoder_hidden_states, encoder_attention_mask, inputs.shape[0], cross_cache
         )
-        if context is not None and checks_values and encoder_attention_mask is not None:
+        if context is not None and reads_values and encoder_attention_mask is not None:
             check_attention_mask(encoder_attention_mask, encoder_attention_mask.shape[1])
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
         padding = None
         if attention_mask is not None:
             attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
-            if not (checks_values and attention_mask.all()):
+            if not (reads_values and attention_mask.all()):
                 padding = ~attention_mask
         documents = documents_of_call(self.config, inputs, position_ids, padding, *packing, cache)
         if position_ids is None and documents is not None:
@@ -159,7 +159,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             check_position_ids(self.config, position_ids)
         elif position_ids is None:
             position_ids = self._position_ids(inputs, padding, cache)
-            if checks_values and cache is not None:
+            if reads_values and cache is not None:
                 check_position_ids(self.config, position_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -207,6 +207,11 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         if theta is None or "local" not in self.config.attn_layers:
             return None
         return rotation_of(position_ids, self.config.attention_head_size, theta, dtype)
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether checks read the values of inputs and labels: `checks_values`, but never in compiled code."""
+        return self.checks_values and not torch.compiler.is_compiling()
 
     def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
         """Count tokens from those in the cache on, `[B or 1, L]`; padding has the position of the token before it."""
@@ -279,7 +284,7 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
     def check_labels(self, labels: Tensor, states: Tensor, ignore_index: int = IGNORED, **kwargs) -> None:
         """Raise a `ValueError` if labels do not match hidden states `[B, L, …]` or the vocabulary."""
         vocabulary = self.config.vocab_size, "vocab_size"
-        check_token_labels(labels, states, *vocabulary, bool(self.base_model.checks_values), ignore_index)
+        check_token_labels(labels, states, *vocabulary, bool(self.base_model.reads_values), ignore_index)
 
     def logits_and_loss(
         self, hidden_states: Tensor, labels: Tensor | None, **kwargs

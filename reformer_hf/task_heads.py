@@ -143,7 +143,7 @@ class ReformerHfForSequenceClassification(ReformerHfTaskModel):
         outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         logits, loss = self.classifier(outputs.last_hidden_state, tokens), None
         if labels is not None:
-            labels = check_sequence_labels(labels, logits, self.config, self.reformer.checks_values)
+            labels = check_sequence_labels(labels, logits, self.config, self.reformer.reads_values)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return ReformerHfSequenceClassifierOutput(loss=loss, logits=logits, **_more_outputs(outputs))
 
@@ -190,7 +190,7 @@ class ReformerHfForMultipleChoice(ReformerHfTaskModel):
         outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         logits, loss = self.classifier(outputs.last_hidden_state, tokens).view(batch_size, num_choices), None
         if labels is not None:
-            labels = check_class_indices(labels, logits, "num_choices", self.reformer.checks_values)
+            labels = check_class_indices(labels, logits, "num_choices", self.reformer.reads_values)
             loss = fixed_cross_entropy(logits, labels)
         return ReformerHfMultipleChoiceOutput(loss=loss, logits=logits, **_more_outputs(outputs))
 
@@ -235,7 +235,7 @@ class ReformerHfForTokenClassification(ReformerHfTaskModel):
         outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         logits, loss = self.classifier(self.dropout(outputs.last_hidden_state)), None
         if labels is not None:
-            check_token_labels(labels, logits, self.num_labels, "num_labels", self.reformer.checks_values)
+            check_token_labels(labels, logits, self.num_labels, "num_labels", self.reformer.reads_values)
             loss = self.loss_function(logits, labels.contiguous(), self.config, **kwargs)
         return ReformerHfTokenClassifierOutput(loss=loss, logits=logits, **_more_outputs(outputs))
 
@@ -282,7 +282,7 @@ class ReformerHfForQuestionAnswering(ReformerHfTaskModel):
         outputs = self.reformer(*inputs, return_dict=True, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
-        if check_span(start_positions, end_positions, start_logits, self.reformer.checks_values):
+        if check_span(start_positions, end_positions, start_logits, self.reformer.reads_values):
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
         return ReformerHfQuestionAnsweringOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, **_more_outputs(outputs)
