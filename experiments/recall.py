@@ -138,6 +138,10 @@ def load_shorter(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     own = model.state_dict()
     for name, weight in weights.items():
         for dim, (old, new) in enumerate(zip(weight.shape, own[name].shape, strict=True)):
+            if old != new and "position_embeddings" not in name:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(weight.shape)}, but the model needs {tuple(own[name].shape)}."
+                )
             if old != new:
                 weight = weight.index_select(dim, torch.arange(new) % old)
         own[name].copy_(weight)
@@ -154,7 +158,7 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
         model,
         lambda step: draw(run, batch_size, run.seed << 32 | step),
         lambda model: {"accuracy": accuracy(model, run)},
-        Schedule(run.steps, run.learning_rate, seconds=run.seconds, eval_every=25, stop_at=0.9),
+        Schedule(run.steps, run.learning_rate, seconds=run.seconds, eval_every=25, stop_at=("accuracy", 0.9)),
         scratch,
     )
 

@@ -33,8 +33,8 @@ class Schedule:
         learning_rate: Its maximum.
         warmup: Number of steps until it.
         eval_every: Number of steps between two evaluations.
-        stop_at: Value of the first metric of an evaluation at which training ends; `None` for no limit. Without a
-            fall of the learning rate.
+        stop_at: Name of a metric, and the value at which training ends; `None` for no limit. Without a fall of the
+            learning rate.
         weight_decay, clip_norm: As usual.
     """
 
@@ -43,7 +43,7 @@ class Schedule:
     warmup: int = 50
     eval_every: int = 100
     seconds: float | None = None
-    stop_at: float | None = None
+    stop_at: tuple[str, float] | None = None
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
@@ -80,7 +80,7 @@ def train(
     Args:
         model: Called with a batch, it returns an output with `loss`.
         batches: Returns the batch of a step.
-        evaluate: Returns metrics of the model in evaluation mode, the most important one first.
+        evaluate: Returns metrics of the model in evaluation mode.
         schedule: Length and learning rate.
         scratch: Folder of the checkpoint, which a training that was killed continues from.
         checkpoint_seconds: Seconds between two checkpoints.
@@ -147,8 +147,8 @@ def share_right(logits: Tensor, labels: Tensor) -> float:
 
 def _is_done(state: _State, schedule: Schedule) -> bool:
     if schedule.stop_at is not None and state.curve and state.step == state.curve[-1]["step"]:
-        metric = list(state.curve[-1].values())[3]
-        if metric >= schedule.stop_at:
+        name, value = schedule.stop_at
+        if state.curve[-1][name] >= value:
             return True
     return state.step >= schedule.steps or (schedule.seconds is not None and state.seconds >= schedule.seconds)
 
