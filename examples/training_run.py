@@ -9,13 +9,11 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from muon import MuonWithAdamW, matrices_of
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
@@ -24,7 +22,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from reformer_hf import ReformerHfConfig
 from reformer_hf.hub import RunReport, write_model_card
 from reformer_hf.tokenization_reformer_hf import LAST_BYTE_ID
-from reformer_hf.training import SaveOnSigterm, StopOnNonFinite, find_corruption, last_intact_checkpoint
+from reformer_hf.training import MuonWithAdamW, SaveOnSigterm, StopOnNonFinite, find_corruption, last_intact_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ class ScriptTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Train the weights of linear layers with Muon and this peak learning rate, such as 0.02, and "
+            "help": "Train the weights of linear layers with Muon and this peak learning rate, such as 0.05, and "
             "everything else with AdamW. None trains everything with AdamW."
         },
     )
@@ -192,21 +190,13 @@ class ScriptTrainer(Trainer):
         args = self.args
         if args.muon_learning_rate is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        parameters = dict((model or self.model).named_parameters())
-        matrices = matrices_of(model or self.model)
-        decayed = set(self.get_decay_parameter_names(model or self.model))
-        groups: dict[float, list[torch.Tensor]] = defaultdict(list)
-        for name, parameter in parameters.items():
-            if parameter.requires_grad and name not in matrices:
-                groups[args.weight_decay if name in decayed else 0.0].append(parameter)
         self.optimizer = MuonWithAdamW(
-            [parameters[name] for name in sorted(matrices)],
-            [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
+            model or self.model,
             args.muon_learning_rate,
+            args.learning_rate,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_epsilon,
             args.weight_decay,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
         )
         return self.optimizer
 

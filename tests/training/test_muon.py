@@ -1,0 +1,88 @@
+# Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
+"""One optimizer takes the steps of Muon and AdamW on the parameters that each is for."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import AdamW, Muon
+
+from reformer_hf import ReformerHfForCausalLM
+from reformer_hf.training import MuonWithAdamW
+
+from ..helpers import tiny_config
+
+
+def _gradients(model, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def _steps(model, optimizers, steps: range) -> None:
+    for step in steps:
+        _gradients(model, step)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ReformerHfForCausalLM(tiny_config(is_decoder=True))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_equals_both_optimizers(tied):
+    torch.manual_seed(0)
+    model = ReformerHfForCausalLM(tiny_config(is_decoder=True, tie_word_embeddings=tied))
+    expected = copy.deepcopy(model)
+    of_layers = {
+        name: parameter
+        for name, parameter in expected.named_parameters()
+        if parameter.dim() == 2 and ".layers." in name
+    }
+    others = [parameter for name, parameter in expected.named_parameters() if name not in of_layers]
+    optimizers = [
+        Muon(list(of_layers.values()), lr=0.05, weight_decay=0.1),
+        AdamW([each for each in others if each.dim() > 1], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1),
+        AdamW([each for each in others if each.dim() == 1], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    _steps(expected, optimizers, range(3))
+    _steps(model, [MuonWithAdamW(model, 0.05, weight_decay=0.1)], range(3))
+    for (name, parameter), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+
+
+def test_resumed(model):
+    """State and learning rates of a schedule survive saving and loading."""
+    optimizer = MuonWithAdamW(model)
+    _steps(model, [optimizer], range(2))
+    resumed_model = copy.deepcopy(model)
+    resumed = MuonWithAdamW(resumed_model)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, resumed):
+        for group in each.param_groups:
+            group["lr"] *= 0.5
+    _steps(model, [optimizer], range(2, 4))
+    _steps(resumed_model, [resumed], range(2, 4))
+    assert all(map(torch.equal, model.parameters(), resumed_model.parameters()))
+
+
+def test_schedule_reaches_both(model):
+    optimizer = MuonWithAdamW(model)
+    before = copy.deepcopy(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    _steps(model, [optimizer], range(1))
+    assert all(map(torch.equal, model.parameters(), before.parameters()))
+
+
+def test_frozen_parameters(model):
+    model.reformer.embeddings.requires_grad_(False)
+    optimizer = MuonWithAdamW(model)
+    trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    assert trained == {id(each) for each in model.parameters() if each.requires_grad}
+    model.reformer.requires_grad_(False)
+    with pytest.raises(ValueError, match="no linear layer with a trainable weight"):
+        MuonWithAdamW(model)
