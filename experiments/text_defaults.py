@@ -33,7 +33,8 @@ class Run:
 
     Args:
         layers: Attention layers, separated by commas, repeated to six layers.
-        learning_rate: Maximum learning rate.
+        learning_rate: Maximum learning rate of AdamW.
+        muon_learning_rate: That of Muon for the weights of linear layers; `None` for AdamW alone.
         seed: Seed of weights, data and hashes.
         steps: Number of training steps.
         length: Length of the slices.
@@ -47,6 +48,7 @@ class Run:
     local_attn_chunk_length: int = 64
     num_hashes: int = 1
     learning_rate: float = 1e-3
+    muon_learning_rate: float | None = None
     seed: int = 0
     steps: int = 300
     length: int = 4096
@@ -78,7 +80,12 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
         model,
         lambda step: draw_text(text, 1, run.length, run.seed << 32 | step),
         lambda model: {"bits_per_byte": bits_per_byte(model, held_out, run.length)},
-        Schedule(run.steps, run.learning_rate, eval_every=max(1, run.steps // 6)),
+        Schedule(
+            run.steps,
+            run.learning_rate,
+            eval_every=max(1, run.steps // 6),
+            muon_learning_rate=run.muon_learning_rate,
+        ),
         scratch,
     )
 
@@ -113,6 +120,9 @@ EXPERIMENT = Experiment(
         Run(layers="local,local,lsh"),
         Run(num_hashes=4),
         Run(axial_norm_std=0.1),
+        Run(muon_learning_rate=0.05),
+        Run(muon_learning_rate=0.05, initializer_range=0.05),
+        Run(muon_learning_rate=0.05, layers="local"),
     ],
     train_and_evaluate,
     report,

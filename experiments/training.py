@@ -13,6 +13,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from reformer_hf.training import MuonWithAdamW
+
 # Name of the file of the final weights.
 FINAL = "model.pt"
 
@@ -23,14 +25,15 @@ Batches = Callable[[int], dict[str, Tensor]]
 @dataclass(frozen=True)
 class Schedule:
     """
-    Length of a training and learning rate of AdamW.
+    Length of a training and learning rates of its optimizer.
 
     The learning rate rises during the warm-up, is constant, and falls to zero during the last fifth.
 
     Args:
         steps: Maximum number of steps.
         seconds: Maximum number of seconds, without evaluations; `None` for no limit.
-        learning_rate: Its maximum.
+        learning_rate: Its maximum, of AdamW.
+        muon_learning_rate: Maximum of Muon for the weights of linear layers (`MuonWithAdamW`); `None` for AdamW alone.
         warmup: Number of steps until it.
         eval_every: Number of steps between two evaluations.
         stop_at: Name of a metric, and the value at which training ends; `None` for no limit. Without a fall of the
@@ -46,6 +49,14 @@ class Schedule:
     stop_at: tuple[str, float] | None = None
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    muon_learning_rate: float | None = None
+
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        """Create the optimizer of a model."""
+        adamw = {"lr": self.learning_rate, "weight_decay": self.weight_decay, "betas": (0.9, 0.98)}
+        if self.muon_learning_rate is None:
+            return torch.optim.AdamW(model.parameters(), **adamw)
+        return MuonWithAdamW(model, self.muon_learning_rate, **adamw)
 
     def share_of_learning_rate(self, step: int, seconds: float) -> float:
         done = step / self.steps
@@ -91,9 +102,8 @@ def train(
     """
     device = PartialState().device
     model.to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98)
-    )
+    optimizer = schedule.optimizer(model)
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
     state, path = _State(0, 0.0, 0.0, [], []), scratch / "checkpoint.pt"
     if path.exists():
         saved = torch.load(path, map_location="cpu", weights_only=False)
@@ -105,8 +115,9 @@ def train(
     last_saved = time.monotonic()
     while not _is_done(state, schedule):
         wall, cpu = time.perf_counter(), time.process_time()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * schedule.share_of_learning_rate(state.step, state.seconds)
+        share = schedule.share_of_learning_rate(state.step, state.seconds)
+        for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = learning_rate * share
         model.train()
         loss = model(**{name: tensor.to(device) for name, tensor in batches(state.step).items()}).loss
         loss.backward()
