@@ -1,6 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """What tests share: closeness relative to the size of the reference, and small configurations."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,22 @@ def assert_close(actual: Tensor, expected: Tensor, limit: float, name: str = "ou
     """Fail, naming the tensor, where the relative root mean square difference is above `limit`, or not a number."""
     error = relative_rms(actual, expected)
     assert error <= limit, f"{name}: relative RMS difference {error:.3g} > {limit:.3g}"
+
+
+def assert_refused(call: Callable[..., object], cases: dict[str, tuple], error: type = ValueError) -> None:
+    """
+    Each case `(*arguments, pattern)` is refused with a message in which the pattern is found; fail with the names of
+    those that are not, and what was said instead.
+    """
+    failed = {}
+    for name, (*arguments, pattern) in cases.items():
+        try:
+            call(*arguments)
+            failed[name] = "was accepted"
+        except error as refusal:
+            if not re.search(pattern, str(refusal)):
+                failed[name] = str(refusal)
+    assert not failed, failed
 
 
 def tiny_config(cls=ReformerHfConfig, **fields) -> ReformerHfConfig:
