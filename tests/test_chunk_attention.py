@@ -210,6 +210,13 @@ each_pattern = pytest.mark.parametrize(
     PATTERNS,
     ids=[f"{kind}{'-deduplicated' if deduplicate else ''}" for kind, deduplicate in PATTERNS],
 )
+# Patterns by the kind of layer that has them.
+FAMILIES = {
+    "lsh": [pattern for pattern in PATTERNS if pattern[0] in ("bucket", "across", "window")],
+    "local": [pattern for pattern in PATTERNS if pattern[0] in ("local", "local-sorted")],
+    "ring": [pattern for pattern in PATTERNS if pattern[0].startswith("ring")],
+}
+each_family = pytest.mark.parametrize("family", FAMILIES)
 each_direction = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 
 # Every padding side; dropout and shared queries and keys with and without each other.
@@ -225,11 +232,13 @@ PINNED = [
 ]
 
 
-@each_pattern
-def test_equals_oracle(kind, deduplicate):
-    for causal, (side, dropout, shared) in itertools.product((False, True), PINNED):
+@each_family
+def test_equals_oracle(family):
+    for (kind, deduplicate), causal, pinned in itertools.product(FAMILIES[family], (False, True), PINNED):
+        side, dropout, shared = pinned
         case = replace(_case(kind, causal, deduplicate, (2, 37, 2, 8, 5, 3), side, dropout), shared=shared)
-        _assert_equals_oracle(case, of=f"causal {causal}, padding {side}, dropout {dropout}, shared {shared}")
+        of = f"{kind}, deduplicated {deduplicate}, causal {causal}, padding {side}, dropout {dropout}, shared {shared}"
+        _assert_equals_oracle(case, of=of)
 
 
 _kinds = st.sampled_from(PATTERNS)
@@ -322,23 +331,24 @@ def test_padding_rows_finite():
             assert grad.isfinite().all(), (kind, dtype)
 
 
-@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
-def test_large_scores(sign):
+def test_large_scores():
     case = _case("bucket", False, False)
     # Whole numbers, whose products are exact: the softmax is a maximum then, with ties.
     key = case.key.round().abs() + 1
-    query = sign * 4096 * (case.query.round().abs() + 1)
-    # Rounds meet through their logsumexp, as exact as fp32 is at its size.
-    largest = torch.einsum("bihd,bjhd->bhij", query, key).abs().max().item()
-    limit = torch.finfo(torch.float32).eps * largest
-    assert limit < 0.1
-    _assert_equals_oracle(replace(case, query=query, key=key, dropout=0.3), limit, torch.float32)
+    for sign in (1, -1):
+        query = sign * 4096 * (case.query.round().abs() + 1)
+        # Rounds meet through their logsumexp, as exact as fp32 is at its size.
+        largest = torch.einsum("bihd,bjhd->bhij", query, key).abs().max().item()
+        limit = torch.finfo(torch.float32).eps * largest
+        assert limit < 0.1
+        large = replace(case, query=query, key=key, dropout=0.3)
+        _assert_equals_oracle(large, limit, torch.float32, f"sign {sign}")
 
 
 FUSED_SHAPES = [(2, 61, 2, 8, 8, 2), (1, 1, 1, 4, 4, 1), (2, 37, 3, 64, 64, 4), (3, 101, 2, 8, 8, 2)]
 
 
-def _assert_fused_equals_plain(case):
+def _assert_fused_equals_plain(case, of=""):
     kernel_for, used = attention_kernels._kernel_for, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_kernels, "_kernel_for", lambda *args: used.append(kernel_for(*args)) or used[-1])
@@ -349,17 +359,23 @@ def _assert_fused_equals_plain(case):
     for name, found in fused.items():
         # A gradient that is zero but for rounding has no relative size.
         if expected[name].abs().max() > 1e-12:
-            assert_close(found, plain[name], 1e-5, name)
-            assert_close(found, expected[name], 1e-5, name)
+            assert_close(found, plain[name], 1e-5, f"{name}, plain {of}")
+            assert_close(found, expected[name], 1e-5, f"{name} {of}")
 
 
-@each_pattern
-def test_fused_equals_plain(kind, deduplicate):
+@each_family
+def test_fused_equals_plain(family):
     """Queries without keys included: the first ones, and all of a bucket of one."""
-    for causal, side in ((True, "whole-row"), (False, "left"), (True, None)):
-        _assert_fused_equals_plain(_case(kind, causal, deduplicate, FUSED_SHAPES[0], side))
-    _assert_fused_equals_plain(_case(kind, False, deduplicate, FUSED_SHAPES[1]))
-    _assert_fused_equals_plain(_case(kind, True, deduplicate, FUSED_SHAPES[2], "whole-row"))
+    cases = (
+        (True, FUSED_SHAPES[0], "whole-row"),
+        (False, FUSED_SHAPES[0], "left"),
+        (True, FUSED_SHAPES[0], None),
+        (False, FUSED_SHAPES[1], None),
+        (True, FUSED_SHAPES[2], "whole-row"),
+    )
+    for (kind, deduplicate), (causal, shape, side) in itertools.product(FAMILIES[family], cases):
+        of = f"{kind}, deduplicated {deduplicate}, causal {causal}, {_shape_id(shape)}, padding {side}"
+        _assert_fused_equals_plain(_case(kind, causal, deduplicate, shape, side), of)
 
 
 @pytest.mark.slow
@@ -391,21 +407,23 @@ def test_shared_query_key_has_two_gradients():
     assert set(case.op()) == set(case.oracle()) == {"output", "grad of query", "grad of value"}
 
 
-@each_pattern
-def test_small_tiles(kind, deduplicate):
-    for causal, side in ((False, None), (True, "left")):
-        case = _case(kind, causal, deduplicate, (2, 45, 2, 8, 5, 2), side)
-        expected = case.op()
-        # One chunk; some chunks; some heads.
-        for chunks, batched_rounds in itertools.product((1, 4, 20), (0, 1 << 20)):
+@each_family
+def test_small_tiles(family):
+    for kind, deduplicate in FAMILIES[family]:
+        for causal, side in ((False, None), (True, "left")):
+            case = _case(kind, causal, deduplicate, (2, 45, 2, 8, 5, 2), side)
+            expected = case.op()
+            # One chunk; some chunks; some heads.
+            for chunks, batched_rounds in itertools.product((1, 4, 20), (0, 1 << 20)):
+                with _tiles_of(chunks, case.pattern, batched_rounds):
+                    tiles = f"{kind}, deduplicated {deduplicate}, {chunks} chunks, {batched_rounds} rows batched"
+                    for name, found in case.op().items():
+                        assert_close(found, expected[name], 1e-12, f"{name}, causal {causal}, {tiles}")
+        # What is dropped depends on the tiles, and is the same in the backward pass.
+        for chunks, batched_rounds in itertools.product((4, 20), (0, 1 << 20)):
             with _tiles_of(chunks, case.pattern, batched_rounds):
-                tiles = f"tiles of {chunks} chunks, {batched_rounds} rows batched"
-                for name, found in case.op().items():
-                    assert_close(found, expected[name], 1e-12, f"{name}, causal {causal}, {tiles}")
-    # What is dropped depends on the tiles, and is the same in the backward pass.
-    for chunks, batched_rounds in itertools.product((4, 20), (0, 1 << 20)):
-        with _tiles_of(chunks, case.pattern, batched_rounds):
-            _assert_equals_oracle(replace(case, dropout=0.3), of=f"tiles of {chunks} chunks")
+                tiles = f"{kind}, deduplicated {deduplicate}, {chunks} chunks, {batched_rounds} rows batched"
+                _assert_equals_oracle(replace(case, dropout=0.3), of=tiles)
 
 
 @given(
@@ -455,21 +473,21 @@ def test_many_rounds_are_full_attention(causal):
     assert errors[64] <= 1e-10
 
 
-@pytest.mark.parametrize("kind", ["bucket", "window"])
-def test_query_without_keys_takes_own_value(kind):
+def test_query_without_keys_takes_own_value():
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
-    for dtype, num_hashes, dropout in itertools.product(dtypes, (1, 2), (0.0, 0.5)):
+    for case in itertools.product(("bucket", "window"), dtypes, (1, 2), (0.0, 0.5)):
+        kind, dtype, num_hashes, dropout = case
         torch.manual_seed(0)
         query, key, value = (torch.randn(2, 37, 2, 8).to(dtype).requires_grad_() for _ in range(3))
         # A bucket of its own for each.
         buckets = torch.arange(37, dtype=torch.int32).flip(0).expand(2, 2, num_hashes, 37).contiguous()
         out = chunk_attention(query, key, value, _pattern(kind, False), sort_by_bucket(buckets), None, dropout, 1)
-        assert torch.equal(out, value)
+        assert torch.equal(out, value), case
         weight = torch.randn_like(out)
         grads = torch.autograd.grad((out * weight).sum(), [query, key, value])
-        assert not grads[0].any()
-        assert not grads[1].any()
-        assert torch.equal(grads[2], weight)
+        assert not grads[0].any(), case
+        assert not grads[1].any(), case
+        assert torch.equal(grads[2], weight), case
 
 
 def test_key_of_later_round_replaces_own_value():
@@ -485,29 +503,31 @@ def test_first_causal_position_takes_own_value():
     assert torch.equal(case.op()["output"][:, 0], case.value[:, 0])
 
 
-@each_pattern
-def test_weights(kind, deduplicate):
-    for causal, side in itertools.product((False, True), (None, "left", "middle")):
-        _assert_weights(_case(kind, causal, deduplicate, (3, 37, 2, 8, 5, 2), side))
+@each_family
+def test_weights(family):
+    sides = (None, "left", "middle")
+    for (kind, deduplicate), causal, side in itertools.product(FAMILIES[family], (False, True), sides):
+        of = f"{kind}, deduplicated {deduplicate}, causal {causal}, padding {side}"
+        _assert_weights(_case(kind, causal, deduplicate, (3, 37, 2, 8, 5, 2), side), of)
 
 
-def _assert_weights(case):
+def _assert_weights(case, of):
     weights, positions = chunk_attention_weights(case.query, case.key, case.pattern, case.order, case.padding)
     num_hashes = 1 if case.order is None else case.order.shape[2]
-    assert weights.shape == positions.shape == (3, 2, num_hashes, 37, case.pattern.window_length)
+    assert weights.shape == positions.shape == (3, 2, num_hashes, 37, case.pattern.window_length), of
     assert positions.dtype == torch.int32
-    assert torch.equal(weights > 0, positions >= 0)
+    assert torch.equal(weights > 0, positions >= 0), of
     real = case.real[..., 0].transpose(1, 2).expand(-1, 2, -1)
     sums = weights.sum((2, 4))
     without_keys = case.counts.sum(-1) == 0
     if case.pattern.include_self:
         real = real & ~without_keys
-    assert_close(sums[real], torch.ones_like(sums[real]), 1e-12, "sum of weights")
+    assert_close(sums[real], torch.ones_like(sums[real]), 1e-12, f"sum of weights, {of}")
     dense = _by_key(weights, positions)
     out = torch.einsum("bhij,bjhe->bihe", dense, case.value)
-    assert_close(out * case.real, case.op()["output"], 1e-12, "output of weights")
+    assert_close(out * case.real, case.op()["output"], 1e-12, f"output of weights, {of}")
     expected = case.counts if case.pattern.include_self else case.counts + torch.eye(37) * without_keys[..., None]
-    assert torch.equal(_by_key((positions >= 0).double(), positions)[real], expected[real])
+    assert torch.equal(_by_key((positions >= 0).double(), positions)[real], expected[real]), of
 
 
 def test_weights_under_autocast():
@@ -637,16 +657,15 @@ def test_autocast():
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("kind", ["bucket", "across", "window", "local", "ring"])
-def test_saves_no_scores(kind):
-    for dropout in (0.0, 0.3):
+def test_saves_no_scores():
+    for kind, dropout in itertools.product(("bucket", "across", "window", "local", "ring"), (0.0, 0.3)):
         case = _case(kind, True, False, (2, 257, 2, 8, 5, 2), "left", dropout, chunk_length=64)
         inputs = [x.float().requires_grad_() for x in (case.query, case.key, case.value)]
         out = chunk_attention(*inputs, case.pattern, case.order, case.padding, dropout, 7)
         saved = [tensor for tensor in out.grad_fn.saved_tensors if tensor is not None]
         rows = 2 * 257 * 2
-        assert max(tensor.numel() for tensor in saved) <= rows * 8
+        assert max(tensor.numel() for tensor in saved) <= rows * 8, (kind, dropout)
         # Queries and keys, values and output, logsumexp, the order of two rounds, padding.
-        assert sum(tensor.numel() for tensor in saved) <= rows * (2 * 8 + 2 * 5 + 1 + 2 + 1) + 1
-        assert {tensor.dtype for tensor in saved} <= {torch.float32, torch.int32, torch.bool}
-        assert not [name for name, x in vars(out.grad_fn).items() if isinstance(x, torch.Tensor)]
+        assert sum(tensor.numel() for tensor in saved) <= rows * (2 * 8 + 2 * 5 + 1 + 2 + 1) + 1, (kind, dropout)
+        assert {tensor.dtype for tensor in saved} <= {torch.float32, torch.int32, torch.bool}, (kind, dropout)
+        assert not [name for name, x in vars(out.grad_fn).items() if isinstance(x, torch.Tensor)], (kind, dropout)

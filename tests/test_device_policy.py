@@ -51,24 +51,26 @@ def _attention(name, length, padded):
     return found | {f"grad of {name}": grad for name, grad in zip(inputs, grads, strict=True)}, positions
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("length", [29, 333, 1024])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_attention_of_cuda_policy(name, length, padded, monkeypatch):
-    expected, expected_positions = _attention(name, length, padded)
-    for kernel, policy in POLICIES.items():
-        set_policy(monkeypatch, policy)
-        found, positions = _attention(name, length, padded)
-        assert torch.equal(positions, expected_positions), kernel
-        for tensor in expected:
-            assert_close(found[tensor], expected[tensor], 1e-5, f"{tensor}, {kernel}")
+def test_attention_of_cuda_policy(name, monkeypatch):
+    for length, padded in ((29, True), (333, False), (333, True), (1024, False)):
+        set_policy(monkeypatch, CPU)
+        expected, expected_positions = _attention(name, length, padded)
+        for kernel, policy in POLICIES.items():
+            set_policy(monkeypatch, policy)
+            found, positions = _attention(name, length, padded)
+            of = f"{kernel}, length {length}, padded {padded}"
+            assert torch.equal(positions, expected_positions), of
+            for tensor in expected:
+                assert_close(found[tensor], expected[tensor], 1e-5, f"{tensor}, {of}")
 
 
-@pytest.mark.parametrize("length", [5, 333, 5000])
-def test_buckets_of_cuda_policy(length, monkeypatch):
-    expected = _buckets(length)
+def test_buckets_of_cuda_policy(monkeypatch):
+    lengths = (5, 333, 5000)
+    expected = {length: _buckets(length) for length in lengths}
     set_policy(monkeypatch, CUDA_UNFUSED)
-    assert torch.equal(_buckets(length), expected)
+    for length in lengths:
+        assert torch.equal(_buckets(length), expected[length]), length
 
 
 def test_rotations_ignore_default_device():
@@ -76,12 +78,11 @@ def test_rotations_ignore_default_device():
         assert random_rotations(0, 3, 16, 2, FACTORS).device.type == "cpu"
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("lsh_pattern", ["window", "chunk"])
-def test_model_of_cuda_policy(lsh_pattern, policy, monkeypatch):
+@pytest.mark.parametrize(("lsh_pattern", "kernel"), [("window", "fused"), ("chunk", "unfused")])
+def test_model_of_cuda_policy(lsh_pattern, kernel, monkeypatch):
     """A training step at a length that the CPU cuts into chunks of positions and groups of heads."""
     results = []
-    for other in (CPU, policy):
+    for other in (CPU, POLICIES[kernel]):
         set_policy(monkeypatch, other, chunk_positions=100 if other is CPU else other.chunk_positions)
         model = random_model(torch.float64, attn_layers=["local", "lsh"], hash_seed=0, lsh_pattern=lsh_pattern).train()
         ids = torch.randint(1, 60, (2, 251), generator=torch.Generator().manual_seed(0))
@@ -103,10 +104,10 @@ def test_sizes_of_policies():
     assert suitable_chunk_size(2, 1 << 20, "cpu") == 1 << 9
 
 
-@pytest.mark.parametrize(("device", "policy"), [("cpu", CPU), ("cuda", CUDA), ("cuda:1", CUDA), ("mps", OTHER)])
-def test_policy_by_device(device, policy):
-    assert policy_for(device) is policy
-    assert policy_for(torch.device(device)) is policy
+def test_policy_by_device():
+    for device, policy in (("cpu", CPU), ("cuda", CUDA), ("cuda:1", CUDA), ("mps", OTHER)):
+        assert policy_for(device) is policy, device
+        assert policy_for(torch.device(device)) is policy, device
 
 
 def _takes(kernel, dtype=torch.float32, chunk=64, window=192, size=64, value_size=64):
