@@ -172,7 +172,18 @@ def _assert_same(found, expected, limit=1e-10):
         assert_close(grad, plain_grads[name], limit, name)
 
 
-@pytest.mark.parametrize("name", INTERVENTIONS)
+# Each way to intervene, and each module in one of the ways.
+QUICK = {
+    *("output", "input", "wrapper", "skipped", "undone", "two", "last", "spectral-norm"),
+    *(f"patched-{name}" for name in MODULES[::2]),
+    *(f"replaced-{name}" for name in MODULES[1::2]),
+    *("attention", "attention.layer_norm", "feed_forward.output.dense"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in INTERVENTIONS]
+)
 def test_intervention(name):
     _assert_same(*(_step(INTERVENTIONS[name], reversible) for reversible in (True, False)))
 
@@ -280,7 +291,7 @@ def test_buffers_change_once():
     assert_close(counts[0].running_mean, counts[1].running_mean, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["", *MODULES[:3]])
+@pytest.mark.parametrize("name", ["", "attention", "attention.self_attention"])
 def test_generate_with_wrapped_modules(name):
     """As control vectors do it: the cache works with modules that only have a `forward`."""
     sequences = []
@@ -300,8 +311,11 @@ def _switch_mode(model):
     model.eval()
 
 
-@pytest.mark.parametrize("chunk_size", [0, 10], ids=["whole", "chunks"])
-@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
+@pytest.mark.parametrize(
+    ("reversible", "chunk_size"),
+    [(True, 0), (True, 10), (False, 10)],
+    ids=["reversible-whole", "reversible-chunks", "plain-chunks"],
+)
 def test_eval_before_backward(reversible, chunk_size):
     """The mode is part of what is recomputed."""
     fields = {"chunk_size_feed_forward": chunk_size, "chunk_size_lm_head": chunk_size}
