@@ -4,7 +4,6 @@
 import itertools
 import math
 
-import pytest
 import torch
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import AxialPositionEmbeddings as InTreeAxialPositionEmbeddings
@@ -59,15 +58,14 @@ def _in_tree(embeddings):
     return in_tree
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_equals_in_tree(training):
-    for length in (1, 2, 9, 10, 11, 37, 60):
+def test_equals_in_tree():
+    for training, length in itertools.product((False, True), (1, 2, 9, 10, 11, 37, 60)):
         embeddings = _embeddings(2)
         # In training, in-tree takes the product of the axes for a length only; without dropout it computes the same.
         in_tree = _in_tree(embeddings).train(training and length == 60)
         position_ids = torch.arange(length).expand(2, length)
         found, expected = embeddings.train(training)(position_ids), in_tree(position_ids)
-        assert torch.equal(found, expected), length
+        assert torch.equal(found, expected), (length, training)
         torch.manual_seed(1)
         weight = torch.randn_like(found)
         grads, expected_grads = (
@@ -95,28 +93,26 @@ def test_equals_definition():
         assert torch.unique(expected, dim=0).shape[0] == 60
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3])
-def test_dropout_by_last_coordinate(axes):
+def test_dropout_by_last_coordinate():
     """Positions with one last coordinate are dropped together."""
-    embeddings = _embeddings(axes, hidden_dropout_prob=0.375)
-    for length in (1, 23, 60):
+    for axes, length in itertools.product(SHAPES, (1, 23, 60)):
+        embeddings, of = _embeddings(axes, hidden_dropout_prob=0.375), f"{axes} axes, {length} positions"
         position_ids = torch.arange(length).expand(64, length)
         whole = embeddings.eval()(position_ids)
         torch.manual_seed(0)
         found = embeddings.train()(position_ids)
         dropped = (found == 0).all(-1)
         # This rate is not rounded.
-        assert_close(found[~dropped], whole[~dropped] / 0.625, 1e-6)
+        assert_close(found[~dropped], whole[~dropped] / 0.625, 1e-6, of)
         last = position_ids[0] % embeddings.axes[-1]
         for coordinate in last.unique():
             column = dropped[:, last == coordinate]
-            assert torch.equal(column.any(-1), column.all(-1))
+            assert torch.equal(column.any(-1), column.all(-1)), of
         by_coordinate = dropped[:, : embeddings.axes[-1]]
         # Five standard deviations of so many draws.
-        assert abs(by_coordinate.float().mean() - 0.375) < 5 * (0.375 * 0.625 / by_coordinate.numel()) ** 0.5
+        assert abs(by_coordinate.float().mean() - 0.375) < 5 * (0.375 * 0.625 / by_coordinate.numel()) ** 0.5, of
         # Rows of a batch draw for themselves.
-        assert by_coordinate.any()
-        assert not by_coordinate.all()
+        assert by_coordinate.any() and not by_coordinate.all(), of
 
 
 def test_dropout_of_gradient():

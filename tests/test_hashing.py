@@ -28,10 +28,6 @@ from .policies import set_policy
 FACTORS = [[2], [16], [4, 8], [2, 6, 4]]
 
 
-def _factors_id(factors):
-    return "N" + "x".join(map(str, factors))
-
-
 def _plain_buckets(vectors, rotations, factors):
     """`argmax([xR; -xR])`, part by part, the first factor's digit the lowest."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
@@ -82,17 +78,17 @@ def test_buckets_are_argmax():
             assert torch.equal(buckets.long(), expected), (factors, dtype, tile)
 
 
-@pytest.mark.parametrize("factors", FACTORS, ids=_factors_id)
-def test_buckets_equal_in_tree(factors):
+def test_buckets_equal_in_tree():
     torch.manual_seed(0)
     vectors = torch.randn(2, 77, 3, 8)
-    layer = _in_tree_layer(hash_seed=7, num_buckets=factors if len(factors) > 1 else factors[0])
-    num_buckets = torch.tensor(factors).prod()
-    # In-tree wants heads before positions, and numbers the buckets of all rounds through.
-    expected = layer._hash_vectors(vectors.transpose(1, 2), 4, None).unflatten(-1, (4, 77))
-    expected = expected - num_buckets * torch.arange(4)[:, None]
-    buckets = hash_vectors(vectors, random_rotations(7, 3, 8, 4, factors), factors)
-    assert torch.equal(buckets.long(), expected)
+    for factors in FACTORS:
+        layer = _in_tree_layer(hash_seed=7, num_buckets=factors if len(factors) > 1 else factors[0])
+        num_buckets = torch.tensor(factors).prod()
+        # In-tree wants heads before positions, and numbers the buckets of all rounds through.
+        expected = layer._hash_vectors(vectors.transpose(1, 2), 4, None).unflatten(-1, (4, 77))
+        expected = expected - num_buckets * torch.arange(4)[:, None]
+        buckets = hash_vectors(vectors, random_rotations(7, 3, 8, 4, factors), factors)
+        assert torch.equal(buckets.long(), expected), factors
 
 
 def test_hash_few_equals_hash_vectors():
@@ -168,17 +164,16 @@ def test_buckets_no_longer_than_window():
         assert num_buckets == 1 or num_buckets * window_length < 2 * length
 
 
-@pytest.mark.parametrize(("chunk_length", "max_position_embeddings"), [(4, 4096), (16, 1024), (64, 4096), (64, 65536)])
-def test_bucket_factors_equal_in_tree(chunk_length, max_position_embeddings):
-    layer = _in_tree_layer(
-        num_buckets=None, lsh_attn_chunk_length=chunk_length, max_position_embeddings=max_position_embeddings
-    )
-    lengths = {*range(chunk_length, max_position_embeddings, 61), *range(chunk_length, 4 * chunk_length)}
-    lengths |= {chunk_length * 2**i + j for i in range(20) for j in (-1, 0, 1)} | {max_position_embeddings}
-    for length in sorted(length for length in lengths if chunk_length <= length <= max_position_embeddings):
-        layer._set_num_buckets(length)
-        expected = layer.num_buckets if isinstance(layer.num_buckets, list) else [layer.num_buckets]
-        assert bucket_factors(None, length, chunk_length, max_position_embeddings) == expected, length
+def test_bucket_factors_equal_in_tree():
+    for chunk_length, longest in ((4, 4096), (16, 1024), (64, 4096), (64, 65536)):
+        layer = _in_tree_layer(num_buckets=None, lsh_attn_chunk_length=chunk_length, max_position_embeddings=longest)
+        lengths = {*range(chunk_length, longest, 61), *range(chunk_length, 4 * chunk_length)}
+        lengths |= {chunk_length * 2**i + j for i in range(20) for j in (-1, 0, 1)} | {longest}
+        for length in sorted(length for length in lengths if chunk_length <= length <= longest):
+            layer._set_num_buckets(length)
+            expected = layer.num_buckets if isinstance(layer.num_buckets, list) else [layer.num_buckets]
+            found = bucket_factors(None, length, chunk_length, longest)
+            assert found == expected, (length, chunk_length, longest)
 
 
 def test_short_inputs_have_two_buckets():

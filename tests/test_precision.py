@@ -34,8 +34,7 @@ class _Observed(torch.nn.Linear):
         return out
 
 
-@LOW
-def test_recomputation_under_autocast(dtype):
+def test_recomputation_under_autocast():
     """The backward pass runs outside autocast; what it recomputes does not."""
     model = random_model(attn_layers=LAYERS, num_parallel_heads=1).train()
     seen = []
@@ -43,13 +42,15 @@ def test_recomputation_under_autocast(dtype):
         if name.endswith("dense") and isinstance(module, torch.nn.Linear):
             # A layer with hooks or other functions inside would not recompute.
             module.__class__, module.seen = _Observed, seen
-    with torch.autocast("cpu", dtype):
-        loss = model(**_batch()).loss
-    forward = len(seen)
-    loss.backward()
-    assert not torch.is_autocast_enabled("cpu")
-    assert len(seen) > forward > 0
-    assert set(seen) == {(dtype, True)}
+    for dtype in (torch.bfloat16, torch.float16):
+        seen.clear()
+        with torch.autocast("cpu", dtype):
+            loss = model(**_batch()).loss
+        forward = len(seen)
+        loss.backward()
+        assert not torch.is_autocast_enabled("cpu"), dtype
+        assert len(seen) > forward > 0, dtype
+        assert set(seen) == {(dtype, True)}
 
 
 @LOW

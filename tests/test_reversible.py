@@ -29,9 +29,16 @@ def _loss(model, length=77, **inputs):
     return model(input_ids, labels=input_ids, **inputs)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("chunk_size", [0, 10], ids=["ff-whole", "ff-chunks"])
+@pytest.mark.parametrize(
+    ("dtype", "limit", "padded", "chunk_size"),
+    [
+        (torch.float32, 1e-5, False, 0),
+        (torch.float32, 1e-5, True, 10),
+        (torch.float64, 1e-12, True, 0),
+        (torch.float64, 1e-12, False, 10),
+    ],
+    ids=["fp32-whole", "fp32-padded-ff-chunks", "fp64-padded", "fp64-whole-ff-chunks"],
+)
 def test_gradients_equal_plain(dtype, limit, padded, chunk_size):
     reversible, plain = _pair(dtype, attn_layers=DEEP, chunk_size_feed_forward=chunk_size, **DROPOUT)
     inputs = {}
@@ -127,7 +134,7 @@ def test_nothing_is_kept_without_gradient():
     assert _loss(model).logits.grad_fn is None
 
 
-@pytest.mark.parametrize("layer", [0, 1, 5, 12])
+@pytest.mark.parametrize("layer", [0, 5, 12])
 def test_loss_on_an_inner_hidden_state(layer):
     """Layers after it have no backward pass of their own and must be inverted on the way."""
     reversible, plain = _pair(torch.float64, attn_layers=DEEP, **DROPOUT)
@@ -218,12 +225,11 @@ def test_two_forward_passes_before_backward():
         assert_close(grad, expected[name], 1e-12, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_streams_stay_in_fp32_under_autocast(dtype):
+def test_streams_stay_in_fp32_under_autocast():
     """Recomputed under the same autocast, the reversible gradient is the plain one up to the dtype's noise."""
     reversible, plain = _pair(attn_layers=DEEP, **DROPOUT)
     for model in (reversible, plain):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", torch.bfloat16):
             output = _loss(model, output_hidden_states=True)
         assert {state.dtype for state in output.hidden_states} == {torch.float32}
         output.loss.backward()

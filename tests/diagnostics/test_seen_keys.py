@@ -9,7 +9,7 @@ from reformer_hf.diagnostics import seen_keys
 from reformer_hf.hashing import hash_vectors, random_rotations
 from reformer_hf.lsh_attention import factors_of
 
-from ..helpers import assert_close, random_model
+from ..helpers import assert_close, assert_refused, random_model
 from ..reference import dense_attention, full_attention_counts, key_counts, normalized_keys
 
 LENGTH = 41
@@ -30,8 +30,10 @@ def _queries_of(model, layer_idx):
         return attention.self_attention.project(attention.layer_norm(states), slice(0, 2))[0]
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    [("window", True), ("window", False), ("chunk", False), ("number-of-buckets-from-length", True)],
+)
 def test_equals_definition(name, causal):
     fields = {**PATTERNS[name], "attn_layers": ["local", "lsh"], "is_decoder": causal, "num_hashes": 3}
     classes = {} if causal else {"cls": ReformerHfForMaskedLM}
@@ -77,22 +79,18 @@ def test_one_bucket_sees_everything():
     assert not found.buckets.any()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"input_ids": IDS[0]}, r"shape \(41,\), but must be one text"),
-        ({"input_ids": IDS[:, :0]}, r"shape \(1, 0\), but must be one text"),
-        ({"heads": [2]}, r"`heads` is \[2\], but the layer has 2 heads: give some from 0"),
-        ({"heads": []}, r"`heads` is \[\], but the layer has 2 heads"),
-        ({"queries": [3, 41]}, r"`queries` is \[3, 41\], but the text has 41 tokens"),
-        ({"queries": [-1]}, r"`queries` is \[-1\], but"),
-        ({"layer": 1}, "Layer 1 is not an LSH layer of the model"),
-    ],
-)
-def test_refused(options, message):
+def test_refused():
     model = random_model(attn_layers=["lsh", "local"])
-    with pytest.raises(ValueError, match=message):
-        seen_keys(model, **{"input_ids": IDS, "layer": 0, **options})
+    cases = {
+        "one axis": ({"input_ids": IDS[0]}, r"shape \(41,\), but must be one text"),
+        "empty text": ({"input_ids": IDS[:, :0]}, r"shape \(1, 0\), but must be one text"),
+        "head": ({"heads": [2]}, r"`heads` is \[2\], but the layer has 2 heads: give some from 0"),
+        "no heads": ({"heads": []}, r"`heads` is \[\], but the layer has 2 heads"),
+        "late query": ({"queries": [3, 41]}, r"`queries` is \[3, 41\], but the text has 41 tokens"),
+        "negative query": ({"queries": [-1]}, r"`queries` is \[-1\], but"),
+        "layer": ({"layer": 1}, "Layer 1 is not an LSH layer of the model"),
+    }
+    assert_refused(lambda options: seen_keys(model, **{"input_ids": IDS, "layer": 0, **options}), cases)
 
 
 def test_both_stacks_refused():

@@ -3,8 +3,9 @@
 
 import random
 
-import pytest
 from listops import OPERATORS, baselines, draw_examples, draw_expression, evaluate, listops_tokenizer, load_listops
+
+from ..helpers import assert_refused
 
 CASES = {
     "[MAX 4 [MIN 8 2 ] 0 ]": 4,
@@ -38,10 +39,10 @@ def test_evaluate():
         assert example["label"] == evaluate(tokens) == _independent_value(tokens)
 
 
-@pytest.mark.parametrize("text", ["", "[MAX ]", "[MAX 1 2", "1 2", "[MAX 1 ] 2", "[SUM 1 ]", "] 1"])
-def test_bad_expressions(text):
-    with pytest.raises(ValueError, match="expression|must be an operator"):
-        evaluate(text.split())
+def test_bad_expressions():
+    texts = ("", "[MAX ]", "[MAX 1 2", "1 2", "[MAX 1 ] 2", "[SUM 1 ]", "] 1")
+    bad = {text: (text.split(), "expression|must be an operator") for text in texts}
+    assert_refused(evaluate, bad)
 
 
 def test_lengths_and_depths():

@@ -17,7 +17,7 @@ from huggingface_hub import SpaceCard
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfForMaskedLM
 from reformer_hf.diagnostics import seen_keys
 
-from ..helpers import random_model
+from ..helpers import assert_refused, random_model
 from .conftest import EXAMPLES
 
 SPACE = EXAMPLES / "space"
@@ -98,26 +98,23 @@ def test_special_tokens_in_a_text_are_text(tiny):
     assert tiny.encode("</s>") == [2 + byte for byte in b"</s>"]
 
 
-@pytest.mark.parametrize(
-    ("text", "number", "temperature", "message"),
-    [
-        ("", 10, 1, "The text is empty"),
-        (" \n", 10, 1, "The text is empty"),
-        (None, 10, 1, "The text is empty"),
-        ("x" * 500, 13, 1, "The text has 500 tokens and you ask for 13 more, but the model reads 512 .* by 1 tokens"),
-        ("x" * 100_001, 10, 1, "The text has 100,001 characters. Shorten it to 100,000"),
-        (TEXT, None, 1, "Number of new tokens is empty. Give a number from 1 to 1,000"),
-        (TEXT, "many", 1, "Number of new tokens is 'many', which is not a number"),
-        (TEXT, 1.5, 1, "Number of new tokens is 1.5. Give a whole number"),
-        (TEXT, 0, 1, "Number of new tokens is 0. Give a number from 1"),
-        (TEXT, 10, -1, "Temperature is -1. Give a number from 0 to 2.0"),
-        (TEXT, 10, float("nan"), "Temperature is nan"),
-        (TEXT, 10, "hot", "Temperature is 'hot', which is not a number"),
-    ],
-)
-def test_bad_input(tiny, text, number, temperature, message):
-    with pytest.raises(InputError, match=message):
-        next(continue_text(tiny, text, number, temperature))
+def test_bad_input(tiny):
+    too_many = "The text has 500 tokens and you ask for 13 more, but the model reads 512 .* by 1 tokens"
+    cases = {
+        "empty": ("", 10, 1, "The text is empty"),
+        "blank": (" \n", 10, 1, "The text is empty"),
+        "none": (None, 10, 1, "The text is empty"),
+        "too many tokens": ("x" * 500, 13, 1, too_many),
+        "long text": ("x" * 100_001, 10, 1, "The text has 100,001 characters. Shorten it to 100,000"),
+        "no number": (TEXT, None, 1, "Number of new tokens is empty. Give a number from 1 to 1,000"),
+        "number in words": (TEXT, "many", 1, "Number of new tokens is 'many', which is not a number"),
+        "fraction": (TEXT, 1.5, 1, "Number of new tokens is 1.5. Give a whole number"),
+        "zero": (TEXT, 0, 1, "Number of new tokens is 0. Give a number from 1"),
+        "cold": (TEXT, 10, -1, "Temperature is -1. Give a number from 0 to 2.0"),
+        "not a number": (TEXT, 10, float("nan"), "Temperature is nan"),
+        "temperature in words": (TEXT, 10, "hot", "Temperature is 'hot', which is not a number"),
+    }
+    assert_refused(lambda *arguments: next(continue_text(tiny, *arguments)), cases, InputError)
 
 
 def _tokens(section):
@@ -150,20 +147,20 @@ def test_picture_of_first_token_and_of_bytes(tiny):
     assert "all 0 earlier tokens" in picture and "<small>197</small>" in picture
 
 
-@pytest.mark.parametrize(
-    ("token", "rounds", "buckets", "message"),
-    [
-        (None, 2, 8, "Token is empty. Give a number from 1 to 30"),
-        ("x", 2, 8, "Token is 'x', which is not a number"),
-        (31, 2, 8, "Token is 31. Give a number from 1 to 30"),
-        (5, 9, 8, "Hash rounds is 9. Give a number from 1 to 8"),
-        (5, 2, 1, "Buckets is 1. Give a number from 2 to 32"),
-    ],
-)
-def test_bad_picture(tiny, token, rounds, buckets, message):
+def test_bad_picture(tiny):
     input_ids = attention_picture.encode_for_picture(tiny, TEXT)
-    with pytest.raises(InputError, match=message):
+    cases = {
+        "no token": (None, 2, 8, "Token is empty. Give a number from 1 to 30"),
+        "letter": ("x", 2, 8, "Token is 'x', which is not a number"),
+        "late token": (31, 2, 8, "Token is 31. Give a number from 1 to 30"),
+        "rounds": (5, 9, 8, "Hash rounds is 9. Give a number from 1 to 8"),
+        "buckets": (5, 2, 1, "Buckets is 1. Give a number from 2 to 32"),
+    }
+
+    def draw(token, rounds, buckets):
         attention_picture.draw_picture(tiny, input_ids, token, 1, 0, rounds, buckets)
+
+    assert_refused(draw, cases, InputError)
 
 
 def test_text_without_picture(tiny):
