@@ -534,15 +534,15 @@ def test_step_weights_sum_to_one():
             assert_close(weights.sum((2, 4)), torch.ones(1, 2, 1, dtype=torch.float64), 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype):
-    model = random_model(torch.float32)
-    decoding = Decoding(model.to(dtype), _new_cache(model)).take(60)
-    for _ in range(10):
-        decoding.take(1)
-    assert decoding.cache.layers[0].keys.dtype == dtype
-    assert decoding.logits.isfinite().all()
-    assert_close(decoding.logits, decoding.expected(), 0.05)
+def test_half_precision():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = random_model(torch.float32)
+        decoding = Decoding(model.to(dtype), _new_cache(model)).take(60)
+        for _ in range(10):
+            decoding.take(1)
+        assert decoding.cache.layers[0].keys.dtype == dtype
+        assert decoding.logits.isfinite().all(), dtype
+        assert_close(decoding.logits, decoding.expected(), 0.05, str(dtype))
 
 
 def test_autocast():
@@ -571,7 +571,7 @@ def test_train_mode_keeps_rotations():
     assert model(decoding.ids, use_cache=True).cache is None
 
 
-@pytest.mark.parametrize(("kind", "static"), [("local", True), ("lsh", False), ("lsh", True), ("full", False)])
+@pytest.mark.parametrize(("kind", "static"), [("local", True), ("lsh", False), ("full", True)])
 @torch.no_grad()
 def test_step_dropout(kind, static):
     """In training, a step drops attention weights and scales the others, and drops the output, each at its rate."""

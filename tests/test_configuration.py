@@ -218,25 +218,26 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_round_trip(fields, tmp_path):
-    config = ReformerHfConfig(**fields)
-    config.save_pretrained(tmp_path)
-    for other in (
-        ReformerHfConfig.from_pretrained(tmp_path),
-        AutoConfig.from_pretrained(tmp_path),
-        ReformerHfConfig.from_dict(config.to_dict()),
-        ReformerHfConfig.from_json_file(tmp_path / "config.json"),
-        copy.deepcopy(config),
-    ):
-        assert isinstance(other, ReformerHfConfig)
-        for name in ReformerHfConfig.__dataclass_fields__:
-            if name != "transformers_version":
-                assert getattr(other, name) == getattr(config, name), name
-    other = ReformerHfConfig.from_pretrained(tmp_path)
-    other.save_pretrained(tmp_path / "again")
-    first, again = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "again"))
-    assert first == again
+def test_round_trip(tmp_path):
+    for number, fields in enumerate(FIELDS):
+        folder = tmp_path / str(number)
+        config = ReformerHfConfig(**fields)
+        config.save_pretrained(folder)
+        for other in (
+            ReformerHfConfig.from_pretrained(folder),
+            AutoConfig.from_pretrained(folder),
+            ReformerHfConfig.from_dict(config.to_dict()),
+            ReformerHfConfig.from_json_file(folder / "config.json"),
+            copy.deepcopy(config),
+        ):
+            assert isinstance(other, ReformerHfConfig)
+            for name in ReformerHfConfig.__dataclass_fields__:
+                if name != "transformers_version":
+                    assert getattr(other, name) == getattr(config, name), (name, fields)
+        other = ReformerHfConfig.from_pretrained(folder)
+        other.save_pretrained(folder / "again")
+        first, again = (json.loads((each / "config.json").read_text()) for each in (folder, folder / "again"))
+        assert first == again, fields
 
 
 def _in_tree_folder(tmp_path, **fields):
@@ -244,24 +245,27 @@ def _in_tree_folder(tmp_path, **fields):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"attn_layers": ["lsh"], "num_buckets": [64, 32], "num_hashes": 4, "hash_seed": 1, "is_decoder": True},
-        {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "hidden_size": 64, "lsh_num_chunks_after": 1},
-        {"axial_pos_embds": False, "max_position_embeddings": 100, "bos_token_id": 5, "vocab_size": 258},
-    ],
-    ids=str,
-)
-def test_in_tree_config(fields, tmp_path):
+IN_TREE_FIELDS = [
+    {},
+    {"attn_layers": ["lsh"], "num_buckets": [64, 32], "num_hashes": 4, "hash_seed": 1, "is_decoder": True},
+    {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "hidden_size": 64, "lsh_num_chunks_after": 1},
+    {"axial_pos_embds": False, "max_position_embeddings": 100, "bos_token_id": 5, "vocab_size": 258},
+]
+
+
+def test_in_tree_config(tmp_path):
+    for number, fields in enumerate(IN_TREE_FIELDS):
+        _assert_equals_in_tree_config(fields, tmp_path / str(number))
+
+
+def _assert_equals_in_tree_config(fields, tmp_path):
     in_tree = ReformerConfig(**fields)
     folder = _in_tree_folder(tmp_path, **fields)
     for config in (ReformerHfConfig.from_pretrained(folder), ReformerHfConfig.from_dict(in_tree.to_dict())):
         assert config.model_type == "reformer_hf"
         assert config.to_dict()["model_type"] == "reformer_hf"
         for name, value in IN_TREE_BEHAVIOUR.items():
-            assert getattr(config, name) == value, name
+            assert getattr(config, name) == value, (name, fields)
         for name in ReformerConfig.__dataclass_fields__:
             # The last one names modules, for sharding.
             own = ("model_type", "transformers_version", "max_position_embeddings", "base_model_fsdp_plan")
@@ -270,9 +274,9 @@ def test_in_tree_config(fields, tmp_path):
             found, expected = getattr(config, name), getattr(in_tree, name)
             assert (list(found) if isinstance(found, tuple) else found) == (
                 list(expected) if isinstance(expected, tuple) else expected
-            ), name
+            ), (name, fields)
         held = math.prod(in_tree.axial_pos_shape) if in_tree.axial_pos_embds else in_tree.max_position_embeddings
-        assert config.max_position_embeddings == min(in_tree.max_position_embeddings, held)
+        assert config.max_position_embeddings == min(in_tree.max_position_embeddings, held), fields
 
 
 def test_sparse_in_tree_file(tmp_path):
@@ -297,11 +301,12 @@ def test_from_dict_copies():
         assert given_dict == kept
 
 
-@pytest.mark.parametrize("in_tree", [False, True], ids=["ours", "in-tree"])
-def test_overrides(tmp_path, in_tree):
-    (ReformerConfig() if in_tree else ReformerHfConfig()).save_pretrained(tmp_path)
-    config = ReformerHfConfig.from_pretrained(tmp_path, num_hashes=4, num_buckets=[8, 8], is_decoder=True)
-    assert (config.num_hashes, config.num_buckets, config.is_decoder) == (4, [8, 8], True)
+def test_overrides(tmp_path):
+    for cls in (ReformerHfConfig, ReformerConfig):
+        cls().save_pretrained(tmp_path / cls.__name__)
+        overrides = {"num_hashes": 4, "num_buckets": [8, 8], "is_decoder": True}
+        config = ReformerHfConfig.from_pretrained(tmp_path / cls.__name__, **overrides)
+        assert {name: getattr(config, name) for name in overrides} == overrides, cls
 
 
 def test_overrides_come_first(tmp_path):
@@ -357,9 +362,9 @@ def test_padded_length():
         assert config.padded_length(length) == padded, (layers, length)
 
 
-@pytest.mark.parametrize(("pattern", "chunks"), [("window", 2), ("chunk", 1)])
-def test_chunks_before_of_pattern(pattern, chunks):
-    config = ReformerHfConfig(lsh_pattern=pattern)
-    assert config.lsh_num_chunks_before == chunks
-    assert ReformerHfConfig.from_dict(config.to_dict()).lsh_num_chunks_before == chunks
-    assert ReformerHfConfig(lsh_pattern=pattern, lsh_num_chunks_before=3).lsh_num_chunks_before == 3
+def test_chunks_before_of_pattern():
+    for pattern, chunks in (("window", 2), ("chunk", 1)):
+        config = ReformerHfConfig(lsh_pattern=pattern)
+        assert config.lsh_num_chunks_before == chunks, pattern
+        assert ReformerHfConfig.from_dict(config.to_dict()).lsh_num_chunks_before == chunks, pattern
+        assert ReformerHfConfig(lsh_pattern=pattern, lsh_num_chunks_before=3).lsh_num_chunks_before == 3, pattern

@@ -73,15 +73,16 @@ def test_equals_definition(causal):
         _assert_equals_definition(causal, side, length)
 
 
-@each_direction
-def test_padding_changes_nothing(causal):
+def test_padding_changes_nothing():
     """Neither what stands at padding nor that it is there."""
-    layer = _layer(causal)
-    hidden_states, padding = _inputs(40, "left")
-    out, _ = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
-    other = torch.where(padding[..., None], 100.0, hidden_states)
-    assert_close(layer(other, AttentionCall.on(other, padding=padding))[0][~padding], out[~padding], 1e-14)
-    assert_close(layer(hidden_states[1:, 7:])[0], out[1:, 7:], 1e-14)
+    for causal in (False, True):
+        layer, of = _layer(causal), f"causal {causal}"
+        hidden_states, padding = _inputs(40, "left")
+        out, _ = layer(hidden_states, AttentionCall.on(hidden_states, padding=padding))
+        other = torch.where(padding[..., None], 100.0, hidden_states)
+        found, _ = layer(other, AttentionCall.on(other, padding=padding))
+        assert_close(found[~padding], out[~padding], 1e-14, f"other padding, {of}")
+        assert_close(layer(hidden_states[1:, 7:])[0], out[1:, 7:], 1e-14, f"no padding, {of}")
 
 
 def test_later_positions_change_nothing():
@@ -129,30 +130,29 @@ def test_dropout_keeps_mean(causal):
     assert abs(share - (1 - rate)) < 0.02
 
 
-@each_direction
-def test_weights(causal):
-    for side in SIDES:
+def test_weights():
+    for causal, side in itertools.product((False, True), SIDES):
         _assert_weights(causal, side)
 
 
 def _assert_weights(causal, side):
-    layer = _layer(causal)
+    layer, of = _layer(causal), f"causal {causal}, padding {side}"
     hidden_states, padding = _inputs(23, side)
     call = AttentionCall.on(hidden_states, padding=padding, output_attentions=True)
     out, found = layer.attend(layer.project(hidden_states, layer.all_heads), call, layer.all_heads)
     out, (weights, positions) = out.flatten(2), found.weights
     assert weights.shape == positions.shape == (3, 2, 1, 23, 23)
     assert not weights.requires_grad
-    assert_close(weights.sum((2, 4)), torch.ones(3, 2, 23), 1e-12, "sum of weights")
+    assert_close(weights.sum((2, 4)), torch.ones(3, 2, 23), 1e-12, f"sum of weights, {of}")
     value = layer.value(hidden_states).unflatten(-1, (2, 16))
     real = torch.ones(3, 23, dtype=torch.bool) if padding is None else ~padding
     reproduced = torch.einsum("bhij,bjhe->bihe", weights[:, :, 0], value).flatten(2)
-    assert_close(reproduced[real], out[real], 1e-12)
+    assert_close(reproduced[real], out[real], 1e-12, f"output, {of}")
     counts = full_attention_counts(causal, ~real) > 0
     seen = or_itself(counts, torch.arange(23))
     own = torch.arange(23, dtype=torch.int32).expand_as(positions)
-    assert torch.equal(positions, torch.where(seen[:, :, None], own, -1))
-    assert torch.equal(weights > 0, positions >= 0)
+    assert torch.equal(positions, torch.where(seen[:, :, None], own, -1)), of
+    assert torch.equal(weights > 0, positions >= 0), of
 
 
 def test_padding_rows_finite():

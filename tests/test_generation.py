@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorS
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
 
-from .helpers import assert_close, tiny_config
+from .helpers import assert_close, assert_refused, tiny_config
 
 # Prompts of a batch, padded on the left to the longest.
 LENGTHS = [33, 5, 20]
@@ -532,21 +532,23 @@ def test_num_hashes_of_changed_config():
         assert torch.equal(_generate(model, input_ids, use_cache=use_cache), expected)
 
 
-@each_beams
-def test_refuses_too_many_tokens(num_beams):
+def test_refuses_too_many_tokens():
     """The last token is not put in any more."""
     model = _model(torch.float32, max_position_embeddings=32)
-    input_ids = _ids(28)
+    input_ids, cache = _ids(28), DynamicCache(config=model.config)
     said = r"to (33|99) tokens.*1 to 32 \(`max_position_embeddings`\): lower `max_new_tokens`"
-    assert model.generate(input_ids, max_new_tokens=5, do_sample=False, num_beams=num_beams).shape == (1, 33)
-    for options in ({"max_new_tokens": 6}, {"max_length": 100}):
-        with pytest.raises(ValueError, match=said):
-            model.generate(input_ids, **options, do_sample=False, num_beams=num_beams)
-    with pytest.raises(ValueError, match=said):
-        model.generate(_ids(33), max_new_tokens=1, num_beams=num_beams)
-    cache = DynamicCache(config=model.config)
-    with pytest.raises(ValueError, match=said):
-        model.generate(input_ids, max_new_tokens=6, cache=cache, num_beams=num_beams)
+    calls = {
+        "new tokens": (input_ids, {"max_new_tokens": 6, "do_sample": False}, said),
+        "length": (input_ids, {"max_length": 100, "do_sample": False}, said),
+        "prompt": (_ids(33), {"max_new_tokens": 1}, said),
+        "cache": (input_ids, {"max_new_tokens": 6, "cache": cache}, said),
+    }
+    for beams in (1, 3):
+        assert model.generate(input_ids, max_new_tokens=5, do_sample=False, num_beams=beams).shape == (1, 33)
+        assert_refused(
+            lambda ids, options, beams=beams: model.generate(ids, **options, num_beams=beams),
+            {f"{name}, {beams} beams": call for name, call in calls.items()},
+        )
     assert cache.get_seq_length() == 0
 
 

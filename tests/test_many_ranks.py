@@ -165,24 +165,21 @@ def test_killed_rank(tmp_path):
     assert ReformerHfForCausalLM.from_pretrained(checkpoint).config.attn_layers == tuple(LAYERS)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_launch_config(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes == 2
-    options = yaml.safe_load(path.read_text())
-    wrapped = options.get("fsdp_config", {}).get("fsdp_transformer_layer_cls_to_wrap")
-    if wrapped is not None:
-        model = ReformerHfForCausalLM(ReformerHfConfig(attn_layers=["lsh"], is_decoder=True))
-        assert wrapped in {type(module).__name__ for module in model.modules()}
-
-
 def test_launch_configs():
     assert [path.stem for path in CONFIGS] == ["ddp", "deepspeed_zero2", "fsdp2"]
+    for path in CONFIGS:
+        config = load_config_from_file(str(path))
+        assert config.num_processes == 2, path
+        options = yaml.safe_load(path.read_text())
+        wrapped = options.get("fsdp_config", {}).get("fsdp_transformer_layer_cls_to_wrap")
+        if wrapped is not None:
+            model = ReformerHfForCausalLM(ReformerHfConfig(attn_layers=["lsh"], is_decoder=True))
+            assert wrapped in {type(module).__name__ for module in model.modules()}, path
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_sharding_plan_names_modules(tied):
-    model = random_model(attn_layers=LAYERS, tie_word_embeddings=tied)
-    for name in model._fsdp_plan:
-        model.get_submodule(name.replace("*", "0"))
-    assert ("lm_head" in model._fsdp_plan) is not tied
+def test_sharding_plan_names_modules():
+    for tied in (False, True):
+        model = random_model(attn_layers=LAYERS, tie_word_embeddings=tied)
+        for name in model._fsdp_plan:
+            model.get_submodule(name.replace("*", "0"))
+        assert ("lm_head" in model._fsdp_plan) is not tied

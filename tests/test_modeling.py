@@ -1,6 +1,8 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """The models: randomness, training, options that change nothing, outputs on request, loss, generation."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,8 +14,6 @@ from reformer_hf.rng import draw_seed
 from .helpers import DROPOUT, assert_close, gradients, random_model, relative_rms, tiny_config
 
 DEEP = ["local", "lsh", "full", "lsh"]
-
-each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
 def _twin(model, **fields):
@@ -137,20 +137,19 @@ def test_any_length_trains():
         assert model.config.to_dict() == fields
 
 
-@pytest.mark.parametrize("mode", ["training", "evaluation", "no-grad"])
-def test_reversible_equals_plain(mode, input_ids):
-    reversible = random_model(attn_layers=DEEP, **DROPOUT).train(mode == "training")
-    plain = _twin(reversible, reversible=False)
-    logits = []
-    for model in (reversible, plain):
-        torch.manual_seed(2)
-        with torch.set_grad_enabled(mode != "no-grad"):
-            logits.append(model(input_ids).logits)
-    assert torch.equal(*logits)
+def test_reversible_equals_plain(input_ids):
+    for mode in ("training", "evaluation", "no-grad"):
+        reversible = random_model(attn_layers=DEEP, **DROPOUT).train(mode == "training")
+        plain = _twin(reversible, reversible=False)
+        logits = []
+        for model in (reversible, plain):
+            torch.manual_seed(2)
+            with torch.set_grad_enabled(mode != "no-grad"):
+                logits.append(model(input_ids).logits)
+        assert torch.equal(*logits), mode
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("num_hashes", [1, 3], ids=lambda rounds: f"R{rounds}")
+@pytest.mark.parametrize(("num_hashes", "training"), [(1, False), (3, True)], ids=["one-evaluation", "three-training"])
 def test_num_hashes_argument(num_hashes, training, input_ids):
     model = random_model(attn_layers=DEEP, **DROPOUT).train(training)
     configured = _twin(model, num_hashes=num_hashes)
@@ -179,8 +178,9 @@ def test_config_is_not_written(input_ids):
     assert model.config.num_buckets is None
 
 
-@each_tie
-@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
+@pytest.mark.parametrize(
+    ("reversible", "tied"), [(True, True), (False, False)], ids=["reversible-tied", "plain-untied"]
+)
 def test_chunks_of_positions(reversible, tied, input_ids):
     whole = random_model(torch.float64, attn_layers=DEEP, reversible=reversible, tie_word_embeddings=tied)
     output = whole(input_ids, labels=input_ids)
@@ -235,8 +235,7 @@ def test_hidden_states_and_attentions(causal, input_ids):
         assert bool((positions > queries).any()) != causal
 
 
-@pytest.mark.parametrize("where", ["config", "call"])
-@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "plain"])
+@pytest.mark.parametrize(("reversible", "where"), [(True, "config"), (True, "call"), (False, "call")])
 def test_outputs_in_training(reversible, where, input_ids):
     model = random_model(attn_layers=DEEP, reversible=reversible, **DROPOUT).train()
     wanted = {"output_hidden_states": True, "output_attentions": True}
@@ -274,17 +273,18 @@ def test_return_tuples(input_ids):
     assert torch.equal(last, model.reformer(input_ids).last_hidden_state)
 
 
-@each_tie
-@pytest.mark.parametrize("chunk_size", [0, 7], ids=["whole", "chunks"])
 @torch.no_grad()
-def test_logits_to_keep(chunk_size, tied, input_ids):
-    model = random_model(chunk_size_lm_head=chunk_size, tie_word_embeddings=tied)
-    logits = model(input_ids).logits
-    assert logits.shape == (2, 50, 60)
-    for kept in (0, 1, 5, 50):
-        assert_close(model(input_ids, logits_to_keep=kept).logits, logits[:, -kept:], 1e-6)
-    positions = torch.tensor([3, 0, 49])
-    assert_close(model(input_ids, logits_to_keep=positions).logits, logits[:, positions], 1e-6)
+def test_logits_to_keep(input_ids):
+    for chunk_size, tied in itertools.product((0, 7), (False, True)):
+        model = random_model(chunk_size_lm_head=chunk_size, tie_word_embeddings=tied)
+        logits, of = model(input_ids).logits, f"chunks of {chunk_size}, tied {tied}"
+        assert logits.shape == (2, 50, 60)
+        for kept in (0, 1, 5, 50):
+            found = model(input_ids, logits_to_keep=kept).logits
+            assert_close(found, logits[:, -kept:], 1e-6, f"the last {kept}, {of}")
+        positions = torch.tensor([3, 0, 49])
+        found = model(input_ids, logits_to_keep=positions).logits
+        assert_close(found, logits[:, positions], 1e-6, f"positions, {of}")
 
 
 def test_loss(input_ids):
@@ -308,8 +308,7 @@ def test_loss(input_ids):
 
 LABELS = {
     "labels": {},
-    "counted": {"num_items_in_batch": 7},
-    "counted-tensor": {"num_items_in_batch": torch.tensor(7)},
+    "counted": {"num_items_in_batch": torch.tensor(7)},
     "shifted": {"shift_labels": True},
     "another-ignored": {"ignore_index": -1},
 }
@@ -352,25 +351,6 @@ def test_loss_without_logits_in_bf16(input_ids):
     found = model.to(torch.bfloat16)(input_ids, labels=input_ids).loss
     assert found.dtype == torch.float32
     assert_close(found, expected, 0.003)
-
-
-@pytest.mark.parametrize("num_beams", [1, 3], ids=lambda beams: f"beams{beams}")
-@torch.no_grad()
-def test_generation_with_padding(num_beams, input_ids):
-    """With the KV cache and without: neither changes what comes out."""
-    model = random_model()
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[1, :9] = 0
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "num_beams": num_beams}
-    expected = model.generate(input_ids[1:, 9:], **options, use_cache=False)[0, -12:]
-    if num_beams == 1:
-        sequence = input_ids[1:, 9:]
-        for _ in range(12):
-            sequence = torch.cat([sequence, model(sequence).logits[:, -1:].argmax(-1)], dim=1)
-        assert torch.equal(expected, sequence[0, -12:])
-    for use_cache in ({}, {"use_cache": True}, {"use_cache": False}):
-        found = model.generate(input_ids, attention_mask=attention_mask, **options, **use_cache)
-        assert torch.equal(found[1, -12:], expected)
 
 
 @pytest.mark.parametrize("pattern", ["window", "chunk"])

@@ -133,17 +133,17 @@ def test_bos_and_eos(tmp_path):
         assert ReformerHfByteTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == expected
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(side):
-    batch = TOKENIZER(["abc", "é", ""], padding=True, padding_side=side, return_tensors="np")
-    assert batch.keys() == {"input_ids", "attention_mask"}
-    for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], ["abc", "é", ""], strict=True):
-        length = len(text.encode())
-        assert mask.tolist() == (
-            [0] * (3 - length) + [1] * length if side == "left" else [1] * length + [0] * (3 - length)
-        )
-        assert (ids[mask == 0] == 0).all()
-        assert TOKENIZER.decode(ids[mask == 1]) == text
+def test_padding():
+    texts = ["abc", "é", ""]
+    for side in ("left", "right"):
+        batch = TOKENIZER(texts, padding=True, padding_side=side, return_tensors="np")
+        assert batch.keys() == {"input_ids", "attention_mask"}
+        for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts, strict=True):
+            length = len(text.encode())
+            tokens, padding = [1] * length, [0] * (3 - length)
+            assert mask.tolist() == (padding + tokens if side == "left" else tokens + padding), (side, text)
+            assert (ids[mask == 0] == 0).all(), (side, text)
+            assert TOKENIZER.decode(ids[mask == 1]) == text, (side, text)
 
 
 def test_truncation():

@@ -25,14 +25,14 @@ def test_encode_documents_and_max_bytes():
     assert encode([b"ab", b"cd", b"ef"], max_bytes=3).tolist() == [99, 100, END_ID, 101]
 
 
-@pytest.mark.parametrize("piece", [3, 1 << 22])
-def test_documents_of_undoes_encode(piece, monkeypatch):
-    monkeypatch.setattr("byte_data._PIECE", piece)
+def test_documents_of_undoes_encode(monkeypatch):
     documents = [b"abcd", b"e", b"fg"]
-    stream = encode(documents)
-    assert [bytes((ids - 2).astype(np.uint8)) for ids in documents_of(stream)] == documents
-    assert encode(documents, begin=True).tolist() == [END_ID, *stream]
-    assert count_bytes(stream) == 7
+    for piece in (3, 1 << 22):
+        monkeypatch.setattr("byte_data._PIECE", piece)
+        stream = encode(documents)
+        assert [bytes((ids - 2).astype(np.uint8)) for ids in documents_of(stream)] == documents, piece
+        assert encode(documents, begin=True).tolist() == [END_ID, *stream], piece
+        assert count_bytes(stream) == 7, piece
 
 
 def test_file_split(tmp_path):
