@@ -70,7 +70,6 @@ IN_CHUNKS = {
 KINDS = {
     "mixed": {},
     "local": {"attn_layers": ["local", "local"]},
-    "full": {"attn_layers": ["full", "full"]},
     "buckets-of-the-length": {"num_buckets": None},
     "hash-seed": {"hash_seed": 5},
     "tied-learned-in-pieces": {
