@@ -2,11 +2,12 @@
 """
 Quality per second: held-out bits per byte of text against the time of training.
 
-    python -m experiments.quality --jobs 1 --threads 2    # with nothing else running
+    python -m experiments.quality --jobs 2 --threads 1
 
 Models of equal width, depth and heads, and nearly equal numbers of parameters (`experiments.models`), with the same
-learning rates, batches and seconds: the default layers of this package; local layers alone; the in-tree Reformer;
-Llama with fused attention; Mistral with a sliding window as long as the reach of the local layers.
+learning rates, batches and CPU seconds: the default layers of this package; local layers alone; the in-tree Reformer;
+Llama with fused attention; Mistral with a sliding window as long as the reach of the local layers. The optimizer is
+AdamW and, for some of them, Muon (`MuonWithAdamW`).
 
 The text is the Python standard library, in slices of 4,096 or 16,384 bytes, one per step.
 """
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 
-from .figures import save
+from .figures import save, spread
 from .models import COLORS, LABELS, MODELS, Sizes
-from .records import Record
+from .records import Record, cpu_seconds_of_curve
 from .runner import Experiment, main
 from .text import VOCAB_SIZE, bits_per_byte, draw_text, load_text
 from .training import Schedule, train
@@ -35,17 +36,19 @@ class Run:
     Args:
         model: Name of the model.
         length: Sequence length.
-        seconds: Seconds of training, without evaluations.
-        learning_rate: Maximum learning rate.
+        seconds: CPU seconds of training, without evaluations.
+        learning_rate: Maximum learning rate of AdamW.
+        muon_learning_rate: That of Muon for the weights of linear layers; `None` for AdamW alone.
         seed: Seed of weights and data.
         width, depth: Sizes of the model.
-        initializer_range: Standard deviation of initial weights.
+        initializer_range: Standard deviation of initial weights; `None` for the default of each model.
     """
 
     model: str
     length: int
     seconds: float = 420.0
     learning_rate: float = 1e-3
+    muon_learning_rate: float | None = None
     seed: int = 0
     width: int = 256
     depth: int = 6
@@ -69,38 +72,53 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
         model,
         lambda step: draw_text(text, 1, run.length, run.seed << 32 | step),
         lambda model: {"bits_per_byte": bits_per_byte(model, held_out, run.length)},
-        Schedule(1_000_000, run.learning_rate, seconds=run.seconds, eval_every=max(1, (1 << 19) // run.length)),
+        Schedule(
+            1_000_000,
+            run.learning_rate,
+            seconds=run.seconds,
+            eval_every=max(1, (1 << 18) // run.length),
+            muon_learning_rate=run.muon_learning_rate,
+            cpu_time=True,
+        ),
         scratch,
     )
     return found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
+def optimizer_of(run: Run) -> str:
+    """Return the name of the optimizer of a run."""
+    return f"AdamW, {run.learning_rate:g}" if run.muon_learning_rate is None else f"Muon, {run.muon_learning_rate:g}"
+
+
 def report(records: list[Record], folder: Path) -> str:
-    """Draw bits per byte against minutes, and write the last values."""
-    groups: dict[tuple[int, str], list[Record]] = defaultdict(list)
+    """Draw bits per byte against CPU minutes, and write the last values."""
+    groups: dict[tuple[int, str, str], list[Record]] = defaultdict(list)
     for record in records:
-        groups[record["settings"]["length"], record["settings"]["model"]].append(record)
-    lengths = sorted({length for length, _ in groups})
+        run = Run(**record["settings"])
+        groups[run.length, run.model, optimizer_of(run)].append(record["result"])
+    lengths = sorted({length for length, *_ in groups})
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 5 * len(lengths), 4), squeeze=False)
     lines = [
-        "| length | model | learning rate | seed | parameters | steps | minutes | bits per byte |",
+        "| length | model | optimizer | runs | parameters | steps | CPU minutes | bits per byte |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for axes, length in zip(panels[0], lengths, strict=True):
-        for name in (name for name in MODELS if (length, name) in groups):
-            group = groups[length, name]
-            for record in group:
-                settings, result = record["settings"], record["result"]
-                cells = [f"{length:,}", LABELS[name], f"{settings['learning_rate']:g}", settings["seed"]]
-                cells += [f"{result['parameters']:,}", f"{result['steps']:,}", f"{result['seconds'] / 60:.1f}"]
-                cells.append(f"{result['curve'][-1]['bits_per_byte']:.3f}")
-                lines.append(f"| {' | '.join(map(str, cells))} |")
-            best = min(group, key=lambda record: record["result"]["curve"][-1]["bits_per_byte"])["result"]["curve"]
-            minutes, bits = zip(*((entry["seconds"] / 60, entry["bits_per_byte"]) for entry in best), strict=True)
-            axes.plot(minutes, bits, color=COLORS[name], label=LABELS[name])
-        of_length = [record for key, group in groups.items() if key[0] == length for record in group]
-        lowest = min(entry["bits_per_byte"] for record in of_length for entry in record["result"]["curve"])
-        axes.set(title=f"{length:,} bytes", xlabel="minutes of training", ylim=(lowest - 0.2, 5))
+        shown = [key for name in MODELS for key in sorted(groups) if key[:2] == (length, name)]
+        for _, name, optimizer in shown:
+            results = groups[length, name, optimizer]
+            last = [result["curve"][-1]["bits_per_byte"] for result in results]
+            best = results[last.index(min(last))]
+            minutes = [seconds / 60 for seconds in cpu_seconds_of_curve(best)]
+            cells = [f"{length:,}", LABELS[name], optimizer, len(results), f"{best['parameters']:,}"]
+            cells += [f"{best['steps']:,}", f"{minutes[-1]:.1f}", spread(last, digits=3)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+            with_muon = optimizer.startswith("Muon")
+            label = f"{LABELS[name]}, Muon" if with_muon else LABELS[name]
+            bits = [entry["bits_per_byte"] for entry in best["curve"]]
+            axes.plot(minutes, bits, color=COLORS[name], label=label, linestyle="--" if with_muon else "-")
+        of_length = [result for key in shown for result in groups[key]]
+        lowest = min(entry["bits_per_byte"] for result in of_length for entry in result["curve"])
+        axes.set(title=f"{length:,} bytes", xlabel="CPU minutes of training", ylim=(lowest - 0.2, 5))
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("held-out bits per byte")
     save(figure, folder / "curves.png", named_at_ends=True)
@@ -109,7 +127,12 @@ def report(records: list[Record], folder: Path) -> str:
 
 EXPERIMENT = Experiment(
     "quality",
-    [Run(model, length) for length in (4096, 16384) for model in MODELS],
+    [
+        Run(model, length, muon_learning_rate=muon)
+        for length in (4096, 16384)
+        for muon in (None, 0.05)
+        for model in (MODELS if muon is None else ("reformer", "local", "dense"))
+    ],
     train_and_evaluate,
     report,
     quick=[Run(model, 256, seconds=2.0, width=64, depth=2) for model in MODELS],

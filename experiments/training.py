@@ -32,6 +32,7 @@ class Schedule:
     Args:
         steps: Maximum number of steps.
         seconds: Maximum number of seconds, without evaluations; `None` for no limit.
+        cpu_time: Whether these are CPU seconds of the process, for comparisons on a machine that is shared.
         learning_rate: Its maximum, of AdamW.
         muon_learning_rate: Maximum of Muon for the weights of linear layers (`MuonWithAdamW`); `None` for AdamW alone.
         warmup: Number of steps until it.
@@ -50,20 +51,26 @@ class Schedule:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     muon_learning_rate: float | None = None
+    cpu_time: bool = False
 
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         """Create the optimizer of a model."""
-        adamw = {"lr": self.learning_rate, "weight_decay": self.weight_decay, "betas": (0.9, 0.98)}
+        adamw: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay, "betas": (0.9, 0.98)}
         if self.muon_learning_rate is None:
             return torch.optim.AdamW(model.parameters(), **adamw)
         return MuonWithAdamW(model, self.muon_learning_rate, **adamw)
 
-    def share_of_learning_rate(self, step: int, seconds: float) -> float:
-        done = step / self.steps
-        if self.seconds is not None:
-            done = max(done, seconds / self.seconds)
+    def share_done(self, state: "_State") -> float:
+        """Return the share of the steps or seconds that is spent, whichever is larger."""
+        steps = state.step / self.steps
+        if self.seconds is None:
+            return steps
+        return max(steps, (state.cpu_seconds if self.cpu_time else state.seconds) / self.seconds)
+
+    def share_of_learning_rate(self, state: "_State") -> float:
+        done = self.share_done(state)
         falling = 1.0 if self.stop_at is not None else max(1.0 - done, 0.0) / 0.2
-        return min(1.0, (step + 1) / self.warmup, falling)
+        return min(1.0, (state.step + 1) / self.warmup, falling)
 
 
 @dataclass
@@ -115,7 +122,7 @@ def train(
     last_saved = time.monotonic()
     while not _is_done(state, schedule):
         wall, cpu = time.perf_counter(), time.process_time()
-        share = schedule.share_of_learning_rate(state.step, state.seconds)
+        share = schedule.share_of_learning_rate(state)
         for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = learning_rate * share
         model.train()
@@ -161,7 +168,7 @@ def _is_done(state: _State, schedule: Schedule) -> bool:
         name, value = schedule.stop_at
         if state.curve[-1][name] >= value:
             return True
-    return state.step >= schedule.steps or (schedule.seconds is not None and state.seconds >= schedule.seconds)
+    return schedule.share_done(state) >= 1.0
 
 
 def _evaluate(model: nn.Module, evaluate: Callable[[Any], dict[str, float]], state: _State) -> None:
