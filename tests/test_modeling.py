@@ -133,7 +133,8 @@ def test_any_length_trains():
             assert grad.isfinite().all(), (length, name)
             # The attention of a single token is its own value, whatever queries and keys are.
             no_effect = length == 1 and name.endswith((".query.weight", ".key.weight", ".query_key.weight"))
-            assert bool(grad.any()) != no_effect, (length, name)
+            # Up to rounding.
+            assert (grad.norm().item() > 1e-6) != no_effect, (length, name, grad.norm())
         assert model.config.to_dict() == fields
 
 
