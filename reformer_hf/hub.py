@@ -31,6 +31,7 @@ MODEL_SETTINGS = (
     "initializer_range",
     "local_attn_chunk_length",
     "local_num_chunks_before",
+    "local_rope_theta",
     "lsh_pattern",
     "lsh_attn_chunk_length",
     "lsh_num_chunks_before",
@@ -44,7 +45,6 @@ TRAINING_SETTINGS = (
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
-    "optim",
     "weight_decay",
     "adam_beta2",
     "max_grad_norm",
@@ -171,7 +171,7 @@ def write_model_card(trainer: Trainer, report: RunReport) -> Path:
         results={f"{metric.name}, held out": f"{metric.value:.4f}", **report.results, **_costs(trainer, report)},
         limits=report.limits or LIMITS.get(report.pipeline_tag, _OTHER_LIMITS),
         model_settings=_settings(model.config, MODEL_SETTINGS),
-        training_settings=_settings(args, TRAINING_SETTINGS),
+        training_settings=_optimizer_settings(trainer) | _settings(args, TRAINING_SETTINGS),
         software=f"torch {torch.__version__}, transformers {transformers.__version__}",
         hardware=hardware(args.device),
         usage=report.usage.replace("{model_id}", args.hub_model_id or name),
@@ -234,6 +234,16 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def _optimizer_settings(trainer: Trainer) -> dict[str, Any]:
+    """Return the optimizer that trained, which the script may have chosen, and what it has besides `learning_rate`."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    settings = (
+        {"optimizer": type(optimizer).__name__} if optimizer is not None else _settings(trainer.args, ("optim",))
+    )
+    muon = getattr(trainer.args, "muon_learning_rate", None)
+    return settings if muon is None else settings | {"muon_learning_rate": muon}
 
 
 def _settings(source: Any, names: tuple[str, ...]) -> dict[str, Any]:

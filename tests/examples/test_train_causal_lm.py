@@ -140,6 +140,8 @@ def test_resume_with_muon(text, tmp_path):
         assert torch.equal(weight, expected), name
         assert not torch.equal(weight, start[name]), name
     assert sum(len(group["params"]) for group in groups) == len(list(whole.model.parameters()))
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "| `optimizer` | `MuonWithAdamW` |" in card and "| `muon_learning_rate` | `0.02` |" in card
 
 
 def test_overwrite(trained, text, tmp_path):
