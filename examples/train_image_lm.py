@@ -34,12 +34,20 @@ import torch
 from bits_per_byte import BitsPerByte, sum_nll
 from image_baselines import format_bits, neighbor_bits
 from image_data import BEGIN_ID, ImageArguments, RandomCrops, Tiles, encode_tile, grid_tiles, load_tiles
-from image_residuals import from_residuals, to_residuals
+from image_residuals import NoWrapping, from_residuals, to_residuals
 from model_report import plot_learning_curve, read_curve
 from PIL import Image
 from torch import Tensor
 from training_run import ScriptTrainer, ScriptTrainingArguments, find_checkpoint, parse_overrides, write_card_of_run
-from transformers import EvalPrediction, GenerationConfig, HfArgumentParser, Trainer, default_data_collator, set_seed
+from transformers import (
+    EvalPrediction,
+    GenerationConfig,
+    HfArgumentParser,
+    LogitsProcessorList,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 from reformer_hf.hub import Metric, RunReport
@@ -285,7 +293,10 @@ def complete(
     # The token of begin stands before the first byte.
     encoded = [encode(tile, predict_residuals)["input_ids"][: num_given + 1] for tile in tiles]
     given = torch.stack(encoded).to(model.device)
-    output = model.eval().generate(given, attention_mask=torch.ones_like(given), temperature=temperature)
+    processors = LogitsProcessorList([NoWrapping(tiles.shape[1])] if predict_residuals else [])
+    output = model.eval().generate(
+        given, attention_mask=torch.ones_like(given), temperature=temperature, logits_processor=processors
+    )
     completed = output[:, 1:].reshape(tiles.shape).cpu().numpy().astype(np.uint8)
     return from_residuals(completed) if predict_residuals else completed
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from image_baselines import format_bits, neighbor_bits, neighbor_predictions
 from image_data import BEGIN_ID, ImageArguments, RandomCrops, encode_tile, load_photographs, load_tiles
-from image_residuals import from_residuals, to_residuals
+from image_residuals import NoWrapping, from_residuals, to_residuals
 from PIL import Image
 from train_image_lm import complete, encode, main, sinusoids
 from training_run import LearningCurve
@@ -82,6 +82,29 @@ def test_residuals():
     similarities = vectors @ vectors[0]
     assert similarities[255] == pytest.approx(similarities[1].item(), rel=1e-4)
     assert similarities.argsort(descending=True)[0] == 0 and similarities[1] > similarities[5:252].max()
+
+
+@pytest.mark.parametrize("given", [0, 30], ids=["whole", "completed"])
+def test_no_wrapping(given):
+    """Random residuals that the processor allows never lead from bright to dark, whatever the pixels before."""
+    generator = torch.Generator().manual_seed(given)
+    tiles = torch.randint(0, 256, (3, 4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
+    begin = torch.full((3, 1), BEGIN_ID)
+    ids = torch.cat([begin, torch.from_numpy(to_residuals(tiles).reshape(3, -1)[:, :given]).long()], dim=1)
+    processor, allowed = NoWrapping(4), []
+    while ids.shape[1] <= tiles[0].size:
+        scores = processor(ids, torch.randn(3, 257, generator=generator))
+        allowed.append(scores[:, :256].isfinite().sum(1))
+        assert scores[:, BEGIN_ID].isfinite().all()
+        ids = torch.cat([ids, scores[:, :256].softmax(-1).multinomial(1, generator=generator)], dim=1)
+    # Half of the range lies beyond the end where a prediction is 0 or 255.
+    assert torch.cat(allowed).min() >= 128 and torch.cat(allowed).max() > 250
+    residuals = ids[:, 1:].reshape(tiles.shape).numpy().astype(np.uint8)
+    found = from_residuals(residuals)
+    signed = residuals.astype(np.int8).astype(int)
+    differences = found - neighbor_predictions(found)["median"]
+    assert np.array_equal(differences.reshape(3, -1)[:, given:], signed.reshape(3, -1)[:, given:])
+    assert np.array_equal(found.reshape(3, -1)[:, :given], tiles.reshape(3, -1)[:, :given])
 
 
 def test_random_crops():
