@@ -27,6 +27,8 @@ include_patterns = [
     "examples/*/*.md",
     "benchmarks/*.md",
     "benchmarks/results/*.md",
+    "model_cards/*.md",
+    "model_cards/*/*.md",
 ]
 exclude_patterns = [".*", "build", "dist", "outputs", "reformer_hf", "tests", "**/__pycache__"]
 

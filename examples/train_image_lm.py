@@ -324,10 +324,11 @@ def write_card(
     size, figures, sample = tiles.size, {"Learning curve": "learning_curve.png"}, ""
     if args.num_completed_tiles > 0:
         figures["Completions of held-out tiles"] = "completions.png"
+        within = ", without residuals that lead below 0 or above 255" * model_args.predict_residuals
         sample = (
             "`completions.png` shows, from top to bottom, held-out tiles, their upper halves, which the model reads, "
             f"and {args.completions_per_tile} samples of the lower halves, drawn with a KV cache at temperature "
-            f"{args.temperature:g}."
+            f"{args.temperature:g}{within}."
         )
     bits = metrics["eval_bits_per_dimension"]
     report = RunReport(
