@@ -13,7 +13,7 @@ The text is the Python standard library, in slices of 4,096 or 16,384 bytes, one
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,39 +85,36 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
     return found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def optimizer_of(run: Run) -> str:
-    """Return the name of the optimizer of a run."""
-    return f"AdamW, {run.learning_rate:g}" if run.muon_learning_rate is None else f"Muon, {run.muon_learning_rate:g}"
-
-
 def report(records: list[Record], folder: Path) -> str:
     """Draw bits per byte against CPU minutes, and write the last values."""
-    groups: dict[tuple[int, str, str], list[Record]] = defaultdict(list)
+    groups: dict[Run, list[Record]] = defaultdict(list)
     for record in records:
-        run = Run(**record["settings"])
-        groups[run.length, run.model, optimizer_of(run)].append(record["result"])
-    lengths = sorted({length for length, *_ in groups})
+        groups[replace(Run(**record["settings"]), seed=0)].append(record["result"])
+    runs = sorted(groups, key=lambda run: (list(MODELS).index(run.model), run.muon_learning_rate or 0.0))
+    lengths = sorted({run.length for run in runs})
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 5 * len(lengths), 4), squeeze=False)
     lines = [
         "| length | model | optimizer | runs | parameters | steps | CPU minutes | bits per byte |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for axes, length in zip(panels[0], lengths, strict=True):
-        shown = [key for name in MODELS for key in sorted(groups) if key[:2] == (length, name)]
-        for _, name, optimizer in shown:
-            results = groups[length, name, optimizer]
+        of_length = [run for run in runs if run.length == length]
+        for run in of_length:
+            results = groups[run]
             last = [result["curve"][-1]["bits_per_byte"] for result in results]
             best = results[last.index(min(last))]
             minutes = [seconds / 60 for seconds in cpu_seconds_of_curve(best)]
-            cells = [f"{length:,}", LABELS[name], optimizer, len(results), f"{best['parameters']:,}"]
+            name, optimizer, style = LABELS[run.model], f"AdamW, {run.learning_rate:g}", "-"
+            if run.muon_learning_rate is not None:
+                optimizer, style = f"Muon, {run.muon_learning_rate:g}", "--"
+            cells = [f"{length:,}", name, optimizer, len(results), f"{best['parameters']:,}"]
             cells += [f"{best['steps']:,}", f"{minutes[-1]:.1f}", spread(last, digits=3)]
             lines.append(f"| {' | '.join(map(str, cells))} |")
-            with_muon = optimizer.startswith("Muon")
-            label = f"{LABELS[name]}, Muon" if with_muon else LABELS[name]
             bits = [entry["bits_per_byte"] for entry in best["curve"]]
-            axes.plot(minutes, bits, color=COLORS[name], label=label, linestyle="--" if with_muon else "-")
-        of_length = [result for key in shown for result in groups[key]]
-        lowest = min(entry["bits_per_byte"] for result in of_length for entry in result["curve"])
+            label = name if run.muon_learning_rate is None else f"{name}, Muon"
+            axes.plot(minutes, bits, color=COLORS[run.model], label=label, linestyle=style)
+        entries = [entry for run in of_length for result in groups[run] for entry in result["curve"]]
+        lowest = min(entry["bits_per_byte"] for entry in entries)
         axes.set(title=f"{length:,} bytes", xlabel="CPU minutes of training", ylim=(lowest - 0.2, 5))
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("held-out bits per byte")

@@ -55,12 +55,11 @@ class MuonWithAdamW(Optimizer):
         self.parts: list[Optimizer] = [Muon(matrices, lr=muon_lr, weight_decay=weight_decay)]
         if groups:
             self.parts.append(AdamW(groups, lr=lr, betas=betas, eps=eps))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share_groups()
+        super().__init__(self._groups(), {})
 
-    def _share_groups(self) -> None:
-        # Schedules write learning rates into the groups of this optimizer, and the parts read them.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the groups of the parts themselves: schedules write learning rates into them."""
+        return [group for part in self.parts for group in part.param_groups]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -83,4 +82,4 @@ class MuonWithAdamW(Optimizer):
         """Load the state of both optimizers."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self._share_groups()
+        self.param_groups = self._groups()
