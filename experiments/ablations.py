@@ -105,7 +105,6 @@ def build(run: Run) -> ReformerHfForCausalLM:
         local_num_chunks_before=0,
         # Shared queries and keys have no rotary position embeddings either.
         local_rope_theta=None,
-        initializer_range=0.02,  # the default when these runs were recorded
         lsh_attn_chunk_length=min(32, run.length // 8),
         lsh_deduplicate_keys=run.deduplicate,
         reversible=not run.plain,

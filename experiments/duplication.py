@@ -137,8 +137,6 @@ def build(run: Run) -> PreTrainedModel:
         "lsh_attn_chunk_length": run.chunk_length,
         "local_attn_chunk_length": run.chunk_length,
         "num_hashes": max(run.hashes, 1),
-        # The default of the package when these runs were recorded, and that of the other models.
-        "initializer_range": 0.02,
     }
     if run.model == "in-tree":
         # It has no default for the padding token, and chooses the number of buckets in its first forward pass.

@@ -81,7 +81,6 @@ def build(run: Run, layer: str) -> ReformerHfForCausalLM:
         vocab_size=duplication.SYMBOLS,
         max_position_embeddings=LENGTH,
         axial_pos_embds=False,
-        initializer_range=0.02,  # the default when these runs were recorded
         lsh_attn_chunk_length=CHUNK,
         lsh_num_chunks_before=run.window // CHUNK,
         lsh_deduplicate_keys=run.deduplicate_keys,

@@ -69,7 +69,7 @@ class Run:
 
     @property
     def initializer_range(self) -> float | None:
-        """Reformers do not learn this task from weights of 0.02; the others keep their own default."""
+        """Reformers learn this task only from larger weights than their default; the others keep their own."""
         return 0.1 if self.model in ("reformer", "local", "in-tree") else None
 
     @property

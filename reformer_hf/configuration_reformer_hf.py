@@ -23,7 +23,6 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "axial_pos_shape": (64, 64),
     "axial_pos_embds_dim": (64, 192),
     "axial_norm_std": 1.0,
-    "initializer_range": 0.02,
     "local_rope_theta": None,
     "local_num_chunks_after": 0,
     "lsh_num_chunks_before": 1,
@@ -83,8 +82,7 @@ class ReformerHfConfig(PreTrainedConfig):
         pooling (`str`, *optional*): Which tokens a sequence head reads: the `"first"` one (in-tree), the `"last"` one,
             or the `"mean"` over all. `None` means `"first"`, or `"last"` if attention is causal. It never reads
             padding.
-        initializer_range (`float`, *optional*): Standard deviation of the initial weights and word embeddings. `None`
-            means `0.8 / sqrt(hidden_size)`, which is 0.05 for the default width. The in-tree default is 0.02.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights and word embeddings.
         is_decoder (`bool`, defaults to `False`): Whether attention is causal.
         add_cross_attention (`bool`, defaults to `False`): Whether the layers of a causal model also attend to the
             output of an encoder, `encoder_hidden_states`.
@@ -182,7 +180,7 @@ class ReformerHfConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
     pooling: str | None = None
     layer_norm_eps: float = 1e-12
-    initializer_range: float | None = None
+    initializer_range: float = 0.02
     is_decoder: bool = False
     add_cross_attention: bool = False
     max_position_embeddings: int = 4096
@@ -243,8 +241,6 @@ class ReformerHfConfig(PreTrainedConfig):
             )
         if self.attention_head_size is None:
             self.attention_head_size = self._divided_head_size()
-        if self.initializer_range is None:
-            self.initializer_range = round(0.8 / math.sqrt(max(self.hidden_size, 1)), 4)
         if self.lsh_num_chunks_before is None:
             self.lsh_num_chunks_before = 2 if self.lsh_pattern == "window" else 1
         if self.axial_pos_shape is None:

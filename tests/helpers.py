@@ -61,8 +61,6 @@ def tiny_config(cls=ReformerHfConfig, **fields) -> ReformerHfConfig:
         "num_attention_heads": 2,
         "attention_head_size": 16,
         "feed_forward_size": 48,
-        # The default of the default width.
-        "initializer_range": 0.05,
         "vocab_size": 60,
         "bos_token_id": 2,
         "max_position_embeddings": 256,

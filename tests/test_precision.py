@@ -80,7 +80,7 @@ def test_weights_of_low_precision(dtype):
         expected = model(**batch).logits
     assert {state.dtype for state in output.hidden_states} == {torch.float32}
     real = batch["attention_mask"].bool()
-    output_limit, gradient_limit = {torch.bfloat16: (0.012, 0.09), torch.float16: (0.0015, 0.05)}[dtype]
+    output_limit, gradient_limit = {torch.bfloat16: (0.012, 0.09), torch.float16: (0.0015, 0.035)}[dtype]
     assert_close(output.logits[real], expected[real], output_limit)
     for each in (model, low):
         each.train()(**batch).loss.backward()
@@ -108,7 +108,7 @@ def test_row_of_padding_finite(pattern):
             output.loss.backward()
             assert output.logits.isfinite().all()
             found.append({"loss": output.loss.detach(), "logits": output.logits[-1:].detach(), **gradients(model)})
-        limit = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.005}[dtype]
+        limit = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}[dtype]
         for name, tensor in found[0].items():
             assert_close(tensor, found[1][name], limit, f"{name}, {dtype}, autocast {autocast}")
 

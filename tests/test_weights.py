@@ -184,9 +184,10 @@ def test_bf16_weights(reversible, tied, input_ids):
     for output in outputs:
         output.loss.backward()
     expected = gradients(exact)
+    # A tied head reads the mean of both streams: the logits are smaller, and rounding counts for more.
     for name, grad in gradients(model).items():
         assert grad.dtype == torch.bfloat16
-        assert_close(grad, expected[name], 0.15, name)
+        assert_close(grad, expected[name], 0.13 if tied else 0.09, name)
 
 
 def test_bf16_weights_with_dropout_and_hashing(input_ids):
