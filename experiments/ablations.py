@@ -10,7 +10,7 @@ of 12,288. Figure 3 compares shared with separate queries and keys, and reversib
 both with full attention. Figure 4 compares full attention with 1 to 16 hashes.
 
 Here: three layers of width 128 on the sources of the Python standard library, in slices of 1,024 bytes, with equal
-numbers of steps. What differs from the default model of the runs that are compared:
+numbers of steps. Hidden matrices are trained with Muon, which needs a fraction of the steps of AdamW. What differs from the default model of the runs that are compared:
 
 - Shared queries and keys are those of `full` layers: a key is its normalized query, and a position does not see itself
   if it sees others. Separate ones are those of a `local` layer with one chunk as long as the sequence: keys are not
@@ -60,6 +60,7 @@ class Run:
         seed: Seed of weights, data and hashes.
         length: Length of the slices.
         steps: Number of training steps.
+        muon_learning_rate: Maximum learning rate of Muon for the weights of linear layers; `None` for AdamW alone.
         width, depth: Sizes of the model.
         text: A file; `None` for the standard library.
     """
@@ -70,7 +71,8 @@ class Run:
     plain: bool = False
     seed: int = 0
     length: int = 1024
-    steps: int = 1000
+    steps: int = 600
+    muon_learning_rate: float | None = 0.05
     width: int = 128
     depth: int = 3
     text: str | None = None
@@ -127,7 +129,7 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
         model,
         lambda step: draw_text(text, batch_size, run.length, run.seed << 32 | step),
         lambda model: {"bits_per_byte": bits_per_byte(model, held_out, run.length, num_bytes=64 * run.length)},
-        Schedule(run.steps, eval_every=min(100, run.steps)),
+        Schedule(run.steps, eval_every=min(100, run.steps), muon_learning_rate=run.muon_learning_rate),
         scratch,
     )
     return found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -196,7 +198,7 @@ def grid(seeds: tuple[int, ...], **sizes: Any) -> list[Run]:
     return runs
 
 
-_GRID = grid((0, 1, 2))
+_GRID = grid((0, 1))
 _QUICK = grid((0,), length=64, steps=10, width=32, depth=2)
 EXPERIMENT = Experiment("ablations", _GRID, train_and_evaluate, report, quick=_QUICK)
 
