@@ -36,7 +36,6 @@ OPTIONS = f"""
     --hidden_dropout_prob 0 --local_attention_probs_dropout_prob 0
     --config_overrides axial_norm_std=0.05,initializer_range=0.1
     --max_steps 700 --per_device_train_batch_size 1 --learning_rate 3e-3 --adam_beta2 0.95
-    --muon_learning_rate 0.05
     --logging_steps 25 --eval_steps 350 --save_strategy no --use_cpu
 """
 

@@ -49,8 +49,9 @@ class ScriptTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Train the weights of linear layers with Muon and this peak learning rate, such as 0.05, and "
-            "everything else with AdamW. None trains everything with AdamW."
+            "help": "Peak learning rate of Muon, which trains the weights of linear layers, next to AdamW for "
+            "everything else. 0 trains everything with AdamW. By default 0.05 for new causal models, and 0 for "
+            "others, with DeepSpeed and with another `optim`."
         },
     )
     warmup_steps: float = field(
@@ -76,6 +77,9 @@ class ScriptTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        # Denormal numbers, such as attention weights that are almost zero, slow a CPU down, more and more as attention
+        # becomes sharper. Threads take this setting from the one that starts them, with the first tensors.
+        torch.set_flush_denormal(True)
         if self.max_minutes is not None:
             if self.max_minutes <= 0 or self.max_steps > 0 or not 0 <= self.warmup_steps < 1:
                 raise ValueError(
@@ -173,10 +177,17 @@ class ScriptTrainer(Trainer):
 
     It stops on non-finite gradients, saves a checkpoint on SIGTERM, and writes no model card: the scripts write their
     own.
+
+    Args:
+        new_causal_model: Whether to train with Muon by default.
+        **kwargs: Of `Trainer`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, new_causal_model: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        if self.args.muon_learning_rate is None:
+            chosen = self.is_deepspeed_enabled or self.args.optim != TrainingArguments.optim
+            self.args.muon_learning_rate = 0.05 if new_causal_model and not chosen else 0.0
         self.curve = LearningCurve(self.args.max_minutes, self.args.cpu_time)
         self.on_sigterm = SaveOnSigterm()
         for callback in (StopOnNonFinite(), self.on_sigterm, self.curve):
@@ -188,8 +199,13 @@ class ScriptTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer of the arguments, or, with `muon_learning_rate`, two in one."""
         args = self.args
-        if args.muon_learning_rate is None or self.optimizer is not None:
+        if not args.muon_learning_rate or self.optimizer is not None:
             return super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                f"`muon_learning_rate` is {args.muon_learning_rate}, but DeepSpeed flattens weights and Muon needs "
+                "matrices: leave it out, or use FSDP2."
+            )
         self.optimizer = MuonWithAdamW(
             model or self.model,
             args.muon_learning_rate,

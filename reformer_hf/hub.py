@@ -237,13 +237,13 @@ def hardware(device: torch.device) -> str:
 
 
 def _optimizer_settings(trainer: Trainer) -> dict[str, Any]:
-    """Return the optimizer that trained, which the script may have chosen, and what it has besides `learning_rate`."""
+    """Return the optimizer that trained, which the script may have chosen, and its learning rates if it has several."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    settings = (
-        {"optimizer": type(optimizer).__name__} if optimizer is not None else _settings(trainer.args, ("optim",))
-    )
-    muon = getattr(trainer.args, "muon_learning_rate", None)
-    return settings if muon is None else settings | {"muon_learning_rate": muon}
+    if optimizer is None:
+        return _settings(trainer.args, ("optim",))
+    rates = dict.fromkeys(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+    settings = {"optimizer": type(optimizer).__name__}
+    return settings if len(rates) < 2 else settings | {"learning_rates": tuple(rates)}
 
 
 def _settings(source: Any, names: tuple[str, ...]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from transformers.distributed import DistributedConfig
 import reformer_hf
 from reformer_hf import ReformerHfForCausalLM
 from reformer_hf.reformer_layer import ReformerHfLayer
-from reformer_hf.training import CausalCollator, SaveOnSigterm, StopOnNonFinite, last_intact_checkpoint
+from reformer_hf.training import CausalCollator, MuonWithAdamW, SaveOnSigterm, StopOnNonFinite, last_intact_checkpoint
 
 from .helpers import DROPOUT, random_model, tiny_config
 
@@ -149,6 +149,7 @@ def train(
     file_limit: int | None = None,
     wrap: str = "ddp",
     reversible: bool = True,
+    muon: bool = False,
     **arguments,
 ) -> None:
     """A run of `Trainer` with checkpoints every two steps, unless `arguments` say otherwise."""
@@ -184,6 +185,7 @@ def train(
         train_dataset=[{"input_ids": row} for row in data(32)],
         data_collator=CausalCollator(0),
         callbacks=callbacks,
+        optimizers=(MuonWithAdamW(model) if muon else None, None),
     )
     if file_limit is not None:
         import resource

@@ -15,8 +15,8 @@ class MuonWithAdamW(Optimizer):
 
     Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it takes a step, so that the step does
     not depend on the scale of the gradients. A byte-level model learns text in far fewer steps than with AdamW alone
-    (`docs/defaults.md`). Use it with `Trainer(optimizers=(MuonWithAdamW(model), None))`. It was not tried with sharded
-    weights (FSDP2, DeepSpeed).
+    (`docs/defaults.md`). Use it with `Trainer(optimizers=(MuonWithAdamW(model), None))`. Weights may be sharded with
+    FSDP2. DeepSpeed cannot use it: it flattens weights, and Muon needs matrices.
 
     Args:
         model: The model. Parameters without `requires_grad` are left out.
@@ -55,11 +55,15 @@ class MuonWithAdamW(Optimizer):
         self.parts: list[Optimizer] = [Muon(matrices, lr=muon_lr, weight_decay=weight_decay)]
         if groups:
             self.parts.append(AdamW(groups, lr=lr, betas=betas, eps=eps))
-        super().__init__(self._groups(), {})
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Return the groups of the parts themselves: schedules write learning rates into them."""
-        return [group for part in self.parts for group in part.param_groups]
+    def _share(self) -> None:
+        """Let the parts work on the groups, into which schedules write learning rates, and on the state of this one."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -74,12 +78,11 @@ class MuonWithAdamW(Optimizer):
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of both optimizers."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of both optimizers."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = self._groups()
+        """Load what `state_dict` returned, in the format of any optimizer."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold."""
+        return {**super().__getstate__(), "parts": self.parts}

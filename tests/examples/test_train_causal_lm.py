@@ -141,7 +141,7 @@ def test_resume_with_muon(text, tmp_path):
         assert not torch.equal(weight, start[name]), name
     assert sum(len(group["params"]) for group in groups) == len(list(whole.model.parameters()))
     card = (tmp_path / "whole" / "README.md").read_text()
-    assert "| `optimizer` | `MuonWithAdamW` |" in card and "| `muon_learning_rate` | `0.02` |" in card
+    assert "| `optimizer` | `MuonWithAdamW` |" in card and "| `learning_rates` | `(0.02, 0.001)` |" in card
 
 
 def test_overwrite(trained, text, tmp_path):

@@ -60,13 +60,26 @@ def test_resumed(model):
     _steps(model, [optimizer], range(2))
     resumed_model = copy.deepcopy(model)
     resumed = MuonWithAdamW(resumed_model)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    state = copy.deepcopy(optimizer.state_dict())
+    # In the form that FSDP2 and the distributed checkpoints of torch read.
+    assert state.keys() == {"state", "param_groups"}
+    resumed.load_state_dict(state)
     for each in (optimizer, resumed):
         for group in each.param_groups:
             group["lr"] *= 0.5
     _steps(model, [optimizer], range(2, 4))
     _steps(resumed_model, [resumed], range(2, 4))
     assert all(map(torch.equal, model.parameters(), resumed_model.parameters()))
+
+
+def test_copied(model):
+    """A copy goes on as the original, each with its own state."""
+    optimizer = MuonWithAdamW(model)
+    _steps(model, [optimizer], range(2))
+    other_model, other = copy.deepcopy((model, optimizer))
+    _steps(other_model, [other], range(2, 4))
+    _steps(model, [optimizer], range(2, 4))
+    assert all(map(torch.equal, model.parameters(), other_model.parameters()))
 
 
 def test_schedule_reaches_both(model):
