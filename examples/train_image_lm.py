@@ -226,7 +226,6 @@ def train(
         data_collator=default_data_collator,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=partial(sum_nll, shift=False),
-        new_causal_model=True,
     )
     metrics = trainer.train_or_exit(checkpoint)
     metrics |= trainer.evaluate()

@@ -10,7 +10,8 @@ of 12,288. Figure 3 compares shared with separate queries and keys, and reversib
 both with full attention. Figure 4 compares full attention with 1 to 16 hashes.
 
 Here: three layers of width 128 on the sources of the Python standard library, in slices of 1,024 bytes, with equal
-numbers of steps. Hidden matrices are trained with Muon, which needs a fraction of the steps of AdamW. What differs from the default model of the runs that are compared:
+numbers of steps, with Muon, which needs a fraction of the steps of AdamW. What differs from the default model of the
+runs that are compared:
 
 - Shared queries and keys are those of `full` layers: a key is its normalized query, and a position does not see itself
   if it sees others. Separate ones are those of a `local` layer with one chunk as long as the sequence: keys are not

@@ -141,24 +141,6 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
-class _RefusedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_states, anchor):
-        return hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            "The hidden states were computed with a KV cache and have no gradient: leave `cache` out, and set "
-            "`use_cache=False`, before `backward`."
-        )
-
-
-def refuse_gradient(hidden_states: Tensor) -> Tensor:
-    """Return hidden states whose backward pass raises an error, instead of leaving parameters without gradients."""
-    return _RefusedGradient.apply(hidden_states, hidden_states.new_zeros(()).requires_grad_())
-
-
 class AttentionCacheLayer(CacheLayerMixin):
     """
     Base class of the cache layers of all attention types. Its buffers grow with the number of tokens.

@@ -18,6 +18,7 @@ from torch import Tensor
 from .attention_kernels import NO_KEY, attend, attend_backward, key_scale, merge, merge_all, scores_of
 from .attention_pattern import AttentionPattern
 from .attention_tiles import Tile, Tiling
+from .gradient_checks import refuse_second_derivatives
 from .rng import Dropout
 
 
@@ -119,6 +120,7 @@ class _ChunkAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
+        refuse_second_derivatives()
         query, key, value, out, lse, order, padding, documents = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
             tiling = Tiling(ctx.pattern.for_device(query.device), order, padding, query, documents)

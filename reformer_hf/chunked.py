@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .device_policy import policy_for
+from .gradient_checks import refuse_second_derivatives
 from .rng import ReplayState
 
 PositionWise = Callable[[Tensor], Tensor]
@@ -131,11 +132,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Second derivatives through a chunked function (`create_graph=True`) are not supported: set "
-                "`chunk_size_feed_forward=0` and `chunk_size_lm_head=0`."
-            )
+        refuse_second_derivatives()
         # Saved parameters only serve autograd's check that they have not changed since.
         hidden_states, parameters = ctx.saved_tensors[0], ctx.parameters
         grad = torch.empty_like(hidden_states)

@@ -41,6 +41,17 @@ _IN_TREE_DEFAULTS: dict[str, Any] = {
     "tokenizer_class": "ReformerTokenizer",
 }
 
+# Names of other models' configs, and the fields that have their place here.
+_NAMES_ELSEWHERE = {
+    "attention_dropout": "local_attention_probs_dropout_prob` and `lsh_attention_probs_dropout_prob",
+    "attention_probs_dropout_prob": "local_attention_probs_dropout_prob` and `lsh_attention_probs_dropout_prob",
+    "head_dim": "attention_head_size",
+    "num_key_value_heads": "num_attention_heads",
+    "rms_norm_eps": "layer_norm_eps",
+    "rope_theta": "local_rope_theta",
+    "sliding_window": "local_attn_chunk_length",
+}
+
 
 def _balanced_factors(length: int) -> tuple[int, int]:
     """Return two factors of similar size whose product is at least `length`."""
@@ -161,6 +172,7 @@ class ReformerHfConfig(PreTrainedConfig):
     ```"""
 
     model_type = "reformer_hf"
+    attribute_map = {"intermediate_size": "feed_forward_size"}
     keys_to_ignore_at_inference = ["attentions", "attention_positions", "hidden_states", "cache"]
     base_model_fsdp_plan = {
         "embeddings": "free_full_weight",
@@ -233,12 +245,11 @@ class ReformerHfConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         num_hidden_layers = kwargs.pop("num_hidden_layers", None)
         self.attn_layers = tuple(self.attn_layers)
-        if num_hidden_layers not in (None, len(self.attn_layers)):
-            raise ValueError(
-                f"`num_hidden_layers` is {num_hidden_layers}, but `attn_layers` has {len(self.attn_layers)} entries: "
-                "give one entry for each layer, such as `attn_layers=['local', 'lsh'] * 6`, "
-                "and leave `num_hidden_layers` out."
-            )
+        if num_hidden_layers is not None:
+            self.num_hidden_layers = num_hidden_layers
+        # A saved config has a version, and may hold whatever was added to it.
+        for name in _NAMES_ELSEWHERE.keys() & kwargs.keys() if self.transformers_version is None else ():
+            raise ValueError(f"`{name}` is not a field of this config: use `{_NAMES_ELSEWHERE[name]}`.")
         if self.attention_head_size is None:
             self.attention_head_size = self._divided_head_size()
         if self.lsh_num_chunks_before is None:
@@ -259,6 +270,14 @@ class ReformerHfConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Number of layers, the length of `attn_layers`."""
         return len(self.attn_layers)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int):
+        if value != len(self.attn_layers):
+            raise ValueError(
+                f"`num_hidden_layers` is {value}, but `attn_layers` has {len(self.attn_layers)} entries: give one "
+                "entry for each layer, such as `attn_layers=['local', 'lsh'] * 6`, and leave `num_hidden_layers` out."
+            )
 
     @property
     def output_size(self) -> int:
@@ -365,7 +384,8 @@ class ReformerHfConfig(PreTrainedConfig):
             return {**config_dict, "local_rope_theta": None} if older else dict(config_dict)
         adopted = {**_IN_TREE_DEFAULTS, **config_dict, "model_type": cls.model_type}
         # The in-tree models ignore them.
-        adopted.pop("num_hidden_layers", None)
+        for name in ("num_hidden_layers", *_NAMES_ELSEWHERE):
+            adopted.pop(name, None)
         adopted["tie_word_embeddings"] = adopted["add_cross_attention"] = False
         if adopted.get("axial_pos_embds", True):
             # The in-tree model takes, and in training requires, inputs of all positions of the axes. It uses the field

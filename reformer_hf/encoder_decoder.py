@@ -142,6 +142,7 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
             inputs_embeds, decoder_inputs_embeds (*optional*): Word embeddings instead of ids.
             num_hashes (`int`, *optional*): Number of hash rounds for this call, in both stacks.
             use_cache (`bool`, *optional*): Whether to create and return a cache if none is given, in evaluation mode.
+                `None` means `config.use_cache` without gradients, and False otherwise.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return those of both stacks.
 
         Raises:
@@ -158,6 +159,7 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "return_dict": True,
+            "use_cache": False,
         }
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
@@ -174,6 +176,8 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
             )
         elif not isinstance(encoder_outputs, dict):
             encoder_outputs = ReformerHfModelOutput(last_hidden_state=encoder_outputs[0])
+        if use_cache is None:
+            use_cache = self.uses_cache_by_default
         if cache is None and use_cache and not self.training:
             cache = EncoderDecoderCache(DynamicCache(config=self.decoder.config), DynamicCache())
         outputs = self.decoder(
@@ -246,6 +250,8 @@ class ReformerHfForConditionalGeneration(
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if labels is not None and use_cache is None:
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -40,8 +40,8 @@ class ReformerHfFeedForward(nn.Module):
         return apply_chunked(self._update, hidden_states, self.chunk_size, list(self.parameters()), self)
 
     def _update(self, hidden_states: Tensor) -> Tensor:
-        rows = self.dense(self.layer_norm(hidden_states).flatten(0, 1))
+        inner = self.dense(self.layer_norm(hidden_states))
         if not self.training:
-            return self.output(self.activation(rows)).view(hidden_states.shape)
-        rows = self.activation(dropout(rows, self.inner_dropout))
-        return dropout(self.output(rows), self.dropout).view(hidden_states.shape)
+            return self.output(self.activation(inner))
+        inner = self.activation(dropout(inner, self.inner_dropout))
+        return dropout(self.output(inner), self.dropout)

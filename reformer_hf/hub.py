@@ -237,7 +237,7 @@ def hardware(device: torch.device) -> str:
 
 
 def _optimizer_settings(trainer: Trainer) -> dict[str, Any]:
-    """Return the optimizer that trained, which the script may have chosen, and its learning rates if it has several."""
+    """Return the optimizer that trained, which a script may have chosen, and its learning rates if it has several."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if optimizer is None:
         return _settings(trainer.args, ("optim",))

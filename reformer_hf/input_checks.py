@@ -379,11 +379,12 @@ def check_not_in_tree_cache(kwargs: dict[str, Any]) -> None:
 
 
 def _check_not_transformed() -> None:
-    """Raise a `ValueError` under `torch.export` and the transforms of `torch.func`."""
-    if torch.compiler.is_exporting():
+    """Raise a `ValueError` under `torch.export`, `torch.jit.trace` and the transforms of `torch.func`."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         raise ValueError(
-            "`torch.export` is not supported, because it would keep the sorted order of one input for all inputs: use "
-            "`torch.compile`, or share the model as a folder (`save_pretrained`)."
+            "`torch.export`, `torch.jit.trace` and exports to ONNX are not supported, because they would keep the "
+            "sorted order of one input for all inputs: use `torch.compile`, or share the model as a folder "
+            "(`save_pretrained`)."
         )
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise ValueError(

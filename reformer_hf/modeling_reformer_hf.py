@@ -20,12 +20,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .cache import CacheSpec, refuse_gradient
+from .cache import CacheSpec
 from .chunked import has_hooks
 from .configuration_reformer_hf import ReformerHfConfig
 from .embeddings import ReformerHfEmbeddings
 from .full_cache import FullCacheLayer, StaticFullCacheLayer
 from .generation_reformer_hf import ReformerHfGenerationMixin
+from .gradient_checks import refuse_gradient
 from .input_checks import (
     bucket_factors_of_call,
     check_attention_mask,
@@ -54,6 +55,10 @@ from .self_attention import AttentionCall, is_plain
 if TYPE_CHECKING:
     # Transformers saves the files of all relative imports with a model: with this one, the other heads as well.
     from .task_heads import ReformerHfForMaskedLM  # noqa: F401
+
+
+# Arguments of `ReformerHfModel.forward` that no signature of a head names.
+_PASSED_ON = ("seq_idx", "cu_seq_lens_q", "encoder_hidden_states", "encoder_attention_mask", "cross_cache")
 
 
 class ReformerHfModel(ReformerHfPreTrainedModel):
@@ -112,7 +117,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 `last_hidden_state` raises an error, and `hidden_states` are constants. (Transformers before 5.24 calls
                 this argument `past_key_values`.)
             use_cache (`bool`, *optional*): Whether to create and return a `DynamicCache` if none is given. Only has an
-                effect on causal models in evaluation mode. Unlike in other models, the default `None` means False.
+                effect on causal models in evaluation mode. `None` means `config.use_cache` without gradients
+                (`torch.no_grad()`) and for one document per row, and False otherwise.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return these as well, see
                 `ReformerHfModelOutput`.
             seq_idx (`[B, L]`, *optional*): Index of the packed document that each token belongs to.
@@ -128,6 +134,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
         check_call(self.config, kwargs, self.encoder.layer_norm.weight)
+        by_default = cache is None and use_cache is None
+        if by_default:
+            use_cache = self.uses_cache_by_default
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
         packing = (seq_idx, cu_seq_lens_q)
@@ -153,7 +162,11 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
             if not (reads_values and attention_mask.all()):
                 padding = ~attention_mask
-        documents = documents_of_call(self.config, inputs, position_ids, padding, *packing, cache)
+        documents = documents_of_call(
+            self.config, inputs, position_ids, padding, *packing, None if by_default else cache
+        )
+        if by_default and documents is not None:
+            cache = None
         if position_ids is None and documents is not None:
             position_ids = documents.positions(padding)
             check_position_ids(self.config, position_ids)
@@ -361,15 +374,20 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
         Args:
             labels (`[B, L]`, *optional*): The tokens, or -100 for positions without loss. The model shifts them. In
                 training with `chunk_size_lm_head`, the model then only returns the loss and no logits.
+            use_cache (`bool`, *optional*): As in `ReformerHfModel.forward`; with labels, `None` means False.
             logits_to_keep (`int` or `Tensor`, defaults to 0): Compute only the logits of that many last positions, or
                 of the positions in a tensor; 0 means all. A position of padding gets the logits of the last token
                 before it, if a number is given.
-            **kwargs: Arguments of the loss, such as `num_items_in_batch` and `shift_labels`, and of packed documents.
+            **kwargs: Arguments of the loss, such as `num_items_in_batch` and `shift_labels`, of packed documents, and
+                the encoder output with its mask and cache.
 
         Returns:
             `ReformerHfCausalLMOutput`.
         """
         check_not_in_tree_cache(kwargs)
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if has_labels and use_cache is None:
+            use_cache = False
         if cache is not None and isinstance(logits_to_keep, int) and logits_to_keep > 0:
             check_last_tokens(cache, attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
         outputs = self.reformer(
@@ -383,12 +401,10 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            seq_idx=kwargs.pop("seq_idx", None),
-            cu_seq_lens_q=kwargs.pop("cu_seq_lens_q", None),
             return_dict=True,
+            **{name: kwargs.pop(name, None) for name in _PASSED_ON},
         )
         logits = loss = None
-        has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if labels is not None:
             self.check_labels(labels, outputs.last_hidden_state, **kwargs)
         if has_labels and self._loss_without_logits:

@@ -49,6 +49,14 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         config.validate_reformer()
         super().__init__(config, *args, **kwargs)
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if attn_implementation not in (None, "eager"):
+            raise ValueError(
+                f"`attn_implementation` is {attn_implementation!r}, but this model computes attention in its own way: "
+                "leave it out."
+            )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -57,6 +65,11 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
                 initialization.normal_(weight, std=self.config.axial_norm_std)
         elif isinstance(module, ReformerHfLMHead):
             initialization.zeros_(module.bias)
+
+    @property
+    def uses_cache_by_default(self) -> bool:
+        """Whether a causal model in evaluation mode creates a KV cache, if a call does not say: see `forward`."""
+        return self.config.use_cache and not torch.is_grad_enabled()
 
     def get_position_embeddings(self) -> nn.Module:  # type: ignore[override]
         """Return the position embeddings: an `AxialPositionEmbeddings`, or an `nn.Embedding` if they are not axial."""

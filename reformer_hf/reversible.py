@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .chunked import accumulate, chunks_of, map_chunks, vjp_chunks
+from .gradient_checks import refuse_second_derivatives
 from .rng import ReplayState, SeededDropout
 
 logger = logging.get_logger(__name__)
@@ -462,11 +463,7 @@ class _ReversibleLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad1, grad2):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Second derivatives through a reversible layer (`create_graph=True`) are not supported: build the "
-                "model with `reversible=False`."
-            )
+        refuse_second_derivatives()
         _ = ctx.saved_tensors
         record, (stream, total), stream_is_private = ctx.segment.rewind(ctx.index)
         total_is_private = stream_is_private

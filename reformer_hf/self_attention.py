@@ -202,15 +202,24 @@ class SelfAttention(nn.Module):
             Each projection, `[B, L, h, D]`.
         """
         features = self.features(heads)
-        # All projections share one view, so that autograd accumulates their gradients in place.
-        rows = hidden_states.flatten(0, 1)
         shape = (*hidden_states.shape[:2], -1, self.head_size)
-        return [project(getattr(self, name), rows, features, values).view(shape) for name in self.projections]
+        projected, rows = [], None
+        for name in self.projections:
+            module = getattr(self, name)
+            if is_plain(module):
+                # They share one view, so that autograd accumulates their gradients in place.
+                rows = hidden_states.flatten(0, 1) if rows is None else rows
+                output = project(module, rows, features, values)
+            else:
+                # `head_groups` ensures that these are all features. Examples may have adapters of their own.
+                output = module(hidden_states)
+            projected.append(output.view(shape))
+        return projected
 
     def project_new(self, hidden_states: Tensor) -> list[Tensor]:
         """Project few hidden states to all heads, by calling the projections as modules."""
-        rows, shape = hidden_states.flatten(0, 1), (*hidden_states.shape[:2], -1, self.head_size)
-        return [getattr(self, name)(rows).view(shape) for name in self.projections]
+        shape = (*hidden_states.shape[:2], -1, self.head_size)
+        return [getattr(self, name)(hidden_states).view(shape) for name in self.projections]
 
     def attend(
         self, projected: Sequence[Tensor], call: AttentionCall, heads: slice, found: Found | None = None
@@ -423,15 +432,12 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and not has_hooks(module)
 
 
-def project(module: nn.Module, rows: Tensor, features: slice, values: bool) -> Tensor:
-    """Compute some of the output features of a linear layer without bias for `[rows, E]`."""
-    if is_plain(module):
-        weight = module.weight
-        if features != slice(0, module.out_features):
-            weight = weight[features]
-        return linear(rows, weight) if values else _LinearWithoutValues.apply(rows, weight)
-    # `head_groups` ensures that these are all features.
-    return module(rows)
+def project(module: nn.Linear, rows: Tensor, features: slice, values: bool) -> Tensor:
+    """Compute some of the output features of a plain linear layer without bias for `[rows, E]`."""
+    weight = module.weight
+    if features != slice(0, module.out_features):
+        weight = weight[features]
+    return linear(rows, weight) if values else _LinearWithoutValues.apply(rows, weight)
 
 
 class _LinearWithoutValues(torch.autograd.Function):

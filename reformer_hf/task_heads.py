@@ -140,7 +140,7 @@ class ReformerHfForSequenceClassification(ReformerHfTaskModel):
         """
         tokens = tokens_to_pool(self.config, input_ids, attention_mask, inputs_embeds)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
-        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
+        outputs = self.reformer(*inputs, return_dict=True, **{"use_cache": False, **kwargs})
         logits, loss = self.classifier(outputs.last_hidden_state, tokens), None
         if labels is not None:
             labels = check_sequence_labels(labels, logits, self.config, self.reformer.reads_values)
@@ -187,7 +187,7 @@ class ReformerHfForMultipleChoice(ReformerHfTaskModel):
         )
         tokens = tokens_to_pool(self.config, input_ids, attention_mask, inputs_embeds)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
-        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
+        outputs = self.reformer(*inputs, return_dict=True, **{"use_cache": False, **kwargs})
         logits, loss = self.classifier(outputs.last_hidden_state, tokens).view(batch_size, num_choices), None
         if labels is not None:
             labels = check_class_indices(labels, logits, "num_choices", self.reformer.reads_values)
@@ -232,7 +232,7 @@ class ReformerHfForTokenClassification(ReformerHfTaskModel):
             ValueError: If labels do not match the input or `num_labels`.
         """
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
-        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
+        outputs = self.reformer(*inputs, return_dict=True, **{"use_cache": False, **kwargs})
         logits, loss = self.classifier(self.dropout(outputs.last_hidden_state)), None
         if labels is not None:
             check_token_labels(labels, logits, self.num_labels, "num_labels", self.reformer.reads_values)

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.utils import to_py_obj
 
 FIRST_BYTE_ID = 2
@@ -52,10 +52,13 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
         add_eos_token (`bool`, defaults to `False`): Whether to end each sequence with `</s>`.
         split_special_tokens (`bool`, defaults to `False`): Whether to encode special tokens in a text as bytes. Each
             call can override it.
+        add_prefix_space (`bool`, defaults to `False`): Whether to begin each text and, with `is_split_into_words`,
+            each word with a space, unless it has one. Encoding is then no longer lossless.
         kwargs: Other arguments of `PreTrainedTokenizerFast`, such as `padding_side` or `model_max_length`.
 
     Raises:
-        ValueError: If a saved vocabulary does not have the ids above.
+        ValueError: If a saved vocabulary does not have the ids above, or in a call with `is_split_into_words=True`
+            without `add_prefix_space`, which would join the words.
 
     ```python
     >>> from reformer_hf import ReformerHfByteTokenizer
@@ -85,11 +88,22 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
                 f"{FIRST_BYTE_ID} to {LAST_BYTE_ID} of `{type(self).__name__}`: load it with "
                 "`PreTrainedTokenizerFast`."
             )
+        if "add_prefix_space" in kwargs:
+            pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kwargs["add_prefix_space"], use_regex=False)
+            self.backend_tokenizer.pre_tokenizer = pre_tokenizer
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
         """Load the saved file unchanged. Without `trust_remote_code`, Transformers only takes its vocabulary."""
         return super().convert_to_native_format(trust_remote_code=True, **kwargs)
+
+    def _encode_plus(self, *args, **kwargs) -> BatchEncoding:
+        if kwargs.get("is_split_into_words") and not self.add_prefix_space:
+            raise ValueError(
+                "`is_split_into_words` is True, but this tokenizer would join the words without a space between them: "
+                "create it with `add_prefix_space=True`."
+            )
+        return super()._encode_plus(*args, **kwargs)
 
     def _add_tokens(self, new_tokens, special_tokens=False) -> int:
         for token in map(str, new_tokens):

@@ -61,6 +61,22 @@ def test_adapters_in_decoding():
         assert not torch.equal(model.generate(input_ids=prompt, **options), expected)
 
 
+@torch.no_grad()
+def test_adapters_of_examples():
+    """Each example of a batch with an adapter of its own, or with none."""
+    model = _adapted(eos_token_id=None).eval()
+    torch.manual_seed(5)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    model.to(torch.float64)
+    ids = torch.randint(1, 60, (3, 33))
+    logits = model(input_ids=ids, adapter_names=["default", "other", "__base__"]).logits
+    for i, name in enumerate(("default", "other")):
+        model.set_adapter(name)
+        assert_close(logits[i], model(input_ids=ids[i : i + 1]).logits[0], 1e-12, name)
+    with model.disable_adapter():
+        assert_close(logits[2], model(input_ids=ids[2:]).logits[0], 1e-12, "base")
+
+
 def test_save_load_and_merge(tmp_path):
     model = _adapted().eval()
     ids = torch.randint(0, 60, (2, 33))

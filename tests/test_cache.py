@@ -827,6 +827,40 @@ def test_cache_has_no_gradients():
     assert isinstance(model, ReformerHfForCausalLM)
 
 
+@torch.no_grad()
+def test_decoding_by_hand():
+    """As with Llama, outputs without gradient have a cache, whose name may be the older one."""
+    model, ids = random_model(torch.float64), torch.arange(1, 41).view(2, 20)
+    for lengths in ((19, 1), (7, 9, 4)):
+        past, found = None, []
+        for new in ids.split(lengths, dim=1):
+            output = model(new, past_key_values=past)
+            past = output.past_key_values
+            found.append(output.logits)
+        assert_close(torch.cat(found, dim=1), model(ids, use_cache=False).logits, 1e-12)
+
+
+def test_cache_by_default():
+    model, ids = random_model(), torch.arange(1, 41).view(2, 20)
+    packed = torch.arange(10).repeat(2)[None].expand(2, -1)
+    increasing = torch.arange(20)[None]
+
+    def has_cache(called=model, **options):
+        return called(ids, **options).cache is not None
+
+    with torch.no_grad():
+        assert has_cache() and has_cache(model.reformer) and has_cache(position_ids=increasing)
+        assert not has_cache(labels=ids) and has_cache(labels=ids, use_cache=True)
+        assert not has_cache(position_ids=packed) and not has_cache(use_cache=False)
+        model.config.use_cache = False
+        assert not has_cache()
+        model.config.use_cache = True
+        assert not has_cache(model.train())
+    model.eval()
+    assert not has_cache()
+    model(ids).logits.sum().backward()
+
+
 def test_no_gradient_with_cache():
     """What was computed with a cache has no gradient, and says so; other uses of the output are unaffected."""
     model, ids = random_model(torch.float64), torch.arange(1, 41).view(2, 20)

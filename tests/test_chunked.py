@@ -147,8 +147,7 @@ def test_graph_of_one_chunk():
 def test_second_derivative():
     module, hidden_states = _module(), _hidden_states()
     out = apply_chunked(module, hidden_states, 5, list(module.parameters()))
-    message = "create_graph=True.*chunk_size_feed_forward=0.*chunk_size_lm_head=0"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match="create_graph=True.*first derivatives alone"):
         torch.autograd.grad(out.sum(), hidden_states, create_graph=True)
 
 

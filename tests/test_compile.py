@@ -87,3 +87,8 @@ def test_export_is_refused(strict):
     model = random_model(attn_layers=LAYERS).requires_grad_(False)
     with pytest.raises(Exception, match="torch.export.*use.*torch.compile"):
         torch.export.export(model, (_ids(0),), strict=strict)
+
+
+def test_trace_is_refused():
+    with pytest.raises(ValueError, match="`torch.jit.trace` and exports to ONNX.*use.*torch.compile"):
+        torch.jit.trace(random_model(attn_layers=LAYERS), _ids(0))

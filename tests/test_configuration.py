@@ -49,6 +49,21 @@ def test_number_of_layers():
     assert ReformerHfConfig.from_dict(in_tree, attn_layers=["lsh"]).num_hidden_layers == 1
     with pytest.raises(ValueError, match="`num_hidden_layers` is 12, but `attn_layers` has 2 entries"):
         ReformerHfConfig.from_dict(config.to_dict(), num_hidden_layers=12)
+    config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="`num_hidden_layers` is 1, but `attn_layers` has 2 entries"):
+        config.num_hidden_layers = 1
+
+
+def test_names_of_other_configs():
+    config = ReformerHfConfig(intermediate_size=48)
+    assert config.feed_forward_size == config.intermediate_size == 48
+    assert "intermediate_size" not in config.to_dict()
+    assert ReformerHfConfig.from_dict(config.to_dict(), feed_forward_size=32).intermediate_size == 32
+    with pytest.raises(ValueError, match="`rope_theta` is not a field of this config: use `local_rope_theta`"):
+        ReformerHfConfig(rope_theta=5e5)
+    # Tools add fields to saved configs, and in-tree ones may hold anything.
+    assert ReformerHfConfig.from_dict({**config.to_dict(), "head_dim": 64}).feed_forward_size == 48
+    assert ReformerHfConfig.from_dict({**ReformerConfig().to_dict(), "head_dim": 64}).attention_head_size == 64
 
 
 def test_derived_head_size():
@@ -267,8 +282,9 @@ def _assert_equals_in_tree_config(fields, tmp_path):
         for name, value in IN_TREE_BEHAVIOUR.items():
             assert getattr(config, name) == value, (name, fields)
         for name in ReformerConfig.__dataclass_fields__:
-            # The last one names modules, for sharding.
-            own = ("model_type", "transformers_version", "max_position_embeddings", "base_model_fsdp_plan")
+            # The last two are names of fields, and of modules for sharding.
+            own = ("model_type", "transformers_version", "max_position_embeddings", "attribute_map")
+            own += ("base_model_fsdp_plan",)
             if name.startswith("_") or name in own:
                 continue
             found, expected = getattr(config, name), getattr(in_tree, name)

@@ -472,10 +472,16 @@ def test_outputs():
         assert weights.shape == (3, 2, 9, 33)
         assert_close(weights.sum(-1), torch.ones(3, 2, 9), 1e-12)
         assert not weights.masked_select(sources["attention_mask"][:, None, None] == 0).any()
-    # Evaluation creates a cache, training does not.
+    # Evaluation creates a cache, training does not. By default, only evaluation without gradients does.
     for training in (False, True):
-        output = model.train(training)(**sources, decoder_input_ids=decoder_ids, use_cache=True)
+        model.train(training)
+        output = model(**sources, decoder_input_ids=decoder_ids, use_cache=True)
         assert (output.cache is None) == training
+        assert model(**sources, decoder_input_ids=decoder_ids).cache is None
+        with torch.no_grad():
+            output = model(**sources, decoder_input_ids=decoder_ids)
+            assert (output.cache is None) == training
+            assert model(**sources, labels=decoder_ids).cache is None
 
 
 def test_gradients_with_use_cache():
@@ -881,6 +887,8 @@ def test_bad_inputs():
     causal = random_model(cls=ReformerHfForCausalLM)
     with pytest.raises(ValueError, match="`encoder_hidden_states` is given.*`add_cross_attention` is False"):
         causal.reformer(ids, encoder_hidden_states=hidden)
+    with pytest.raises(ValueError, match="`encoder_hidden_states` is given.*`add_cross_attention` is False"):
+        causal(ids, encoder_hidden_states=hidden)
     with pytest.raises(ValueError, match="`encoder_hidden_states` is missing"):
         ReformerHfModel(tiny_config(add_cross_attention=True))(ids)
     with pytest.raises(ValueError, match="up to 300 tokens.*`max_new_tokens`"):

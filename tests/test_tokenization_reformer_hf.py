@@ -155,6 +155,21 @@ def test_offsets():
     assert TOKENIZER("aé b", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (1, 2), (1, 2), (2, 3), (3, 4)]
 
 
+def test_words(tmp_path):
+    """Words get spaces between them, or are refused: joined, they would not be what the model reads later."""
+    words = ["Füße", "and", " shoes"]
+    with pytest.raises(ValueError, match="join the words.*add_prefix_space=True"):
+        ReformerHfByteTokenizer()(words, is_split_into_words=True)
+    ReformerHfByteTokenizer(add_prefix_space=True).save_pretrained(tmp_path / "prefix")
+    ReformerHfByteTokenizer().save_pretrained(tmp_path / "plain")
+    for name, options in (("prefix", {}), ("plain", {"add_prefix_space": True})):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name, **options)
+        encoded = tokenizer([words, words[1:]], is_split_into_words=True)
+        assert tokenizer.batch_decode(encoded["input_ids"]) == [" Füße and shoes", " and shoes"]
+        assert encoded.word_ids(0) == [0] * 7 + [1] * 4 + [2] * 6
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")("and")["input_ids"] == [99, 112, 102]
+
+
 def test_pickle():
     assert pickle.loads(pickle.dumps(TOKENIZER))(SPECIAL_TEXT) == TOKENIZER(SPECIAL_TEXT)
 

@@ -80,7 +80,7 @@ def observe(model: nn.Module, observer: Observer, layers: dict[str, ReformerHfLa
         for name, layer in layers.items():
             handle = layer.attention.self_attention.register_forward_pre_hook(partial(hook, name, layer))
             stack.callback(handle.remove)
-        model(**inputs)
+        model(**{"use_cache": False, **inputs})
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import Any, overload
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
@@ -19,28 +20,35 @@ class MuonWithAdamW(Optimizer):
     FSDP2. DeepSpeed cannot use it: it flattens weights, and Muon needs matrices.
 
     Args:
-        model: The model. Parameters without `requires_grad` are left out.
+        model: The model, with its adapters if it has any. Parameters without `requires_grad` are left out.
         muon_lr: Learning rate of Muon.
         lr: Learning rate of AdamW.
         betas, eps: Of AdamW.
         weight_decay: Weight decay of parameters with two or more dimensions.
 
     Raises:
-        `ValueError`: If no weight of a linear layer is to be trained.
+        `ValueError`: If no weight of a linear layer is to be trained, or if `model` is not a module.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         muon_lr: float = 0.05,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        head = model.get_output_embeddings()
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"`model` is a {type(model).__name__}, but must be the model itself, whose modules tell which weights "
+                "are those of linear layers: pass `optimizers=(MuonWithAdamW(model), None)` to `Trainer`, or "
+                "`optimizer_cls_and_kwargs=(MuonWithAdamW, {'model': model})`."
+            )
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-        matrices = [layer.weight for layer in linear if layer.weight.requires_grad]
+        # A weight that layers share is listed once.
+        matrices = list({id(layer.weight): layer.weight for layer in linear if layer.weight.requires_grad}.values())
         if not matrices:
             raise ValueError(
                 "`model` has no linear layer with a trainable weight, which Muon is for: use `torch.optim.AdamW`."
@@ -56,10 +64,11 @@ class MuonWithAdamW(Optimizer):
         if groups:
             self.parts.append(AdamW(groups, lr=lr, betas=betas, eps=eps))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._is_complete = True
         self._share()
 
     def _share(self) -> None:
-        """Let the parts work on the groups, into which schedules write learning rates, and on the state of this one."""
+        """Let the parts use the state of this optimizer and its groups, into which schedules write learning rates."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
@@ -73,16 +82,35 @@ class MuonWithAdamW(Optimizer):
 
     def step(self, closure=None):
         """Update all parameters. Returns the loss of `closure`."""
-        loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not any(each.requires_grad for group in self.param_groups for each in group["params"]):
+            raise ValueError(
+                "All parameters of the optimizer have been frozen since it was created: create it after adapters have "
+                "been added, as with `optimizer_cls_and_kwargs=(MuonWithAdamW, {'model': model})` of `Trainer`."
+            )
         for part in self.parts:
             part.step()
         return loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise `ValueError`, once the optimizer is complete: it cannot tell which part is to train a new group."""
+        if hasattr(self, "_is_complete"):
+            raise ValueError("`add_param_group` is not supported: create the optimizer when all parameters exist.")
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, in the format of any optimizer."""
+        """
+        Load what `state_dict` returned, in the format of any optimizer.
+
+        Raises:
+            `ValueError`: If it is the state of another optimizer or of other parameters.
+        """
         super().load_state_dict(state_dict)
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold."""
-        return {**super().__getstate__(), "parts": self.parts}
+        return {**super().__getstate__(), "parts": self.parts, "_is_complete": True}

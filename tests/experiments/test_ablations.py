@@ -43,7 +43,7 @@ def test_plain_layers():
 
 def test_grid_compares_equals():
     """For each seed there is each pattern with each number of hashes, and nothing twice."""
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         runs = [run for run in EXPERIMENT.runs if run.seed == seed]
         assert len(set(runs)) == len(runs) == 4 + 2 * 5 + 2, seed
         hashed = {(run.attention, run.hashes) for run in runs if run.hashes and not run.deduplicate}

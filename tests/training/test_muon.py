@@ -99,3 +99,34 @@ def test_frozen_parameters(model):
     model.reformer.requires_grad_(False)
     with pytest.raises(ValueError, match="no linear layer with a trainable weight"):
         MuonWithAdamW(model)
+    # As by adapters that are added after the optimizer.
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen since it was created.*adapters"):
+        optimizer.step()
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="`model` is a list.*optimizer_cls_and_kwargs"):
+        MuonWithAdamW(list(model.parameters()))
+    with pytest.raises(ValueError, match="`add_param_group` is not supported"):
+        MuonWithAdamW(model).add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match="parameter groups"):
+        MuonWithAdamW(model).load_state_dict(AdamW(model.parameters()).state_dict())
+
+
+def test_shared_weight(model):
+    """A weight that two layers share takes one step at a time."""
+    first, second = (layer.feed_forward.dense for layer in model.reformer.encoder.layers[:2])
+    second.dense.weight = first.dense.weight
+    matrices = [each for group in MuonWithAdamW(model).param_groups for each in group["params"]]
+    assert len(matrices) == len({id(each) for each in matrices})
+
+
+def test_closure(model):
+    def closure():
+        loss = model(torch.ones(1, 9, dtype=torch.long), labels=torch.ones(1, 9, dtype=torch.long)).loss
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert MuonWithAdamW(model).step(closure) > 0
