@@ -270,7 +270,9 @@ def test_return_tuples(input_ids):
         assert torch.equal(found[0], expected.loss) and torch.equal(found[1], expected.logits)
         for state, expected_state in zip(found[2], expected.hidden_states, strict=True):
             assert torch.equal(state, expected_state)
-    (last,) = model.reformer(input_ids, return_dict=False)
+    last, cache = model.reformer(input_ids, return_dict=False)
+    assert cache.get_seq_length() == input_ids.shape[1]
+    (last,) = model.reformer(input_ids, use_cache=False, return_dict=False)
     assert torch.equal(last, model.reformer(input_ids).last_hidden_state)
 
 
