@@ -50,6 +50,16 @@ class ReformerHfLMHead(nn.Module):
             return self.decoder(hidden_states)
         return apply_chunked(self.decoder, hidden_states, self.chunk_size, list(self.decoder.parameters()), self)
 
+    @torch.no_grad()
+    def untie(self) -> None:
+        """Replace the decoder by one with weights of its own for both streams, which computes the same logits."""
+        weight = self.decoder.weight
+        out_features, in_features = weight.shape
+        self.decoder = nn.Linear(2 * in_features, out_features, device=weight.device, dtype=weight.dtype)
+        self.decoder.weight.copy_(weight.repeat(1, 2) / 2)
+        self.decoder.bias = self.bias
+        self.tied = False
+
     def _sum_cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         chunk = LinearCrossEntropyOptions(
             batch_chunk_size=self.chunk_size * hidden_states.shape[0], chunking_method=None

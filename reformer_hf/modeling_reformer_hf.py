@@ -294,6 +294,12 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
             self.lm_head.bias = self.lm_head.decoder.bias
         super().tie_weights(missing_keys, recompute_mapping)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save the model, with an LM head of the width that the config says: PEFT unties it when it merges adapters."""
+        if self.lm_head.tied and not self.config.tie_word_embeddings and is_plain(self.lm_head.decoder):
+            self.lm_head.untie()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def check_labels(self, labels: Tensor, states: Tensor, ignore_index: int = IGNORED, **kwargs) -> None:
         """Raise a `ValueError` if labels do not match hidden states `[B, L, …]` or the vocabulary."""
         vocabulary = self.config.vocab_size, "vocab_size"

@@ -100,6 +100,26 @@ def _without_defaults():
     return tables
 
 
+@pytest.mark.parametrize("saved", [["word_embeddings"], ["word_embeddings", "lm_head"]], ids=["one", "both"])
+def test_merged_after_training_tied_weights(saved, tmp_path):
+    """PEFT unties weights of which it has trained a copy. Here, a head that is not tied is twice as wide."""
+    model = random_model(torch.float64, attn_layers=LAYERS, tie_word_embeddings=True)
+    config = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, modules_to_save=saved)
+    model = peft.get_peft_model(model, config).to(torch.float64)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    ids = torch.arange(1, 41).view(2, 20)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        assert_close(merged(ids).logits, expected, 1e-10)
+        merged.save_pretrained(tmp_path)
+        loaded = ReformerHfForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+        for model in (merged, loaded):
+            assert_close(model(ids).logits, expected, 1e-10)
+
+
 def test_default_targets():
     model = random_model(attn_layers=LAYERS)
     tables = _without_defaults()
