@@ -14,6 +14,7 @@ position embeddings start as copies of those that the weights have. The models a
 two layers. Training, with Muon, ends at 90 %, evaluated every 10 steps, or after a number of steps or CPU seconds.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -25,7 +26,7 @@ from matplotlib import pyplot
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .figures import save
+from .figures import save, spread
 from .models import COLORS, LABELS, MODELS, Sizes
 from .records import Record, cpu_seconds_before, cpu_seconds_of_curve
 from .runner import Experiment, main, scratch_of
@@ -168,23 +169,32 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
 def report(records: list[Record], folder: Path) -> str:
     """Draw accuracy against CPU time, with a panel for each length, and write when each model reached 90 %."""
     results = {Run(**record["settings"]): record["result"] for record in records}
-    lengths = sorted({run.length for run in results})
+    seeds: dict[Run, list[Run]] = defaultdict(list)
+    for run in results:
+        seeds[replace(run, seed=0)].append(run)
+    groups = sorted(seeds, key=lambda run: (run.length, list(MODELS).index(run.model)))
+    lengths = list(dict.fromkeys(run.length for run in groups))
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 3 * len(lengths), 3.5), squeeze=False)
+    panel = dict(zip(lengths, panels[0], strict=True))
     lines = [
-        "| length | model | seed | steps | seconds | with shorter lengths | accuracy |",
+        "| length | model | seeds | steps | seconds | with shorter lengths | accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
-    for axes, length in zip(panels[0], lengths, strict=True):
-        for run in sorted(results, key=lambda run: list(MODELS).index(run.model)):
-            if run.length != length:
-                continue
-            result, before = results[run], cpu_seconds_before(results, run)
-            seconds = [before + at for at in cpu_seconds_of_curve(result)]
+    for group in groups:
+        runs = seeds[group]
+        found = [results[run] for run in runs]
+        before = [cpu_seconds_before(results, run) for run in runs]
+        last = [100 * result["curve"][-1]["accuracy"] for result in found]
+        cells = [f"{group.length:,}", LABELS[group.model], len(runs), spread([each["steps"] for each in found], 0)]
+        cells.append(spread([each["cpu_seconds"] for each in found], 0))
+        cells.append(spread([at + each["cpu_seconds"] for at, each in zip(before, found, strict=True)], 0))
+        lines.append(f"| {' | '.join(map(str, [*cells, spread(last)]))} |")
+        for i, (result, at) in enumerate(zip(found, before, strict=True)):
+            seconds = [at + own for own in cpu_seconds_of_curve(result)]
             values = [100 * entry["accuracy"] for entry in result["curve"]]
-            axes.plot(seconds, values, color=COLORS[run.model], label=LABELS[run.model], marker=".")
-            times = (f"{value:.0f}" for value in (result["cpu_seconds"], seconds[-1]))
-            cells = (f"{length:,}", LABELS[run.model], run.seed, result["steps"], *times, f"{values[-1]:.1f}")
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            label = None if i else LABELS[group.model]
+            panel[group.length].plot(seconds, values, color=COLORS[group.model], label=label, marker=".")
+    for length, axes in panel.items():
         axes.set(title=f"{length:,} tokens", xlabel="seconds of training", xlim=(0, None), ylim=(0, 102))
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("accuracy, %")
@@ -200,6 +210,8 @@ EXPERIMENT = Experiment(
         *(Run(model, LENGTHS[0]) for model in MODELS),
         *(Run(model, length) for length in LENGTHS[1:-1] for model in ("reformer", "local", "dense")),
         Run("reformer", LENGTHS[-1]),
+        *(Run("reformer", length, seed) for seed in (1, 2) for length in LENGTHS),
+        *(Run("dense", length, seed) for seed in (1, 2) for length in LENGTHS[:4]),
     ],
     train_and_evaluate,
     report,

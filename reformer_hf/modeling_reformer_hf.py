@@ -295,7 +295,7 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
         super().tie_weights(missing_keys, recompute_mapping)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the model, with an LM head of the width that the config says: PEFT unties it when it merges adapters."""
+        """Save the model, with an LM head as wide as the config says: PEFT unties it when it merges adapters."""
         if self.lm_head.tied and not self.config.tie_word_embeddings and is_plain(self.lm_head.decoder):
             self.lm_head.untie()
         return super().save_pretrained(save_directory, *args, **kwargs)
