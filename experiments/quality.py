@@ -92,7 +92,7 @@ def report(records: list[Record], folder: Path) -> str:
         groups[replace(Run(**record["settings"]), seed=0)].append(record["result"])
     runs = sorted(groups, key=lambda run: (list(MODELS).index(run.model), run.muon_learning_rate or 0.0))
     lengths = sorted({run.length for run in runs})
-    figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 5 * len(lengths), 4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 7 * len(lengths), 4), squeeze=False)
     lines = [
         "| length | model | optimizer | runs | parameters | steps | CPU minutes | bits per byte |",
         "|---|---|---|---|---|---|---|---|",
