@@ -153,6 +153,8 @@ def execute(
                 "first. If it is recorded but its weights were deleted, delete its record as well."
             )
         torch.set_num_threads(threads)
+        # Attention weights that are almost zero slow a CPU down, more and more as attention becomes sharper.
+        torch.set_flush_denormal(True)
         # The device of `experiments.training.train`.
         PartialState(cpu=device == "cpu")
         started = time.perf_counter()

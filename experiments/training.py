@@ -107,8 +107,6 @@ def train(
         The number of steps, seconds and CPU seconds of training, without evaluations, and the curve: step, seconds,
         mean loss since the last entry, and metrics.
     """
-    # Attention weights that are almost zero slow a CPU down, more and more as attention becomes sharper.
-    torch.set_flush_denormal(True)
     device = PartialState().device
     model.to(device)
     optimizer = schedule.optimizer(model)

@@ -134,9 +134,6 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
         check_call(self.config, kwargs, self.encoder.layer_norm.weight)
-        by_default = cache is None and use_cache is None
-        if by_default:
-            use_cache = self.uses_cache_by_default
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
         packing = (seq_idx, cu_seq_lens_q)
@@ -162,11 +159,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
             if not (reads_values and attention_mask.all()):
                 padding = ~attention_mask
-        documents = documents_of_call(
-            self.config, inputs, position_ids, padding, *packing, None if by_default else cache
-        )
-        if by_default and documents is not None:
-            cache = None
+        documents = documents_of_call(self.config, inputs, position_ids, padding, *packing, cache)
         if position_ids is None and documents is not None:
             position_ids = documents.positions(padding)
             check_position_ids(self.config, position_ids)
@@ -174,6 +167,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             position_ids = self._position_ids(inputs, padding, cache)
             if reads_values and cache is not None:
                 check_position_ids(self.config, position_ids)
+        if cache is None and use_cache is None and documents is None and self.uses_cache_by_default:
+            cache = DynamicCache(config=self.config)
+            check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:

@@ -68,8 +68,9 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
 
     @property
     def uses_cache_by_default(self) -> bool:
-        """Whether a causal model in evaluation mode creates a KV cache, if a call does not say: see `forward`."""
-        return self.config.use_cache and not torch.is_grad_enabled()
+        """Whether the model creates a KV cache if a call does not say: in evaluation, without gradients."""
+        decodes = self.config.is_decoder or self.config.is_encoder_decoder
+        return decodes and self.config.use_cache and not self.training and not torch.is_grad_enabled()
 
     def get_position_embeddings(self) -> nn.Module:  # type: ignore[override]
         """Return the position embeddings: an `AxialPositionEmbeddings`, or an `nn.Embedding` if they are not axial."""

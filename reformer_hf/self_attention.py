@@ -202,19 +202,15 @@ class SelfAttention(nn.Module):
             Each projection, `[B, L, h, D]`.
         """
         features = self.features(heads)
+        # Plain projections share one view, so that autograd accumulates their gradients in place.
+        rows = hidden_states.flatten(0, 1)
         shape = (*hidden_states.shape[:2], -1, self.head_size)
-        projected, rows = [], None
-        for name in self.projections:
-            module = getattr(self, name)
-            if is_plain(module):
-                # They share one view, so that autograd accumulates their gradients in place.
-                rows = hidden_states.flatten(0, 1) if rows is None else rows
-                output = project(module, rows, features, values)
-            else:
-                # `head_groups` ensures that these are all features. Examples may have adapters of their own.
-                output = module(hidden_states)
-            projected.append(output.view(shape))
-        return projected
+        modules = [getattr(self, name) for name in self.projections]
+        # Of others, `head_groups` ensures that these are all features. Examples may have adapters of their own.
+        projected = [
+            project(each, rows, features, values) if is_plain(each) else each(hidden_states) for each in modules
+        ]
+        return [output.view(shape) for output in projected]
 
     def project_new(self, hidden_states: Tensor) -> list[Tensor]:
         """Project few hidden states to all heads, by calling the projections as modules."""

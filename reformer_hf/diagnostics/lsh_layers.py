@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lsh_attention import LSHSelfAttention
+from ..pretrained_model import ReformerHfPreTrainedModel
 from ..reformer_layer import ReformerHfLayer
 from ..self_attention import AttentionCall
 
@@ -77,10 +78,25 @@ def observe(model: nn.Module, observer: Observer, layers: dict[str, ReformerHfLa
 
     with ExitStack() as stack:
         stack.enter_context(_evaluation(model))
+        stack.enter_context(no_cache_by_default(model))
         for name, layer in layers.items():
             handle = layer.attention.self_attention.register_forward_pre_hook(partial(hook, name, layer))
             stack.callback(handle.remove)
-        model(**{"use_cache": False, **inputs})
+        model(**inputs)
+
+
+@contextmanager
+def no_cache_by_default(model: nn.Module) -> Iterator[None]:
+    """Let models create no KV cache unless a call says so, with or without gradients."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs if kwargs.get("use_cache") else {**kwargs, "use_cache": False}
+
+    with ExitStack() as stack:
+        for each in model.modules():
+            if isinstance(each, ReformerHfPreTrainedModel) and each.base_model is each:
+                stack.callback(each.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 from ..full_attention import FullSelfAttention
 from ..hashing import sort_by_bucket, unpack_order
 from ..lsh_attention import LSHSelfAttention
-from ..pretrained_model import ReformerHfPreTrainedModel
 from ..reformer_layer import ReformerHfLayer
 from ..self_attention import AttentionCall, Found, SelfAttention
-from .lsh_layers import find_lsh_layers
+from .lsh_layers import find_lsh_layers, no_cache_by_default
 
 
 @contextmanager
@@ -49,9 +47,7 @@ def replace_lsh(
     with ExitStack() as stack:
         for layer, layer_seed in zip(found.values(), seeds, strict=True):
             stack.callback(_REPLACEMENTS[replacement](layer, layer_seed))
-        for each in model.modules():
-            if isinstance(each, ReformerHfPreTrainedModel) and each.base_model is each:
-                stack.callback(each.register_forward_pre_hook(_without_cache, with_kwargs=True).remove)
+        stack.enter_context(no_cache_by_default(model))
         yield
 
 
@@ -127,11 +123,6 @@ def _swap_attention(layer: ReformerHfLayer, cls: type[SelfAttention], **fields: 
         attention.self_attention = original
 
     return undo
-
-
-def _without_cache(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Without gradients, a causal model would create a cache by default."""
-    return args, kwargs if kwargs.get("use_cache") else {**kwargs, "use_cache": False}
 
 
 def _refuse_cache(layer: nn.Module, args: tuple) -> None:

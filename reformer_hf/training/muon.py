@@ -64,7 +64,6 @@ class MuonWithAdamW(Optimizer):
         if groups:
             self.parts.append(AdamW(groups, lr=lr, betas=betas, eps=eps))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._is_complete = True
         self._share()
 
     def _share(self) -> None:
@@ -97,7 +96,7 @@ class MuonWithAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise `ValueError`, once the optimizer is complete: it cannot tell which part is to train a new group."""
-        if hasattr(self, "_is_complete"):
+        if len(self.param_groups) == sum(len(part.param_groups) for part in self.parts):
             raise ValueError("`add_param_group` is not supported: create the optimizer when all parameters exist.")
         super().add_param_group(param_group)
 
@@ -113,4 +112,4 @@ class MuonWithAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold."""
-        return {**super().__getstate__(), "parts": self.parts, "_is_complete": True}
+        return {**super().__getstate__(), "parts": self.parts}

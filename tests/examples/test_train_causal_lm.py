@@ -15,7 +15,7 @@ from training_run import parse_overrides
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfConfig, ReformerHfForCausalLM
-from reformer_hf.training import CausalCollator
+from reformer_hf.training import CausalCollator, MuonWithAdamW
 
 from ..helpers import assert_refused
 
@@ -142,6 +142,20 @@ def test_resume_with_muon(text, tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(list(whole.model.parameters()))
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "| `optimizer` | `MuonWithAdamW` |" in card and "| `learning_rates` | `(0.02, 0.001)` |" in card
+
+
+def test_optimizer_by_default(trained, text, tmp_path):
+    """Muon for a new model; AdamW for one that is fine-tuned, or that the options say so of."""
+    short = ("--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", "--sample_length", "0")
+    runs = {
+        "new": ((), MuonWithAdamW),
+        "without": (("--muon_learning_rate", "0"), torch.optim.AdamW),
+        "chosen": (("--optim", "adagrad"), torch.optim.Adagrad),
+        "fine-tuned": (("--model_name_or_path", str(trained[0])), torch.optim.AdamW),
+    }
+    for name, (options, expected) in runs.items():
+        trainer, _ = run(text, tmp_path / name, *short, *options)
+        assert type(trainer.optimizer.optimizer) is expected, name
 
 
 def test_overwrite(trained, text, tmp_path):
