@@ -35,6 +35,8 @@ exclude_patterns = [".*", "build", "dist", "outputs", "reformer_hf", "tests", "*
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_extra_path = ["site"]
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 

@@ -19,8 +19,8 @@ The same task at 4,096, 16,384 and 65,536 tokens, with `window`, starts from the
 embeddings of the second w are those of the shorter second w, repeated, and likewise for the first: each symbol of the
 copy then matches its original and, at four times the length, three others, which training has to tell apart.
 
-Next to it, with the same data, learning rates and warm starts, and, except for full attention at 16,384, the same
-number of steps: the same layer with full attention, on fused kernels, or with local attention; the in-tree model with
+Next to it, with the same data, learning rates and warm starts, and, except for those of `FEWER_STEPS`, the same number
+of steps: the same layer with full attention, on fused kernels, or with local attention; the in-tree model with
 one LSH layer; and Llama, of two layers, because one that attends by content alone cannot copy.
 """
 
@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Reforme
 
 from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM
 
-from .figures import draw_band, save, spread
+from .figures import draw_band, panels_of, save, spread
 from .records import Record, cpu_seconds_before, cpu_seconds_of_curve
 from .runner import Experiment, main, scratch_of
 from .training import Schedule, load_final, share_right, train
@@ -58,6 +58,8 @@ PATTERNS = ("window", "chunk")
 # Lengths, each warm-started from the one before, and their numbers of training steps.
 STEPS = {1024: 2000, 4096: 2000, 16384: 300, 65536: 200}
 LENGTHS = tuple(STEPS)
+# Models that learn in fewer steps, each of which costs more, or that do not learn.
+FEWER_STEPS = {("full", 16384): 150, ("llama", 4096): 300, ("llama", 16384): 60, ("local", 65536): 50}
 # Names in figures, and colors.
 MODELS = {
     "lsh": ("LSH attention", "C0"),
@@ -66,6 +68,11 @@ MODELS = {
     "in-tree": ("in-tree Reformer", "C2"),
     "llama": ("Llama, two layers", "C3"),
 }
+
+
+def steps_of(model: str, length: int) -> int:
+    """Return the number of training steps of a model next to others."""
+    return FEWER_STEPS.get((model, length), STEPS[length])
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,10 @@ class Run:
     def shorter(self) -> "Run | None":
         """The run whose weights this one starts from."""
         index = LENGTHS.index(self.length) if self.length in LENGTHS else 0
-        return replace(self, length=LENGTHS[index - 1], steps=STEPS[LENGTHS[index - 1]]) if index else None
+        if not index:
+            return None
+        length = LENGTHS[index - 1]
+        return replace(self, length=length, steps=steps_of(self.model, length))
 
 
 def draw(run: Run, batch_size: int, seed: int) -> dict[str, Tensor]:
@@ -306,27 +316,23 @@ def draw_curves(groups: dict[Run, list[Record]], path: Path) -> None:
 def draw_race(results: dict[Run, Record], path: Path) -> None:
     """Draw the accuracy of each model against minutes, with a panel for each length."""
     lengths = sorted({run.length for run in results})
-    figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 4 * len(lengths), 3.5), squeeze=False)
-    for axes, length in zip(panels[0], lengths, strict=True):
-        for run in results:
-            if run.length == length:
-                label, color = MODELS[run.model]
-                axes.plot(*_curve(results[run], run), label=label, color=color, marker=".")
-        axes.set(
-            title=f"{length:,} tokens", xlabel="minutes of training at this length", xlim=(0, None), ylim=(0, 102)
-        )
+    figure, panels = panels_of(lengths, columns=2)
+    for run, result in results.items():
+        label, color = MODELS[run.model]
+        panels[run.length].plot(*_curve(result, run), label=label, color=color, marker=".")
+    for length, axes in panels.items():
+        axes.set(title=f"{length:,} tokens", xlabel="CPU minutes of training at this length")
+        axes.set(ylabel="accuracy on the copy, %", xlim=(0, None), ylim=(0, 102))
         axes.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("accuracy on the copy, %")
-    panels[0, 0].legend(fontsize=7)
+    panels[lengths[0]].legend(fontsize=7, loc="center right")
     save(figure, path)
 
 
 _SEEDS = (0, 1, 2)
 # One hash, and the other models, with lengths that they can be trained at.
 RACE = [
-    # Full attention learns in fewer steps, each of which takes eight times as long.
-    Run(hashes, length=length, steps=150 if (model, length) == ("full", 16384) else steps, model=model)
-    for length, steps in STEPS.items()
+    Run(hashes, length=length, steps=steps_of(model, length), model=model)
+    for length in LENGTHS
     for model, hashes in (("lsh", 1), ("local", 0), ("full", 0), ("in-tree", 1), ("llama", 0))
     if length < 65536 or model in ("lsh", "local")
 ]

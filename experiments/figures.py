@@ -1,7 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """What the figures and tables of the experiments share: curves over seeds, names of curves, files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .records import Record
 
@@ -47,6 +48,51 @@ def draw_band(
     if len(curves) > 1:
         low, high = [min(each) for each in values], [max(each) for each in values]
         axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def draw_times(
+    axes: Axes, times: Mapping[str, Sequence[tuple[int, float, bool]]], colors: Mapping[str, str], unit: str
+) -> None:
+    """
+    Draw how long each model took to learn sequences of each length, on logarithmic axes.
+
+    Args:
+        axes: Where to draw.
+        times: For each model, the lengths in ascending order, the time of training, and whether it learned. Where it
+            did not, an open triangle shows the time after which it was stopped.
+        colors: Color of each model.
+        unit: Unit of the times.
+    """
+    lengths = sorted({length for entries in times.values() for length, _, _ in entries})
+    for name, entries in times.items():
+        color = colors[name]
+        learned = [(length, time) for length, time, reached in entries if reached]
+        stopped = [(length, time) for length, time, reached in entries if not reached]
+        axes.plot([length for length, _, _ in entries], [time for _, time, _ in entries], ":", color=color, alpha=0.5)
+        axes.plot(*zip(*learned, strict=True), "-o", color=color) if learned else None
+        axes.plot(*zip(*stopped, strict=True), "^", color=color, fillstyle="none") if stopped else None
+        at = (entries[-1][0], entries[-1][1])
+        axes.annotate(name, at, (7, 0), textcoords="offset points", color=color, fontsize=8, va="center")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    # Room for the names.
+    axes.set_xlim(lengths[0] / 1.5, lengths[-1] * 16)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="sequence length", ylabel=f"{unit} until 90 %, with all shorter lengths")
+    axes.grid(alpha=0.3)
+
+
+def panels_of(names: Sequence[Any], columns: int = 3) -> tuple[Figure, dict[Any, Axes]]:
+    """Return a figure with a panel for each name, in rows of so many columns."""
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(1 + 3.5 * columns, 3.2 * rows), squeeze=False)
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    return figure, dict(zip(names, panels.flat, strict=False))
 
 
 def label_ends(axes: Axes, spacing: float = 8.0) -> None:

@@ -26,7 +26,7 @@ from matplotlib import pyplot
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .figures import save, spread
+from .figures import draw_times, panels_of, save, spread
 from .models import COLORS, LABELS, MODELS, Sizes
 from .records import Record, cpu_seconds_before, cpu_seconds_of_curve
 from .runner import Experiment, main, scratch_of
@@ -167,40 +167,48 @@ def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
 
 
 def report(records: list[Record], folder: Path) -> str:
-    """Draw accuracy against CPU time, with a panel for each length, and write when each model reached 90 %."""
+    """Draw the time until 90 % against length, and accuracy against time for each length, and write both."""
     results = {Run(**record["settings"]): record["result"] for record in records}
     seeds: dict[Run, list[Run]] = defaultdict(list)
     for run in results:
         seeds[replace(run, seed=0)].append(run)
     groups = sorted(seeds, key=lambda run: (run.length, list(MODELS).index(run.model)))
-    lengths = list(dict.fromkeys(run.length for run in groups))
-    figure, panels = pyplot.subplots(1, len(lengths), figsize=(1 + 3 * len(lengths), 3.5), squeeze=False)
-    panel = dict(zip(lengths, panels[0], strict=True))
+    draw_curves(results, groups, folder / "curves.png")
+    times: dict[str, list[tuple[int, float, bool]]] = defaultdict(list)
     lines = [
         "| length | model | seeds | steps | seconds | with shorter lengths | accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
     for group in groups:
-        runs = seeds[group]
-        found = [results[run] for run in runs]
-        before = [cpu_seconds_before(results, run) for run in runs]
+        found = [results[run] for run in seeds[group]]
+        own = [result["cpu_seconds"] for result in found]
+        total = [cpu_seconds_before(results, run) + each for run, each in zip(seeds[group], own, strict=True)]
         last = [100 * result["curve"][-1]["accuracy"] for result in found]
-        cells = [f"{group.length:,}", LABELS[group.model], len(runs), spread([each["steps"] for each in found], 0)]
-        cells.append(spread([each["cpu_seconds"] for each in found], 0))
-        cells.append(spread([at + each["cpu_seconds"] for at, each in zip(before, found, strict=True)], 0))
+        steps = spread([result["steps"] for result in found], 0)
+        cells = [f"{group.length:,}", LABELS[group.model], len(found), steps, spread(own, 0), spread(total, 0)]
         lines.append(f"| {' | '.join(map(str, [*cells, spread(last)]))} |")
-        for i, (result, at) in enumerate(zip(found, before, strict=True)):
-            seconds = [at + own for own in cpu_seconds_of_curve(result)]
-            values = [100 * entry["accuracy"] for entry in result["curve"]]
-            label = None if i else LABELS[group.model]
-            panel[group.length].plot(seconds, values, color=COLORS[group.model], label=label, marker=".")
-    for length, axes in panel.items():
-        axes.set(title=f"{length:,} tokens", xlabel="seconds of training", xlim=(0, None), ylim=(0, 102))
-        axes.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("accuracy, %")
-    panels[0, 0].legend(fontsize=7)
-    save(figure, folder / "curves.png")
+        times[LABELS[group.model]].append((group.length, mean(total), mean(last) >= 90))
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    draw_times(axes, times, {LABELS[model]: color for model, color in COLORS.items()}, "CPU seconds")
+    save(figure, folder / "times.png")
     return "\n".join(lines) + "\n"
+
+
+def draw_curves(results: dict[Run, Record], groups: list[Run], path: Path) -> None:
+    """Draw accuracy against CPU time, with a panel for each length."""
+    figure, panels = panels_of(list(dict.fromkeys(run.length for run in groups)))
+    for run, result in results.items():
+        at = cpu_seconds_before(results, run)
+        seconds = [at + own for own in cpu_seconds_of_curve(result)]
+        values = [100 * entry["accuracy"] for entry in result["curve"]]
+        label = None if run.seed else LABELS[run.model]
+        panels[run.length].plot(seconds, values, color=COLORS[run.model], label=label, marker=".")
+    for length, axes in panels.items():
+        axes.set(title=f"{length:,} tokens", xlabel="CPU seconds of training", xlim=(0, None), ylim=(0, 102))
+        axes.grid(alpha=0.3)
+        axes.set_ylabel("accuracy, %")
+    panels[groups[0].length].legend(fontsize=7)
+    save(figure, path)
 
 
 EXPERIMENT = Experiment(
