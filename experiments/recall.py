@@ -191,7 +191,23 @@ def report(records: list[Record], folder: Path) -> str:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     draw_times(axes, times, {LABELS[model]: color for model, color in COLORS.items()}, "CPU seconds")
     save(figure, folder / "times.png")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *summary(times)]) + "\n"
+
+
+def summary(times: dict[str, list[tuple[int, float, bool]]]) -> list[str]:
+    """Return rows with the time until 90 % of the default model and of Llama at each length."""
+    names = [LABELS[model] for model in ("reformer", "dense")]
+    lines = [f"| sequence length | {' | '.join(names)} |", "|---|---|---|"]
+    found = {name: {length: (time, learned) for length, time, learned in times[name]} for name in names}
+    for length in found[names[0]]:
+        cells = [f"{length:,}"]
+        for name in names:
+            time, learned = found[name].get(length, (None, False))
+            cells.append(
+                "not tried" if time is None else f"{time:.0f} s" if learned else f"below 90 % after {time:.0f} s"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def draw_curves(results: dict[Run, Record], groups: list[Run], path: Path) -> None:

@@ -311,5 +311,5 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> None:
     if path is not None:
         logger.info("Report: %s", path)
         if not options.quick:
-            for page in REPORTS.parent.glob("*.md"):
+            for page in (ROOT / "README.md", *REPORTS.parent.glob("*.md")):
                 write_tables(page, experiment.name, path.read_text(encoding="utf-8"))
