@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
@@ -107,6 +108,8 @@ class LearningCurve(TrainerCallback, ExportableState):
         self.limited = "cpu_seconds" if cpu_time else "seconds"
         self._spent = {"seconds": 0.0, "cpu_seconds": 0.0}
         self._started: dict[str, float] | None = None
+        # The share of the limit that is spent, as of the last step.
+        self.share_spent = 0.0
 
     def spent(self) -> dict[str, float]:
         """Return the seconds of training so far, by the clock and of CPU time."""
@@ -115,9 +118,11 @@ class LearningCurve(TrainerCallback, ExportableState):
         now = self._now()
         return {name: spent + now[name] - self._started[name] for name, spent in self._spent.items()}
 
-    def share_spent(self) -> float:
-        """Return the share of the limit that is spent."""
-        return self.spent()[self.limited] / self.max_seconds
+    def _update_share(self, args: TrainingArguments) -> None:
+        """Let all processes agree on the share of the limit that is spent, which is that of the first one."""
+        if self.max_seconds is not None:
+            share = torch.tensor(self.spent()[self.limited] / self.max_seconds, device=args.device)
+            self.share_spent = float(broadcast(share))
 
     @staticmethod
     def _now() -> dict[str, float]:
@@ -133,6 +138,7 @@ class LearningCurve(TrainerCallback, ExportableState):
         if state.global_step == 0:
             return
         self._spent = {**self._spent, **saved["attributes"]["spent"]}
+        self._update_share(args)
         path = Path(args.output_dir, "curve.jsonl")
         if state.is_world_process_zero and path.exists():
             # An interrupted run may have written entries after the checkpoint.
@@ -145,8 +151,12 @@ class LearningCurve(TrainerCallback, ExportableState):
         if self._started is None:
             self._started = self._now()
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        # The schedule reads it next.
+        self._update_share(args)
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.max_seconds is not None and self.share_spent() >= 1:
+        if self.share_spent >= 1:
             control.should_training_stop = control.should_evaluate = True
         if control.should_evaluate or control.should_save or control.should_training_stop:
             self._spent, self._started = self.spent(), None
@@ -224,7 +234,7 @@ class ScriptTrainer(Trainer):
         return self.lr_scheduler
 
     def _share_of_learning_rate(self, step: int) -> float:
-        done, warmup = self.curve.share_spent(), self.args.warmup_steps
+        done, warmup = self.curve.share_spent, self.args.warmup_steps
         return min(done / warmup if warmup else 1.0, max(1.0 - done, 0.0) / (1.0 - warmup))
 
     def train_or_exit(self, checkpoint: str | None) -> dict[str, float]:

@@ -38,7 +38,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropou
 
     Returns:
         Output `[g, n, C, E]` and logsumexp of the scores `[g, n, C]`, the latter in the dtype of the mask. If all keys
-        of a row are masked, its output is undefined and its logsumexp is as low as the mask.
+        of a row are masked, its output is arbitrary, but finite, and its logsumexp is as low as the mask.
     """
     kernel = _kernel_for(query, key, value, drop)
     if kernel is not None:
@@ -273,20 +273,28 @@ def _equals_plain(
         # Outputs of several rounds are merged in another memory layout than that of the kernel.
         merged = out.contiguous()
         grads = kernel.attend_backward(grad_out, *inputs, merged, lse.masked_fill(lse < NO_KEY, math.inf))
+    except torch.OutOfMemoryError:
+        # This says nothing about the kernel.
+        raise
     except (AttributeError, RuntimeError, TypeError) as error:
         _warn_of_trial(f"does not run on {device} in {dtype} ({error}).")
         return False
-    plain_out, plain_lse = _attend_plainly(*inputs)
+    # Whatever the precision that products have on the device, such as TF32.
+    out, lse, *of_kernel = (x.cpu().double() for x in (out, lse, *grads))
+    exact_grad = grad_out.cpu().double()
+    query, key, value, mask = (x.cpu().double() for x in inputs)
+    plain_out, plain_lse = _attend_plainly(query, key, value, mask)
     lacks_keys = plain_lse < NO_KEY
-    plain_grads = _attend_backward_plainly(grad_out, *inputs, plain_out, plain_lse.masked_fill(lacks_keys, math.inf))
-    # Without keys, the output is undefined.
+    of_output = plain_out, plain_lse.masked_fill(lacks_keys, math.inf)
+    plain_grads = _attend_backward_plainly(exact_grad, query, key, value, mask, *of_output)
+    # Without keys, the output is arbitrary.
     pairs = [(a[~lacks_keys], b[~lacks_keys]) for a, b in ((out, plain_out), (lse, plain_lse))]
-    pairs += list(zip(grads, plain_grads, strict=True))
-    limit = 1e-3 if dtype == torch.float32 else 3e-2
+    pairs += list(zip(of_kernel, plain_grads, strict=True))
+    limit = 5e-3 if dtype == torch.float32 else 3e-2
     # If queries have one key each, the gradients of queries and keys are only the rounding of numbers of this size.
-    size = plain_grads[2].float().norm().item()
+    size = plain_grads[2].norm().item()
     equal = all(
-        (a.float() - b.float()).norm().item() <= limit * max(b.float().norm().item(), least)
+        (a - b).norm().item() <= limit * max(b.norm().item(), least)
         for (a, b), least in zip(pairs, (0.0, 0.0, size, size, 0.0), strict=True)
     )
     equal = equal and bool((lse[lacks_keys] < NO_KEY).all())

@@ -15,14 +15,14 @@ of a token is the number of tokens before it, padding included. Its *token index
 that are not padding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention_pattern import AttentionPattern
 
@@ -141,6 +141,21 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def writing(cache: Cache) -> Iterator[None]:
+    """
+    Link the layers of a cache, so that they are cropped together, and run a model that writes to them.
+
+    If the body raises an exception, the layers stay incomplete: some of them may hold more tokens than others.
+    """
+    layers: Sequence[Any] = cache.layers
+    for layer in layers:
+        layer.peers, layer.is_complete = layers, False
+    yield
+    for layer in layers:
+        layer.is_complete = True
+
+
 class AttentionCacheLayer(CacheLayerMixin):
     """
     Base class of the cache layers of all attention types. Its buffers grow with the number of tokens.
@@ -175,6 +190,10 @@ class AttentionCacheLayer(CacheLayerMixin):
         for name in self.tensors:
             setattr(self, name, None)
         self.is_initialized = self.has_padding = self._offloaded = False
+        # When the keys and values that a prefetch moves to the device are there.
+        self._fetched: torch.Event | None = None
+        # Whether no call has failed after some of the layers of the cache were written, see `writing`.
+        self.is_complete = True
         self.spec, self.length = None, 0
         # The longest length since the last crop, and the length that the last crop kept.
         self._longest = self._kept_by_crop = 0
@@ -334,10 +353,20 @@ class AttentionCacheLayer(CacheLayerMixin):
             self._offloaded = True
 
     def prefetch(self) -> None:
-        """Move keys and values back to the device."""
+        """Move keys and values back to the device. `Cache` does so ahead of time, in a stream of its own."""
         if self._offloaded:
             self.entries = self.entries.to(self.device, non_blocking=True)
             self._offloaded = False
+            if self.device.type != "cpu":
+                self._fetched = torch.Event(self.device)
+                self._fetched.record()
+
+    def fetch(self) -> None:
+        """Move keys and values back to the device, if no prefetch has, and let the current stream wait for them."""
+        self.prefetch()
+        if self._fetched is not None:
+            self._fetched.wait()
+            self._fetched = None
 
     def activate_past_recording(self) -> None:
         """Keep all that `crop` needs to restore the length that the last crop kept."""

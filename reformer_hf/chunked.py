@@ -19,13 +19,22 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
-def has_inner_hooks(module: nn.Module) -> bool:
+def needs_plain_call(module: nn.Module) -> bool:
     """
-    Return whether a module inside this one has hooks. They may change its output by tensors with gradients.
+    Return whether a module must be called once for all positions, with saved activations, for right gradients.
 
-    What contains such a module calls it once for all positions, and saves activations.
+    This is so if a module inside it has hooks, which may change its output by tensors with gradients; if a parameter
+    has hooks, which must see the whole gradient, and only once; or if weights are no parameters, as in the replicas of
+    `nn.DataParallel` and in FSDP1 with `use_orig_params=False`.
     """
-    return any(has_hooks(inner) for inner in module.modules() if inner is not module)
+    return any((inner is not module and has_hooks(inner)) or _has_unusual_weights(inner) for inner in module.modules())
+
+
+def _has_unusual_weights(module: nn.Module) -> bool:
+    if any(parameter is not None and parameter._backward_hooks for parameter in module._parameters.values()):
+        return True
+    # `isinstance` is slow for tensors, and such weights are no parameters.
+    return any(type(value) is Tensor and value.requires_grad for value in vars(module).values())
 
 
 def suitable_chunk_size(batch_size: int, length: int, device_type: str) -> int:
@@ -57,13 +66,13 @@ def apply_chunked(
         hidden_states: `[B, L, …]`.
         chunk_size: Positions per chunk; 0 applies `function` to the whole input.
         parameters: Parameters of `function` that may require gradients.
-        module: The module that `function` belongs to, whose mode the recomputation restores. With hooks on modules
-            inside it, `function` is applied to the whole input.
+        module: The module that `function` belongs to, whose mode the recomputation restores. If it needs a plain
+            call, `function` is applied to the whole input.
 
     Raises:
         RuntimeError: In a backward pass with `create_graph=True`, if there are several chunks.
     """
-    if chunk_size == 0 or chunk_size >= hidden_states.shape[1] or (module is not None and has_inner_hooks(module)):
+    if chunk_size == 0 or chunk_size >= hidden_states.shape[1] or (module is not None and needs_plain_call(module)):
         return function(hidden_states)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return _Chunked.apply(function, module, chunk_size, hidden_states, *parameters)
@@ -114,10 +123,10 @@ def vjp_chunks(
 
 
 def accumulate(sums: list[Tensor | None], new_grads: Sequence[Tensor | None]) -> None:
-    """Add new gradients to their sums; `None` means zero."""
+    """Add new gradients to their sums, out of place: several of them may be one tensor. `None` means zero."""
     for i, new in enumerate(new_grads):
         if new is not None:
-            sums[i] = new if sums[i] is None else sums[i].add_(new)
+            sums[i] = new if (total := sums[i]) is None else total + new
 
 
 class _Chunked(torch.autograd.Function):
@@ -125,7 +134,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, function, module, chunk_size, hidden_states, *parameters):
         ctx.save_for_backward(hidden_states, *parameters)
         ctx.function, ctx.chunk_size, ctx.parameters = function, chunk_size, parameters
-        ctx.state = ReplayState(hidden_states.device, module=module)
+        ctx.state = ReplayState(hidden_states.device, module)
         out = torch.cat([function(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
         ctx.state.keep_changed_buffers()
         return out

@@ -66,11 +66,12 @@ class CrossAttention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
     def weights(self, hidden_states: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Compute the attention weights `[B, H, n, S]`, before dropout."""
+        """Compute the attention weights `[B, H, n, S]`, before dropout, at least in fp32."""
         query = self._heads(self.query(hidden_states))
         scores = query @ key.to(query.dtype).transpose(-1, -2) / self.head_size**0.5
         bias = _in_dtype(bias, query.dtype)
-        return (scores if bias is None else scores + bias).softmax(-1)
+        scores = scores if bias is None else scores + bias
+        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -23,11 +23,16 @@ EMPTY_INPUT = (
 _FEW_IDS = 16
 
 
-def check_call(config: ReformerHfConfig, kwargs: dict[str, Any], parameter: Tensor) -> None:
+def check_call(config: ReformerHfConfig, kwargs: dict[str, Any], parameter: Tensor, cache: Cache | None) -> None:
     """Check that the model supports how it is called, apart from its inputs; `parameter` is one of the model."""
     _check_not_transformed()
     check_not_in_tree_cache(kwargs)
     _check_not_partitioned(config, parameter)
+    if not all(getattr(layer, "is_complete", True) for layer in getattr(cache, "layers", ())):
+        raise ValueError(
+            "An earlier call with this `cache` was interrupted, and its layers hold different tokens: start with a "
+            "new cache, or empty this one (`cache.reset()`)."
+        )
 
 
 def check_inputs(
@@ -38,12 +43,9 @@ def check_inputs(
     position_ids: Tensor | None,
     num_hashes: int | None,
     cache: Cache | None,
-    may_be_packed: bool = False,
 ) -> Tensor:
     """
     Check that the shapes of inputs match the config and each other.
-
-    If an input may hold several documents, its length is not checked: its positions have to be.
 
     Returns:
         `input_ids` or `inputs_embeds`, whichever is given.
@@ -62,12 +64,6 @@ def check_inputs(
     shape = tuple(inputs.shape[:2])
     if shape[1] == 0:
         raise ValueError(EMPTY_INPUT)
-    if shape[1] > config.max_position_embeddings and not may_be_packed:
-        raise ValueError(
-            f"The input is {shape[1]} tokens long, but this model takes at most {config.max_position_embeddings} "
-            "(`max_position_embeddings`): truncate the input, or add positions (`model.resize_position_embeddings`) "
-            "and train them."
-        )
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
         length = 0 if cache is None or torch.compiler.is_compiling() else int(cache.get_seq_length())
         full_shape = (shape[0], length + shape[1])
@@ -83,6 +79,16 @@ def check_inputs(
     if num_hashes is not None and num_hashes < 1:
         raise ValueError(f"`num_hashes` is {num_hashes}, but must be at least 1: leave it None to use the config's.")
     return inputs
+
+
+def check_length(config: ReformerHfConfig, length: int) -> None:
+    """Check that the model has positions for the tokens of one document."""
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"The input is {length} tokens long, but this model takes at most {config.max_position_embeddings} "
+            "(`max_position_embeddings`): truncate the input, or add positions (`model.resize_position_embeddings`) "
+            "and train them."
+        )
 
 
 def check_input_ids(config: ReformerHfConfig, input_ids: Tensor | None) -> None:
@@ -132,9 +138,7 @@ def check_cache(
     factors: Sequence[int] | None,
 ) -> None:
     """
-    Check that a cache matches the model, its options and the input. If it does not, the cache is unchanged.
-
-    If it does, this also sets `peers` of its layers, so that they are cropped together.
+    Check that a cache matches the model, its options and the input.
 
     Args:
         cache: The cache.
@@ -169,8 +173,6 @@ def check_cache(
                 "None, or start with a new cache."
             )
     _check_batch(layers[0], inputs)
-    for layer in layers:
-        layer.peers = layers
 
 
 def _check_batch(layer: Any, inputs: Tensor) -> None:

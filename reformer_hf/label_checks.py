@@ -30,15 +30,30 @@ def check_sees_both_sides(config: ReformerHfConfig, head: str, required: bool = 
 
 
 def check_token_labels(
-    labels: Tensor, states: Tensor, num_classes: int, field: str, reads_values: bool, ignore_index: int = IGNORED
+    labels: Tensor,
+    states: Tensor,
+    num_classes: int,
+    field: str,
+    reads_values: bool,
+    ignore_index: int = IGNORED,
+    name: str = "labels",
 ) -> None:
-    """Check labels `[B, L]` of the tokens of hidden states or logits `[B, L, …]`; `ignore_index` is allowed."""
+    """
+    Check labels `[B, L]` of the tokens of hidden states or logits `[B, L, …]`; `ignore_index` is allowed.
+
+    Args:
+        labels, states: See above.
+        num_classes, field: The number of classes, and the field of the config that sets it.
+        reads_values: See above.
+        ignore_index: Label of tokens without loss.
+        name: Name of the argument that holds the labels.
+    """
     if labels.shape != states.shape[:2]:
         raise ValueError(
-            f"`labels` has shape {tuple(labels.shape)}, but must be {tuple(states.shape[:2])}, one entry for each "
+            f"`{name}` has shape {tuple(labels.shape)}, but must be {tuple(states.shape[:2])}, one entry for each "
             f"token ({ignore_index} for tokens without loss)."
         )
-    _check_indices(labels, num_classes, field, reads_values, ignore_index)
+    _check_indices(labels, num_classes, field, reads_values, ignore_index, name)
 
 
 def check_sequence_labels(labels: Tensor, logits: Tensor, config: ReformerHfConfig, reads_values: bool) -> Tensor:
@@ -141,17 +156,22 @@ def check_span(start: Tensor | None, end: Tensor | None, logits: Tensor, reads_v
 
 
 def _check_indices(
-    labels: Tensor, num_classes: int, limit_name: str, reads_values: bool, ignore_index: int = IGNORED
+    labels: Tensor,
+    num_classes: int,
+    limit_name: str,
+    reads_values: bool,
+    ignore_index: int = IGNORED,
+    name: str = "labels",
 ) -> None:
     if labels.is_floating_point():
         raise ValueError(
-            f"`labels` has dtype {labels.dtype}, but class indices must be integers, such as `torch.long`."
+            f"`{name}` has dtype {labels.dtype}, but class indices must be integers, such as `torch.long`."
         )
     if not reads_values:
         return
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
     if wrong.numel():
         raise ValueError(
-            f"`labels` holds {wrong[0].item()}, but must be in [0, {num_classes - 1}] (`{limit_name}` is "
+            f"`{name}` holds {wrong[0].item()}, but must be in [0, {num_classes - 1}] (`{limit_name}` is "
             f"{num_classes}), or {ignore_index} for no loss: change the labels, or build the model with more classes."
         )

@@ -64,7 +64,7 @@ class ReformerHfLMHead(nn.Module):
         chunk = LinearCrossEntropyOptions(
             batch_chunk_size=self.chunk_size * hidden_states.shape[0], chunking_method=None
         )
-        # At least in fp32, like the loss in Transformers.
+        # At least in fp32: products of hidden states and weights too, which Transformers leaves to autocast.
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
             return linear_cross_entropy(

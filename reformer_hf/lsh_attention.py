@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from .attention_kernels import normalized_keys
 from .attention_pattern import AttentionPattern
@@ -18,6 +19,8 @@ from .documents import Documents
 from .hashing import bucket_factors, hash_by, hash_few, projections_of, random_rotations, sort_by_bucket
 from .rng import draw_seed
 from .self_attention import AttentionCall, Found, SelfAttention, Weights
+
+logger = logging.get_logger(__name__)
 
 
 class LSHSelfAttention(SelfAttention):
@@ -49,7 +52,9 @@ class LSHSelfAttention(SelfAttention):
         call = replace(call, num_hashes=num_hashes)
         if call.documents is not None:
             return replace(call, document_hashing=self._document_hashing(call, call.documents, hash_seed))
-        factors = call.num_buckets or factors_of(self.config, call.length)
+        # A static cache says how many tokens are to come.
+        planned = call.length if cache_layer is None else max(call.length, cache_layer.get_max_length())
+        factors = call.num_buckets or factors_of(self.config, planned)
         return replace(call, projections=self._draw_projections(call, hash_seed, factors), factors=factors)
 
     def _draw_projections(self, call: AttentionCall, seed: int, factors: Sequence[int]) -> Sequence[Tensor]:
@@ -150,6 +155,22 @@ def _hash_documents(query: Tensor, call: AttentionCall, heads: slice) -> Tensor:
         hashed = hash_by([projection[heads] for projection in projections], vectors, call.num_hashes)
         buckets.index_copy_(0, positions, hashed[0].permute(2, 0, 1))
     return first_bucket[:, None, None] + buckets.view(batch_size, length, num_heads, -1).permute(0, 2, 3, 1)
+
+
+def warn_of_few_buckets(config: ReformerHfConfig, cache: Cache, num_new: int) -> None:
+    """Warn if the tokens of a cache have far fewer buckets than a parallel pass over them and new ones would use."""
+    hashed: Any = next((layer for layer in cache.layers if getattr(layer, "factors", None)), None)
+    if hashed is None or config.num_buckets is not None:
+        return
+    length = int(hashed.length) + num_new
+    if math.prod(factors_of(config, length)) > 2 * hashed.num_buckets:
+        longest = config.max_position_embeddings
+        logger.warning_once(
+            f"The first call with this cache had few tokens, and so its tokens are hashed into {hashed.num_buckets} "
+            "buckets: LSH attention finds only recent ones in so few. If you decode by hand, pass `num_buckets="
+            f"{factors_of(config, longest)}` to the first call (for {longest} tokens), or a `StaticCache` of the "
+            "length to come; in `generate`, start a new cache."
+        )
 
 
 def factors_of(config: ReformerHfConfig, length: int) -> list[int]:

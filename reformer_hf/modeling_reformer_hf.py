@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .cache import CacheSpec
+from .cache import CacheSpec, writing
 from .chunked import has_hooks
 from .configuration_reformer_hf import ReformerHfConfig
 from .embeddings import ReformerHfEmbeddings
@@ -36,6 +36,7 @@ from .input_checks import (
     check_inputs,
     check_is_causal,
     check_last_tokens,
+    check_length,
     check_not_in_tree_cache,
     check_position_ids,
     context_of_call,
@@ -44,6 +45,7 @@ from .input_checks import (
 from .label_checks import check_token_labels
 from .lm_head import IGNORED, ReformerHfLMHead, check_not_fused, next_tokens, states_to_keep
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
+from .lsh_attention import warn_of_few_buckets
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
 from .modeling_outputs import ReformerHfCausalLMOutput, ReformerHfModelOutput
 from .pretrained_model import ReformerHfPreTrainedModel
@@ -125,7 +127,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             cu_seq_lens_q (`[N + 1]`, *optional*): Cumulative lengths of packed documents, over all rows.
             encoder_hidden_states (`[B, S, 2 * E]`, *optional*): Encoder output, with `add_cross_attention`.
             encoder_attention_mask (`[B, S]`, *optional*): 1 for tokens of the encoder, 0 for padding.
-            cross_cache (`Cache`, *optional*): Cache of the keys and values of the encoder output.
+            cross_cache (`Cache`, *optional*): Cache of the keys and values of the encoder output. As with `cache`,
+                outputs have no gradient.
 
         Returns:
             `ReformerHfModelOutput`.
@@ -133,14 +136,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         Raises:
             ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
-        check_call(self.config, kwargs, self.encoder.layer_norm.weight)
+        check_call(self.config, kwargs, self.encoder.layer_norm.weight, cache)
         if cache is None and use_cache and self.config.is_decoder and not self.training:
             cache = DynamicCache(config=self.config)
-        packing = (seq_idx, cu_seq_lens_q)
-        may_be_packed = any(x is not None for x in (position_ids, *packing))
-        inputs = check_inputs(
-            self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache, may_be_packed
-        )
+        inputs = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)
         factors = bucket_factors_of_call(self.config, num_buckets)
         reads_values = self.reads_values
         if reads_values:
@@ -154,16 +153,19 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             check_attention_mask(encoder_attention_mask, encoder_attention_mask.shape[1])
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
+            if not torch.compiler.is_compiling():
+                warn_of_few_buckets(self.config, cache, inputs.shape[1])
         padding = None
         if attention_mask is not None:
             attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
             if not (reads_values and attention_mask.all()):
                 padding = ~attention_mask
-        documents = documents_of_call(self.config, inputs, position_ids, padding, *packing, cache)
+        documents = documents_of_call(self.config, inputs, position_ids, padding, seq_idx, cu_seq_lens_q, cache)
         if position_ids is None and documents is not None:
             position_ids = documents.positions(padding)
             check_position_ids(self.config, position_ids)
         elif position_ids is None:
+            check_length(self.config, inputs.shape[1])
             position_ids = self._position_ids(inputs, padding, cache)
             if reads_values and cache is not None:
                 check_position_ids(self.config, position_ids)
@@ -177,8 +179,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         layers: Sequence[Any] = () if cache is None else cache.layers
         appends = cache is not None and all(layer.can_append(inputs.shape[1]) for layer in layers)
         encode = self._encode if appends else self._encode_uncompiled
-        lacks_gradient = cache is not None and torch.is_grad_enabled()
-        with torch.no_grad() if lacks_gradient else nullcontext():
+        lacks_gradient = (cache is not None or cross_cache is not None) and torch.is_grad_enabled()
+        writes = nullcontext() if cache is None or torch.compiler.is_compiling() else writing(cache)
+        with torch.no_grad() if lacks_gradient else nullcontext(), writes:
             output = encode(
                 (input_ids, position_ids, inputs_embeds),
                 (cache, cross_cache),
@@ -296,10 +299,19 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
             self.lm_head.untie()
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def check_labels(self, labels: Tensor, states: Tensor, ignore_index: int = IGNORED, **kwargs) -> None:
+    def check_labels(
+        self,
+        labels: Tensor | None,
+        states: Tensor,
+        ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None,
+        **kwargs,
+    ) -> None:
         """Raise a `ValueError` if labels do not match hidden states `[B, L, …]` or the vocabulary."""
-        vocabulary = self.config.vocab_size, "vocab_size"
-        check_token_labels(labels, states, *vocabulary, bool(self.base_model.reads_values), ignore_index)
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None:
+                vocabulary = self.config.vocab_size, "vocab_size"
+                check_token_labels(given, states, *vocabulary, bool(self.base_model.reads_values), ignore_index, name)
 
     def logits_and_loss(
         self, hidden_states: Tensor, labels: Tensor | None, **kwargs
@@ -407,8 +419,7 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
             **{name: kwargs.pop(name, None) for name in _PASSED_ON},
         )
         logits = loss = None
-        if labels is not None:
-            self.check_labels(labels, outputs.last_hidden_state, **kwargs)
+        self.check_labels(labels, outputs.last_hidden_state, **kwargs)
         if has_labels and self._loss_without_logits:
             loss = self.lm_head.loss(outputs.last_hidden_state, next_tokens(labels, **kwargs), **kwargs)
         else:

@@ -115,7 +115,7 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         """
         Accept `gradient_checkpointing=True`, whatever its options: reversible layers already recompute activations.
 
-        With `reversible=False` in the config, the layers recompute them from now on, until
+        With `reversible=False` in the config, the layers recompute them from now on, whatever their size, until
         `activation_checkpointing_disable`. They compute the same function.
         """
         if self.config.reversible:
@@ -124,16 +124,16 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
                 "take more than `max_kept_activations` bytes. To save more memory, lower it, or set "
                 "`chunk_size_feed_forward` and `chunk_size_lm_head`."
             )
-        self._set_recomputation(True)
+        self._set_recomputation(not self.config.reversible)
 
     def activation_checkpointing_disable(self):
         super().activation_checkpointing_disable()
-        self._set_recomputation(self.config.reversible)
+        self._set_recomputation(False)
 
-    def _set_recomputation(self, reversible: bool):
+    def _set_recomputation(self, always: bool):
         for module in self.modules():
             if isinstance(module, ReformerHfEncoder):
-                module.reversible = reversible
+                module.always_recomputes = always
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save the model as in Transformers, together with its code for `trust_remote_code=True`."""

@@ -21,7 +21,8 @@ class ReformerHfEncoder(nn.Module):
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.config = config
-        self.reversible = config.reversible
+        # With gradient checkpointing, layers that are not reversible recompute their activations as well.
+        self.always_recomputes = False
         self.dropout = config.hidden_dropout_prob
         self.layers = nn.ModuleList(ReformerHfLayer(config, i) for i in range(len(config.attn_layers)))
         self.layer_norm = StreamLayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
@@ -37,8 +38,9 @@ class ReformerHfEncoder(nn.Module):
         """Compute the normalized streams `[B, L, 2 * E]` from embeddings `[B, L, E]`."""
         x1 = x2 = hidden_states
         source_positions = 0 if call.context is None else call.context.num_positions
-        recomputes = self.reversible and recomputes_activations(
-            self.config, call.num_positions, call.device, source_positions
+        recomputes = self.always_recomputes or (
+            self.config.reversible
+            and recomputes_activations(self.config, call.num_positions, call.device, source_positions)
         )
         tape = Tape() if recomputes and torch.is_grad_enabled() else None
         all_hidden_states, all_weights = [x2], []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .chunked import has_inner_hooks, suitable_chunk_size
+from .chunked import needs_plain_call, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import CrossAttention
 from .feed_forward import ReformerHfFeedForward
@@ -87,7 +87,6 @@ class ReformerHfAttention(nn.Module):
         return AttentionBranch(
             self,
             parts=[self._part(call, heads) for heads in self.self_attention.head_groups(call, self.output.dense)],
-            uses_rng=self.training,
             chunk_size=suitable_chunk_size(call.batch_size, call.length, call.device.type),
             dropout=drop,
         )
@@ -133,7 +132,7 @@ class ReformerHfCrossAttention(nn.Module):
         with torch.no_grad():
             return self.attention.weights(self.layer_norm(y1), key, bias)
 
-    def keys_and_values(self, context: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, context: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Return keys and values `[B, H, S, D]` of the encoder output, which a cache keeps after the first call."""
         # As in `StreamLayerNorm`. The dtype of quantized projections is not that of their inputs.
         context = context.to(self.layer_norm.weight.dtype)
@@ -142,14 +141,18 @@ class ReformerHfCrossAttention(nn.Module):
         return self.attention.cached_keys_and_values(context, cache, self.layer_idx)
 
     def branch(self, call: AttentionCall, cache: Cache | None) -> ContextBranch:
-        """Return the same branch for a reversible layer, in chunks of positions."""
-        bias = call.context.bias
+        """
+        Return the same branch for a reversible layer, in chunks of positions.
+
+        A cache is read, or written, before the branch runs, and the encoder output then gets no gradient.
+        """
+        bias, context = call.context.bias, call.context.hidden_states
+        cached = None if cache is None else self.keys_and_values(context, cache)
         return ContextBranch(
             self,
             function=partial(self, bias=bias),
-            context=call.context.hidden_states,
-            prepare=partial(self.keys_and_values, cache=cache),
-            uses_rng=self.training,
+            context=context,
+            prepare=lambda context: cached or self.keys_and_values(context),
             chunk_size=suitable_chunk_size(call.batch_size, call.length, call.device.type),
             observe=(lambda y1, prepared: self.weights(y1, prepared[0], bias)) if call.output_attentions else None,
         )
@@ -217,7 +220,7 @@ class ReformerHfLayer(nn.Module):
         return x2, x1 + self.feed_forward(x2), LayerWeights.of(weights, cross_weights)
 
     def _is_changed(self) -> bool:
-        """Return whether modules of the layer have hooks, or were replaced by modules that only have a `forward`."""
+        """Return whether the layer needs a plain call, or has parts that are other modules with a `forward` alone."""
         attention, cross = self.attention, self.cross_attention
         is_original = (
             isinstance(attention, ReformerHfAttention)
@@ -226,9 +229,9 @@ class ReformerHfLayer(nn.Module):
             and isinstance(self.feed_forward, ReformerHfFeedForward)
             and (cross is None or isinstance(cross, ReformerHfCrossAttention))
         )
-        return not is_original or has_inner_hooks(self)
+        return not is_original or needs_plain_call(self)
 
     def _feed_forward_branch(self, call: AttentionCall) -> PositionWiseBranch:
         suitable = suitable_chunk_size(call.batch_size, call.length, call.device.type)
         chunk_size = self.feed_forward.chunk_size or suitable
-        return PositionWiseBranch(self.feed_forward, uses_rng=self.training, chunk_size=chunk_size)
+        return PositionWiseBranch(self.feed_forward, chunk_size)

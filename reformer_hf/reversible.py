@@ -42,12 +42,10 @@ class Branch(ABC):
 
     Args:
         module: The module that computes the function, with all of its parameters.
-        uses_rng: Whether the function uses the global random number generators.
         parameters: Tensors other than the stream that require gradients, such as the parameters of the module.
     """
 
     module: nn.Module
-    uses_rng: bool
     parameters: list[Tensor]
 
     @abstractmethod
@@ -61,7 +59,7 @@ class Branch(ABC):
 
     def replay_state(self, device: torch.device) -> ReplayState:
         """Capture what the function depends on besides its input."""
-        return ReplayState(device, generators=self.uses_rng, module=self.module)
+        return ReplayState(device, self.module)
 
     @abstractmethod
     def reverse_and_grad(
@@ -89,12 +87,11 @@ class PositionWiseBranch(Branch):
 
     Args:
         module: Maps a chunk of positions to the values that are added to them.
-        uses_rng, parameters: See `Branch`.
+        parameters: See `Branch`.
         chunk_size: Positions per chunk; 0 for all.
     """
 
     module: nn.Module
-    uses_rng: bool = False
     chunk_size: int = 0
     parameters: list[Tensor] = field(init=False)
 
@@ -131,7 +128,7 @@ class ContextBranch(Branch):
         function: Maps a chunk of positions and the prepared context to the values that are added to them.
         context: Another input of the branch, which may require a gradient.
         prepare: Maps the context to tensors, such as keys and values.
-        uses_rng, parameters: See `Branch`.
+        parameters: See `Branch`.
         chunk_size: Positions per chunk; 0 for all.
         observe: Maps the stream and the prepared context to intermediate results.
     """
@@ -140,7 +137,6 @@ class ContextBranch(Branch):
     function: Callable[..., Tensor]
     context: Tensor
     prepare: Callable[[Tensor], Sequence[Tensor]]
-    uses_rng: bool = False
     chunk_size: int = 0
     observe: Callable[[Tensor, Sequence[Tensor]], Any] | None = None
     parameters: list[Tensor] = field(init=False)
@@ -160,17 +156,20 @@ class ContextBranch(Branch):
     def reverse_and_grad(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Any
     ) -> tuple[Tensor, Gradients]:
+        # Hooks of the context see its whole gradient, later.
+        context = self.context.detach().requires_grad_(self.context.requires_grad)
+        parameters = [context if tensor is self.context else tensor for tensor in self.parameters]
         with torch.enable_grad():
-            prepared = self.prepare(self.context)
+            prepared = self.prepare(context)
         leaves = [tensor.detach().requires_grad_() for tensor in prepared]
         grad_sum = torch.empty_like(grad_stream)
-        grads: Gradients = [None] * (len(leaves) + len(self.parameters))
+        grads: Gradients = [None] * (len(leaves) + len(parameters))
         chunks = vjp_chunks(
             lambda chunk: self.function(chunk, *leaves),
             stream,
             lambda at: (grad_total[:, at],),
             self.chunk_size,
-            [*leaves, *self.parameters],
+            [*leaves, *parameters],
             grads,
         )
         for positions, (added,), grad in chunks:
@@ -178,9 +177,9 @@ class ContextBranch(Branch):
             torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
         grads_of_leaves, grads = grads[: len(leaves)], grads[len(leaves) :]
         tracked = [(x, grad) for x, grad in zip(prepared, grads_of_leaves, strict=True) if x.requires_grad]
-        if tracked and self.parameters:
+        if tracked and parameters:
             outputs, grads_of_outputs = zip(*tracked, strict=True)
-            accumulate(grads, torch.autograd.grad(outputs, self.parameters, grads_of_outputs, allow_unused=True))
+            accumulate(grads, torch.autograd.grad(outputs, parameters, grads_of_outputs, allow_unused=True))
         return grad_sum, grads
 
 
@@ -211,7 +210,7 @@ class AttentionBranch(Branch):
     positions.
 
     Args:
-        module, uses_rng, parameters: See `Branch`.
+        module, parameters: See `Branch`.
         parts: See `AttentionPart`.
         chunk_size: Positions per chunk to read and write; 0 for all.
         dropout: Dropout of the sum over the parts; `None` for none.
@@ -219,7 +218,6 @@ class AttentionBranch(Branch):
 
     module: nn.Module
     parts: Sequence[AttentionPart]
-    uses_rng: bool = False
     chunk_size: int = 0
     dropout: SeededDropout | None = None
     parameters: list[Tensor] = field(init=False)

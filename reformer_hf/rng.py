@@ -126,16 +126,14 @@ class ReplayState:
     parameters and buffers of a module.
 
     Args:
-        device: Device of the computation to replay.
-        generators: Whether to capture the generator states of the CPU and of `device`. Not needed if the computation
-            draws no random numbers.
+        device: Device of the computation to replay. Its generator and that of the CPU are captured.
         module: The module that the computation uses.
     """
 
-    def __init__(self, device: torch.device, generators: bool = True, module: nn.Module | None = None):
-        self._cpu_state = torch.get_rng_state() if generators else None
+    def __init__(self, device: torch.device, module: nn.Module | None = None):
+        self._cpu_state = torch.get_rng_state()
         self._device_state = None
-        if generators and device.type != "cpu":
+        if device.type != "cpu":
             self._device_state = torch.get_device_module(device).get_rng_state(device)
         self._device = device
         self._autocasts = [
@@ -179,12 +177,11 @@ class ReplayState:
         """Run the body under the captured state, then restore the current state."""
         with ExitStack() as stack:
             stack.callback(self._swap_module_state(self._modes, self._tensors))
-            if self._cpu_state is not None:
-                devices = [] if self._device_state is None else [self._device]
-                stack.enter_context(torch.random.fork_rng(devices, device_type=self._device.type))
-                torch.set_rng_state(self._cpu_state)
-                if self._device_state is not None:
-                    torch.get_device_module(self._device).set_rng_state(self._device_state, self._device)
+            devices = [] if self._device_state is None else [self._device]
+            stack.enter_context(torch.random.fork_rng(devices, device_type=self._device.type))
+            torch.set_rng_state(self._cpu_state)
+            if self._device_state is not None:
+                torch.get_device_module(self._device).set_rng_state(self._device_state, self._device)
             for device_type, enabled, dtype in self._autocasts:
                 stack.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype))
             yield

@@ -154,7 +154,10 @@ class SelfAttention(nn.Module):
 
     def begin(self, call: AttentionCall, cache_layer: Any = None) -> AttentionCall:
         """Complete a call with the fields of this layer, and draw the seeds that it needs."""
-        past = cache_layer.past() if cache_layer is not None and cache_layer.is_initialized else None
+        past = None
+        if cache_layer is not None and cache_layer.is_initialized:
+            cache_layer.fetch()
+            past = cache_layer.past()
         dropout_seed = draw_seed() if self.dropout else 0
         call = replace(call, past=past, fills_cache=cache_layer is not None, dropout_seed=dropout_seed)
         return call if call.documents is None else replace(call, document_order=call.documents.sort(call.padding))

@@ -279,7 +279,7 @@ class ReformerHfForQuestionAnswering(ReformerHfTaskModel):
             ValueError: If only one of both is given, if their shapes do not match the input, or if one is negative.
         """
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
-        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
+        outputs = self.reformer(*inputs, return_dict=True, **{"use_cache": False, **kwargs})
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if check_span(start_positions, end_positions, start_logits, self.reformer.reads_values):

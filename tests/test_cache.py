@@ -2,6 +2,7 @@
 """KV cache: new tokens get the logits of a parallel pass, whatever was done to the cache before."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging as transformers_logging
 
 from reformer_hf import ReformerHfForCausalLM, local_cache, lsh_cache
 from reformer_hf import cache as cache_module
 from reformer_hf.cache import SLACK, AttentionCacheLayer
 from reformer_hf.full_cache import FullCacheLayer
 from reformer_hf.local_cache import LocalCacheLayer
+from reformer_hf.lsh_attention import factors_of
 from reformer_hf.lsh_cache import LSHCacheLayer, LSHChunkCacheLayer
 from reformer_hf.self_attention import AttentionCall
 
@@ -667,12 +670,25 @@ def test_offload_and_prefetch():
     """What `Cache` does between layers when it was made with `offloading=True`, which needs CUDA itself."""
     model = random_model(torch.float64)
     decoding = Decoding(model, _new_cache(model)).take(30)
-    for _ in range(5):
+    # A few tokens are appended, and many are computed in parallel with the cached ones.
+    for num_new in (1, 1, 70, 1):
         for layer in decoding.cache.layers:
-            layer.offload()
-        decoding.cache.layers[0].prefetch()
-        decoding.take(1)
+            _offload(layer)
+        decoding.take(num_new)
     decoding.check()
+
+
+def _offload(layer):
+    """On a CPU, `offload` moves nothing. Here, what it moves away is NaN until it is fetched."""
+    layer.offload()
+    kept, layer.entries = layer.entries, torch.full_like(layer.entries, math.nan)
+
+    def prefetch():
+        if layer._offloaded:
+            layer.entries = kept
+        type(layer).prefetch(layer)
+
+    layer.prefetch = prefetch
 
 
 @pytest.mark.cuda
@@ -683,6 +699,27 @@ def test_offloading_on_cuda():
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, **options, use_cache=False)
     assert torch.equal(model.generate(ids, **options, cache_implementation="offloaded"), expected)
+
+
+@pytest.mark.parametrize("num_new", [30, 1])
+def test_interrupted_call(num_new):
+    """Layers that hold different tokens are not continued."""
+    model = random_model(torch.float64)
+    decoding = Decoding(model, _new_cache(model))
+    if num_new == 1:
+        decoding.take(30)
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    hook = model.reformer.encoder.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        decoding.take(num_new)
+    hook.remove()
+    with pytest.raises(ValueError, match=r"interrupted.*start with a new cache, or empty this one.*cache.reset"):
+        decoding.take(num_new)
+    decoding.cache.reset()
+    Decoding(model, decoding.cache).take(30).take(1).check()
 
 
 def _tensors(cache):
@@ -873,3 +910,24 @@ def test_no_gradient_with_cache():
     model.reformer.requires_grad_(False)
     model(ids, labels=ids, use_cache=True).loss.backward()
     assert model.lm_head.decoder.weight.grad.abs().sum() > 0
+
+
+def test_short_first_call(caplog):
+    """Tokens after a short prompt share its few buckets, unless the call or a static cache says what is to come."""
+    model = random_model(torch.float64, num_buckets=None, attn_layers=["lsh"], lsh_pattern="window").eval()
+    ids = torch.randint(1, 60, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for cache, options, warns in (
+            (DynamicCache(config=model.config), {}, True),
+            (DynamicCache(config=model.config), {"num_buckets": factors_of(model.config, 200)}, False),
+            (StaticCache(config=model.config, max_cache_len=200), {}, False),
+        ):
+            transformers_logging.warning_once.cache_clear()
+            caplog.clear()
+            logits = [model(ids[:, :2], cache=cache, **options).logits]
+            logits += [model(ids[:, i : i + 1], cache=cache).logits for i in range(2, 200)]
+            said = [record.message for record in caplog.records if "hashed into 1 buckets" in record.message]
+            assert len(said) == warns
+            if not warns:
+                assert_close(torch.cat(logits, 1), expected, 1e-12)

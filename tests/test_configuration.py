@@ -91,12 +91,18 @@ def test_derived_axial_widths():
 
 
 def test_three_axes():
-    config = ReformerHfConfig(axial_pos_shape=[17, 17, 17], axial_pos_embds_dim=[100, 100, 56])
-    assert config.axial_pos_shape == (17, 17, 17)
+    config = tiny_config(axial_pos_shape=[5, 4, 3], axial_pos_embds_dim=[12, 12, 8], max_position_embeddings=60)
+    model = ReformerHfModel(config)
+    shapes = [tuple(weight.shape) for weight in model.get_position_embeddings().weights]
+    assert shapes == [(5, 1, 1, 12), (1, 4, 1, 12), (1, 1, 3, 8)]
+    assert model(torch.zeros(1, 60, dtype=torch.long)).last_hidden_state.shape == (1, 60, 64)
 
 
 def test_learned_positions_ignore_axes():
-    ReformerHfConfig(axial_pos_embds=False, axial_pos_shape=(2, 2), axial_pos_embds_dim=(1, 1))
+    config = tiny_config(
+        axial_pos_embds=False, axial_pos_shape=(2, 2), axial_pos_embds_dim=(1, 1), max_position_embeddings=70
+    )
+    assert ReformerHfModel(config).get_position_embeddings().weight.shape == (70, 32)
 
 
 BAD_FIELDS = [

@@ -214,12 +214,38 @@ def test_kept_activations():
     assert 0.75 < (alive[1] - alive[0]) / (estimates[1] - estimates[0]) < 1.25
     # At the limit, the number of source positions decides.
     model.config.max_kept_activations = model.get_decoder().config.max_kept_activations = estimates[1]
-    model.get_decoder().encoder.reversible = True
+    model.get_decoder().config.reversible = True
     tapes = []
     model.get_decoder().encoder.layers[0].register_forward_pre_hook(lambda module, args: tapes.append(args[3]))
     for length in (250, 251):
         model(_ids(length, 2), labels=_ids(130, 2))
     assert tapes[0] is None and tapes[1] is not None
+
+
+def _decoder_step(reversible, hook=None, **inputs):
+    """Return the gradients of the encoder output and of all parameters of a decoder."""
+    fields = {"attn_layers": ["local", "lsh"], "hash_seed": 0, "add_cross_attention": True}
+    model = random_model(torch.float64, **fields, reversible=reversible).train()
+    source = torch.randn(2, 9, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    context = source * 1
+    if hook is not None:
+        context.register_hook(hook)
+    model(_ids(45, 2), labels=_ids(45, 2), encoder_hidden_states=context, **inputs).loss.backward()
+    return {"source": source.grad, **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+def test_hook_of_the_encoder_output():
+    """It sees the gradient of all layers once."""
+    calls = []
+    found = _decoder_step(True, lambda grad: calls.append(grad) or 2 * grad)
+    assert len(calls) == 1
+    _compare_gradients(found, _decoder_step(False, lambda grad: 2 * grad), 1e-9)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_cross_attention_cache_has_no_gradient(reversible):
+    with pytest.raises(RuntimeError, match="computed with a KV cache and have no gradient"):
+        _decoder_step(reversible, cross_cache=DynamicCache())
 
 
 def test_loss_on_encoder_and_decoder_states():

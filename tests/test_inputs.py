@@ -307,6 +307,18 @@ BAD_INPUTS = {
         {"input_ids": IDS, "past_key_values": ()},
         r"`cache` is a tuple.*create it with `DynamicCache\(config=model.config\)`",
     ),
+    "document-too-long": (
+        {"input_ids": torch.ones(1, 257, dtype=torch.long), "seq_idx": torch.zeros(1, 257)},
+        r"257 tokens long.*at most 256 \(`max_position_embeddings`\)",
+    ),
+    "shifted-label-too-large": (
+        {"input_ids": IDS, "shift_labels": 60 * IDS},
+        r"`shift_labels` holds 60.*\[0, 59\] \(`vocab_size` is 60\)",
+    ),
+    "shifted-labels-too-few": (
+        {"input_ids": IDS, "shift_labels": IDS[:, 1:]},
+        r"`shift_labels` has shape \(2, 4\), but must be \(2, 5\)",
+    ),
     "in-tree-cache": (
         {"input_ids": IDS, "past_buckets_states": [(None, None)]},
         r"`past_buckets_states` is.*pass `cache=DynamicCache\(config=model.config\)`",

@@ -1,6 +1,8 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Hooks, wrappers and replaced parameters on a reversible model give the gradients of the plain one."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -186,6 +188,80 @@ QUICK = {
 )
 def test_intervention(name):
     _assert_same(*(_step(INTERVENTIONS[name], reversible) for reversible in (True, False)))
+
+
+def _clamp(layers, vector):
+    """As many clip gradients: a hook on each parameter."""
+    for parameter in layers.parameters():
+        parameter.register_hook(lambda grad: grad.clamp(-1e-4, 1e-4))
+
+
+class _Shifted(nn.Module):
+    """A parametrization whose input and parameter have the same gradient, in one tensor."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self, weight):
+        return weight + self.shift
+
+
+def _shift(layers, vector):
+    for layer in layers:
+        dense = layer.feed_forward.dense.dense
+        nn.utils.parametrize.register_parametrization(dense, "weight", _Shifted(dense.weight))
+
+
+class _Noisy(nn.Linear):
+    """It draws random numbers in any mode."""
+
+    def forward(self, hidden_states):
+        return nn.functional.dropout(super().forward(hidden_states), 0.3, training=True)
+
+
+def _add_noise(layers, vector):
+    for layer in layers.eval():
+        dense = layer.feed_forward.dense.dense
+        layer.feed_forward.dense.dense = noisy = _Noisy(*dense.weight.shape[::-1], dtype=dense.weight.dtype)
+        noisy.load_state_dict(dense.state_dict())
+        noisy.eval()
+
+
+@pytest.mark.parametrize("kept", [0, None], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("intervene", [_clamp, _shift, _add_noise])
+def test_in_chunks(intervene, kept):
+    """Hooks of parameters see whole gradients, gradients in one tensor are not added twice, and noise is replayed."""
+    # Random numbers that are drawn in chunks are others.
+    without = dict.fromkeys(DROPOUT, 0.0)
+    chunks = {} if intervene is _add_noise else {"chunk_size_feed_forward": 7}
+    found = _step(intervene, True, max_kept_activations=kept, **without, **chunks)
+    _assert_same(found, _step(intervene, False, **without))
+
+
+def test_replicas(monkeypatch):
+    """`nn.DataParallel`: the weights of its replicas, here all on the CPU, are none of their parameters."""
+    replication = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(replication, "_get_device_index", lambda device, optional=False: 0)
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.detach().clone() if detach else tensor.clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", copies)
+    grads = []
+    input_ids = torch.randint(0, 60, (2, 45), generator=torch.Generator().manual_seed(0))
+    fields = {"attn_layers": LAYERS, "hash_seed": 0}
+    chunks = {"chunk_size_feed_forward": 7, "chunk_size_lm_head": 7}
+    for options in ({"reversible": False}, {}, chunks, {"max_kept_activations": None, **chunks}):
+        model = random_model(torch.float64, **fields, **options).train()
+        replicas = replication.replicate(model, [0, 1])
+        rows = zip(replicas, input_ids[:, None], strict=True)
+        sum(replica(row, labels=row).loss for replica, row in rows).backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for found in grads[1:]:
+        for name, grad in found.items():
+            # The loss is in fp32.
+            assert_close(grad, grads[0][name], 1e-6, name)
 
 
 def test_observing_hook_begins_no_segment():

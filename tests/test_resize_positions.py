@@ -267,7 +267,7 @@ def test_generate(fields):
     with torch.no_grad():
         found = model(input_ids=_ids(20), cache=cache).logits
         whole = model(input_ids=torch.cat([prompt, _ids(20)], 1), num_buckets=8).logits
-    torch.testing.assert_close(found, whole[:, 250:], rtol=1e-4, atol=1e-4 * whole.std().item())
+    assert_close(found, whole[:, 250:], 1e-5)
 
 
 def test_training_separates_positions():
@@ -422,5 +422,7 @@ def _continued_losses(seed, old=4096, new=16384):
 
 @pytest.mark.slow
 def test_continued_training():
+    """Positions that continue the learned ones are better than random ones, before training and after some steps."""
     losses = _continued_losses(seed=0)
-    print(losses)
+    for name in ("random rows", "random tables"):
+        assert all(own < other for own, other in zip(losses["resized"], losses[name], strict=True)), losses

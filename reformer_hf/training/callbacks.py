@@ -66,13 +66,15 @@ class SaveOnSigterm(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        # Whether this process has received a signal that no step has answered.
+        self._signalled = False
         self._previous_handler: Any = None
         self._training_loop: CodeType | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Earlier training may have raised an exception.
         self._restore_handler()
-        self.stopped = False
+        self.stopped = self._signalled = False
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_globals.get("__name__") == TrainerCallback.__module__:
             frame = frame.f_back
@@ -87,18 +89,23 @@ class SaveOnSigterm(TrainerCallback):
             signal.raise_signal(signum)
             return
         logger.warning("Received SIGTERM: saving a checkpoint and stopping after this step.")
-        self.stopped = True
+        self._signalled = True
 
     def on_step_end(self, args, state, control, **kwargs):
+        # A signal from here on, such as one while processes wait for each other, is for the next step.
+        stopped = self._signalled
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            stopped = torch.tensor(int(self.stopped), device=args.device)
-            torch.distributed.all_reduce(stopped, torch.distributed.ReduceOp.MAX)
-            self.stopped = bool(stopped)
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
+            of_any = torch.tensor(int(stopped), device=args.device)
+            torch.distributed.all_reduce(of_any, torch.distributed.ReduceOp.MAX)
+            stopped = bool(of_any)
+        if stopped:
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self._restore_handler()
+        if self._signalled and not self.stopped:
+            # It came after the last step.
+            signal.raise_signal(signal.SIGTERM)
 
     def _restore_handler(self) -> None:
         # Another handler may have replaced this one.

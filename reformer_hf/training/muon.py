@@ -45,8 +45,9 @@ class MuonWithAdamW(Optimizer):
                 "are those of linear layers: pass `optimizers=(MuonWithAdamW(model), None)` to `Trainer`, or "
                 "`optimizer_cls_and_kwargs=(MuonWithAdamW, {'model': model})`."
             )
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+        # Adapters and other wrappers contain the model.
+        heads = {id(each.get_output_embeddings()) for each in model.modules() if isinstance(each, PreTrainedModel)}
+        linear = [each for each in model.modules() if isinstance(each, nn.Linear) and id(each) not in heads]
         # A weight that layers share is listed once.
         matrices = list({id(layer.weight): layer.weight for layer in linear if layer.weight.requires_grad}.values())
         if not matrices:
@@ -80,7 +81,12 @@ class MuonWithAdamW(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure=None):
-        """Update all parameters. Returns the loss of `closure`."""
+        """
+        Update all parameters. Returns the loss of `closure`.
+
+        Raises:
+            `ValueError`: If all parameters have been frozen since the optimizer was created.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

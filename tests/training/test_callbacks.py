@@ -65,6 +65,28 @@ def test_sigterm(received):
     assert not (callback.stopped or control.should_save)
 
 
+def test_sigterm_while_processes_agree(received, monkeypatch):
+    """A signal in the reduction counts at the next step, and one after the last step goes to the previous handler."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args: signal.raise_signal(signal.SIGTERM))
+    args = SimpleNamespace(device="cpu")
+
+    def train(steps):
+        handler = CallbackHandler([callback := SaveOnSigterm()], None, None, None, None)
+        handler.on_train_begin(args, None, TrainerControl())
+        control = handler.on_step_end(args, None, TrainerControl())
+        assert not (callback.stopped or control.should_save or received)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args: None)
+        if steps == 2:
+            control = handler.on_step_end(args, None, TrainerControl())
+        handler.on_train_end(args, None, control)
+        return callback.stopped and control.should_save
+
+    assert train(steps=2) and not received
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args: signal.raise_signal(signal.SIGTERM))
+    assert not train(steps=1) and received == [signal.SIGTERM]
+
+
 def test_second_sigterm(received):
     """It is the previous handler's, as it is without the callback."""
     _train(callback := SaveOnSigterm(), signals=2)

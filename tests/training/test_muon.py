@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW, Muon
 
 from reformer_hf import ReformerHfForCausalLM
@@ -123,10 +124,29 @@ def test_shared_weight(model):
 
 
 def test_closure(model):
-    def closure():
-        loss = model(torch.ones(1, 9, dtype=torch.long), labels=torch.ones(1, 9, dtype=torch.long)).loss
+    """A step with a closure is that after its backward pass, and returns its loss."""
+    ids, expected = torch.arange(1, 10)[None], copy.deepcopy(model.eval())
+
+    def closure(model=model):
+        loss = model(ids, labels=ids).loss
         loss.backward()
         return loss
 
+    loss = closure(expected)
+    MuonWithAdamW(expected).step()
     with torch.no_grad():
-        assert MuonWithAdamW(model).step(closure) > 0
+        assert torch.equal(MuonWithAdamW(model).step(closure), loss)
+    for (name, parameter), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+
+
+def test_lm_head_of_adapters(model):
+    """AdamW trains an LM head that adapters have copied."""
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=["lm_head"]))
+    names = {id(parameter): name for name, parameter in wrapped.named_parameters()}
+    muon, adamw = (
+        {names[id(each)] for group in part.param_groups for each in group["params"]}
+        for part in MuonWithAdamW(wrapped).parts
+    )
+    head = "base_model.model.lm_head.modules_to_save.default.decoder.weight"
+    assert head in adamw and muon and all(".lora_" in name for name in muon)
