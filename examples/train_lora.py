@@ -1,6 +1,6 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Fine-tune a saved model on a text with LoRA: only small matrices beside the projections are trained.
+Fine-tune a saved model on a text with LoRA: only small matrices next to the projections are trained.
 
     make demo
     python examples/train_lora.py --model outputs/demo --data book.txt --output_dir outputs/book-lora

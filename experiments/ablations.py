@@ -121,7 +121,7 @@ def build(run: Run) -> ReformerHfForCausalLM:
 
 
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
-    """Train a model for so many steps."""
+    """Train a model for the steps of a run."""
     torch.manual_seed(run.seed)
     model = build(run)
     text, held_out = load_text(run.text)
@@ -199,7 +199,8 @@ def grid(seeds: tuple[int, ...], **sizes: Any) -> list[Run]:
     return runs
 
 
-_GRID = grid((0, 1))
+# 16 hashes cost as much as all other runs together: one seed.
+_GRID = [run for run in grid((0, 1)) if run.hashes < 16 or run.seed == 0]
 _QUICK = grid((0,), length=64, steps=10, width=32, depth=2)
 EXPERIMENT = Experiment("ablations", _GRID, train_and_evaluate, report, quick=_QUICK)
 

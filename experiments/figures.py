@@ -86,7 +86,7 @@ def draw_times(
 
 
 def panels_of(names: Sequence[Any], columns: int = 3) -> tuple[Figure, dict[Any, Axes]]:
-    """Return a figure with a panel for each name, in rows of so many columns."""
+    """Return a figure with a panel for each name, in rows of that many columns."""
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
     figure, panels = pyplot.subplots(rows, columns, figsize=(1 + 3.5 * columns, 3.2 * rows), squeeze=False)

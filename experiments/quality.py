@@ -56,7 +56,7 @@ class Run:
 
 
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
-    """Train a model for so many seconds."""
+    """Train a model for the seconds of a run."""
     torch.manual_seed(run.seed)
     sizes = Sizes(
         VOCAB_SIZE,
@@ -101,18 +101,18 @@ def report(records: list[Record], folder: Path) -> str:
         of_length = [run for run in runs if run.length == length]
         for run in of_length:
             results = groups[run]
-            last = [result["curve"][-1]["bits_per_byte"] for result in results]
-            best = results[last.index(min(last))]
-            minutes = [seconds / 60 for seconds in cpu_seconds_of_curve(best)]
             name, optimizer, style = LABELS[run.model], f"AdamW, {run.learning_rate:g}", "-"
             if run.muon_learning_rate is not None:
                 optimizer, style = f"Muon, {run.muon_learning_rate:g}", "--"
-            cells = [f"{length:,}", name, optimizer, len(results), f"{best['parameters']:,}"]
-            cells += [f"{best['steps']:,}", f"{minutes[-1]:.1f}", spread(last, digits=3)]
+            minutes = [[seconds / 60 for seconds in cpu_seconds_of_curve(result)] for result in results]
+            cells = [f"{length:,}", name, optimizer, len(results), f"{results[0]['parameters']:,}"]
+            cells += [spread([result["steps"] for result in results], 0), spread([each[-1] for each in minutes])]
+            cells.append(spread([result["curve"][-1]["bits_per_byte"] for result in results], 3))
             lines.append(f"| {' | '.join(map(str, cells))} |")
-            bits = [entry["bits_per_byte"] for entry in best["curve"]]
             label = name if run.muon_learning_rate is None else f"{name}, Muon"
-            axes.plot(minutes, bits, color=COLORS[run.model], label=label, linestyle=style)
+            for i, (result, at) in enumerate(zip(results, minutes, strict=True)):
+                bits = [entry["bits_per_byte"] for entry in result["curve"]]
+                axes.plot(at, bits, color=COLORS[run.model], label=None if i else label, linestyle=style)
         entries = [entry for run in of_length for result in groups[run] for entry in result["curve"]]
         lowest = min(entry["bits_per_byte"] for entry in entries)
         axes.set(title=f"{length:,} bytes", xlabel="CPU minutes of training", ylim=(lowest - 0.2, 5))

@@ -72,7 +72,7 @@ def build(run: Run) -> ReformerHfForCausalLM:
 
 
 def train_and_evaluate(run: Run, scratch: Path) -> dict[str, Any]:
-    """Train a model for so many steps."""
+    """Train a model for the steps of a run."""
     torch.manual_seed(run.seed)
     model = build(run)
     text, held_out = load_text()
@@ -117,6 +117,8 @@ EXPERIMENT = Experiment(
         Run(initializer_range=0.05),
         Run(muon_learning_rate=0.05),
         Run(muon_learning_rate=0.02),
+        Run(muon_learning_rate=0.01),
+        Run(muon_learning_rate=0.02, layers="local"),
         Run(muon_learning_rate=0.05, initializer_range=0.05),
         Run(muon_learning_rate=0.05, axial_norm_std=0.1),
         Run(muon_learning_rate=0.05, local_attn_chunk_length=16),

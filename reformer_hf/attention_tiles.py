@@ -102,7 +102,7 @@ class Tiling:
     The masks of all tiles share memory: use one before requesting the next.
 
     Args:
-        pattern: Which keys a query sees.
+        visible: Which keys a query sees.
         order: The order of each round `[B or 1, H or 1, R, L]` as `hashing.sort_by_bucket` returns it, with padding
             last, in its own bucket. `None` means one round with one bucket, in the order of positions.
         padding_BL: True for padding, which no query sees.
@@ -117,15 +117,14 @@ class Tiling:
 
     def __init__(
         self,
-        pattern: AttentionPattern,
+        visible: AttentionPattern,
         order: Tensor | None,
         padding_BL: Tensor | None,
         query_BLHD: Tensor,
         documents: Tensor | None = None,
         batch_rounds: bool = True,
     ):
-        visible, self.pattern = pattern, pattern if documents is None else pattern.with_margin()
-        pattern = self.pattern
+        self.pattern = pattern = visible if documents is None else visible.with_margin()
         self.batch_size, self.length, self.num_heads, _ = query_BLHD.shape
         self.device = query_BLHD.device
         self.mask_dtype = torch.promote_types(query_BLHD.dtype, torch.float32)

@@ -2,7 +2,7 @@
 """
 Packed documents: rows of a batch that hold several documents, which do not see each other.
 
-Attention gives each document the same result as alone. Its tokens sort by document first, then by bucket.
+Attention gives each document the same result as in a row of its own. Tokens sort by document first, then by bucket.
 """
 
 from collections.abc import Sequence

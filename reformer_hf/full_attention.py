@@ -88,7 +88,7 @@ def visible_keys(queries: Tensor, length: int, causal: bool, padding: Tensor | N
 
 def or_itself(visible: Tensor, queries: Tensor) -> Tensor:
     """
-    Make each query that sees no other position see itself.
+    Unmask the own key of each query without other keys.
 
     Args:
         visible: The result of `visible_keys`, `[…, n, L]`.

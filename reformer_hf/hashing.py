@@ -20,22 +20,22 @@ def bucket_factors(
     length: int,
     chunk_length: int,
     max_position_embeddings: int,
-    window_length: int | None = None,
+    bucket_length: int | None = None,
 ) -> list[int]:
     """
     Return the factors of the number of buckets for an input of `length` positions.
 
     A given `num_buckets` is returned as a list. For `None` the number follows the in-tree formula: the largest power
     of two up to `2 * length / chunk_length`, at least two, split into two factors if it is large. With a
-    `window_length` it is the smallest power of two that is at least `length / window_length`, so that the average
-    bucket fits into the window.
+    `bucket_length` it is the smallest power of two that is at least `length / bucket_length`, so that the average
+    bucket is no longer than that.
     """
     if num_buckets is not None:
         return [num_buckets] if isinstance(num_buckets, int) else list(num_buckets)
-    if window_length is None:
+    if bucket_length is None:
         power = max((2 * (length // chunk_length)).bit_length() - 1, 1)
     else:
-        power = ((length - 1) // window_length).bit_length()
+        power = ((length - 1) // bucket_length).bit_length()
     unfactorized_limit = 2 * max(int((max_position_embeddings // chunk_length) ** 0.5), chunk_length)
     if 2**power <= unfactorized_limit:
         return [2**power]

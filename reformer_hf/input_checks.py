@@ -91,9 +91,21 @@ def check_length(config: ReformerHfConfig, length: int) -> None:
         )
 
 
-def check_input_ids(config: ReformerHfConfig, input_ids: Tensor | None) -> None:
-    """Check that the model has an embedding for each token. This reads values, and so waits for the device."""
+def check_values(
+    config: ReformerHfConfig,
+    input_ids: Tensor | None,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    encoder_attention_mask: Tensor | None,
+    length: int,
+) -> None:
+    """Check the values of inputs of `length` tokens, which waits for the device."""
     _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
+    check_position_ids(config, position_ids)
+    if attention_mask is not None:
+        _check_mask("attention_mask", attention_mask[:, -length:])
+    if encoder_attention_mask is not None:
+        _check_mask("encoder_attention_mask", encoder_attention_mask)
 
 
 def check_position_ids(config: ReformerHfConfig, position_ids: Tensor | None) -> None:
@@ -101,15 +113,13 @@ def check_position_ids(config: ReformerHfConfig, position_ids: Tensor | None) ->
     _check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
 
 
-def check_attention_mask(attention_mask: Tensor | None, length: int) -> None:
-    """Check that the mask of the last tokens is of zeros and ones. This reads values, and so waits for the device."""
-    if attention_mask is None or attention_mask.dtype == torch.bool:
+def _check_mask(name: str, mask: Tensor) -> None:
+    if mask.dtype == torch.bool:
         return
-    mask = attention_mask[:, -length:]
     wrong = mask[(mask != 0) & (mask != 1)]
     if wrong.numel():
         raise ValueError(
-            f"`attention_mask` holds {wrong[0].item()}, but must be 1 for tokens and 0 for padding: do not pass an "
+            f"`{name}` holds {wrong[0].item()}, but must be 1 for tokens and 0 for padding: do not pass an "
             "additive mask (0 and -inf) or the indices of packed documents."
         )
 

@@ -185,7 +185,7 @@ class LocalCacheLayer(AttentionCacheLayer):
         return target >= max(self._restorable_from, self._first_restorable())
 
     def _first_restorable(self) -> int:
-        """Return the shortest length that `crop` can restore, if all that the ring has room for is in it."""
+        """Return the shortest length that `crop` can restore, if the ring is full."""
         longest = max(self._longest, int(self.length))
         return 0 if longest <= self.ring_length else longest - self.ring_length + self._window_length
 

@@ -18,7 +18,7 @@ from .configuration_reformer_hf import ReformerHfConfig
 from .documents import Documents
 from .hashing import bucket_factors, hash_by, hash_few, projections_of, random_rotations, sort_by_bucket
 from .rng import draw_seed
-from .self_attention import AttentionCall, Found, SelfAttention, Weights
+from .self_attention import AttentionCall, DocumentHashing, Found, SelfAttention, Weights
 
 logger = logging.get_logger(__name__)
 
@@ -61,8 +61,7 @@ class LSHSelfAttention(SelfAttention):
         rotations = random_rotations(seed, self.num_heads, self.head_size, call.num_hashes, list(factors))
         return projections_of(rotations, list(factors), call.dtype, call.device)
 
-    def _document_hashing(self, call: AttentionCall, documents: Documents, seed: int) -> Any:
-        """Return the field `document_hashing` of a call: each document has as many buckets as alone."""
+    def _document_hashing(self, call: AttentionCall, documents: Documents, seed: int) -> DocumentHashing:
         groups: dict[tuple[int, ...], list] = {}
         first_buckets, num_buckets = [], 0
         for (row, start, stop), length in zip(documents.spans, documents.lengths, strict=True):
@@ -77,7 +76,7 @@ class LSHSelfAttention(SelfAttention):
             (documents.flat_positions(spans), self._draw_projections(call, seed, factors))
             for factors, spans in groups.items()
         ]
-        return hashing, first_bucket.view(call.batch_size, call.length)
+        return DocumentHashing(hashing, first_bucket.view(call.batch_size, call.length))
 
     def _hash_seed(self) -> int:
         if self.config.hash_seed is not None:
@@ -104,7 +103,8 @@ class LSHSelfAttention(SelfAttention):
         if is_short and not call.fills_cache:
             return Found()
         if call.document_hashing is not None:
-            return Found(order=sort_by_bucket(_hash_documents(query.detach(), call, heads), call.padding))
+            buckets = _hash_documents(query.detach(), call.document_hashing, heads, call.num_hashes)
+            return Found(order=sort_by_bucket(buckets, call.padding))
         projections = [projection[heads] for projection in call.projections]
         buckets = hash_by(projections, query.detach(), call.num_hashes)
         if not call.fills_cache:
@@ -128,7 +128,7 @@ class LSHSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Weights | None]:
         layer: Any = cache.layers[layer_idx]
         query, value = self.project_new(hidden_states)
-        buckets = hash_few(layer.rotations, query, layer.spec.num_hashes)
+        buckets = hash_few(layer.signed_projections, query, layer.spec.num_hashes)
         if call.padding is not None:
             buckets = buckets.masked_fill(call.padding[:, None, :, None], layer.num_buckets)
         options = {"padding": call.padding, "with_positions": call.output_attentions, "buckets": buckets}
@@ -144,15 +144,15 @@ class LSHSelfAttention(SelfAttention):
         return out.view(batch_size, num_heads, num_new, head_size).transpose(1, 2).flatten(2), weights
 
 
-def _hash_documents(query: Tensor, call: AttentionCall, heads: slice) -> Tensor:
-    """Hash each document as if alone, and number the buckets of a row's documents consecutively, `[B, h, R, L]`."""
-    groups, first_bucket = call.document_hashing
+def _hash_documents(query: Tensor, hashing: DocumentHashing, heads: slice, num_hashes: int) -> Tensor:
+    """Hash packed documents, and number the buckets of a row's documents consecutively, `[B, h, R, L]`."""
+    groups, first_bucket = hashing
     batch_size, length, num_heads, _ = query.shape
     rows = query.flatten(0, 1)
-    buckets = first_bucket.new_empty((batch_size * length, num_heads, call.num_hashes))
+    buckets = first_bucket.new_empty((batch_size * length, num_heads, num_hashes))
     for positions, projections in groups:
         vectors = rows.index_select(0, positions)[None]
-        hashed = hash_by([projection[heads] for projection in projections], vectors, call.num_hashes)
+        hashed = hash_by([projection[heads] for projection in projections], vectors, num_hashes)
         buckets.index_copy_(0, positions, hashed[0].permute(2, 0, 1))
     return first_bucket[:, None, None] + buckets.view(batch_size, length, num_heads, -1).permute(0, 2, 3, 1)
 
@@ -175,11 +175,12 @@ def warn_of_few_buckets(config: ReformerHfConfig, cache: Cache, num_new: int) ->
 
 def factors_of(config: ReformerHfConfig, length: int) -> list[int]:
     """Return the factors of the number of buckets for an input of this length."""
-    window_length = config.lsh_attn_chunk_length * (config.chunks_before("lsh") + config.chunks_after("lsh"))
+    # What a query sees of its bucket.
+    reach = config.lsh_attn_chunk_length * (config.chunks_before("lsh") + config.chunks_after("lsh"))
     return bucket_factors(
         config.num_buckets,
         config.padded_length(length),
         config.lsh_attn_chunk_length,
         config.max_position_embeddings,
-        window_length if config.lsh_pattern == "window" else None,
+        reach if config.lsh_pattern == "window" else None,
     )

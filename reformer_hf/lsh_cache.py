@@ -49,8 +49,8 @@ class LSHCacheLayer(AttentionCacheLayer):
         # The result of `hashing.projections_of` for all heads, and the factors of N.
         self.projections: list[Tensor] = []
         self.factors: list[int] = []
-        # The rotations that hash all tokens of this cache, in the form of `hashing.hash_few`.
-        self.rotations: list[Tensor] = []
+        # The same with both signs, as `hashing.hash_few` takes them.
+        self.signed_projections: list[Tensor] = []
         # Number of dropped tokens.
         self._num_dropped = 0
         self._offsets: tuple[Tensor, Tensor] | None = None
@@ -68,8 +68,8 @@ class LSHCacheLayer(AttentionCacheLayer):
     def ring_length(self) -> int:
         return self.rings.shape[-1]
 
-    def _window_length(self) -> int:
-        """Return W."""
+    def _num_seen(self) -> int:
+        """Return W, the number of tokens that a token sees in a round, without its own."""
         return self.spec.pattern.chunk_length * self.spec.pattern.chunks_before
 
     def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
@@ -79,9 +79,9 @@ class LSHCacheLayer(AttentionCacheLayer):
         integers = torch.zeros((), dtype=torch.int32, device=self.device)
         self.buckets = integers.new_full((*heads, self.entries.shape[1], spec.num_hashes), num_buckets)
         self.counts = torch.zeros((*heads, spec.num_hashes, num_buckets + 1), dtype=torch.long, device=self.device)
-        self.rings = integers.new_zeros((*self.counts.shape, self._window_length() + SLACK))
+        self.rings = integers.new_zeros((*self.counts.shape, self._num_seen() + SLACK))
         # Distances from a token back to those that it sees in its bucket: W to 1, and 0 for itself, see `self_bias`.
-        self._distances = torch.arange(self._window_length(), -1, -1, device=self.device)
+        self._distances = torch.arange(self._num_seen(), -1, -1, device=self.device)
         self._bias = self.entries.new_zeros(len(self._distances))
         self._bias[-1] = self_bias(self.entries.dtype)
         self.key_epsilon = key_epsilon(key)
@@ -113,7 +113,7 @@ class LSHCacheLayer(AttentionCacheLayer):
         """
         if not self.is_initialized:
             self.projections, self.factors = list(projections), list(factors)
-            self.rotations = both_signs(projections, spec.num_hashes)
+            self.signed_projections = both_signs(projections, spec.num_hashes)
         super().prefill(spec, key, value, padding, **hashing)
 
     def _prefill(self, key: Tensor, value: Tensor, padding: Tensor | None, *, buckets: Tensor, order: Tensor) -> None:
@@ -133,7 +133,7 @@ class LSHCacheLayer(AttentionCacheLayer):
         # [B, H, n, R, W + 1]
         seen, bias = self._push_and_look_up((buckets + ring_offsets)[..., None], row)
         if seen.shape[3] > 1:
-            # A token sees itself in one round at most.
+            # A token sees its own key in one round at most.
             bias[..., 1:, -1] = float("-inf")
             if self.spec.pattern.deduplicate_keys:
                 bias = bias.masked_fill(_seen_before(seen, bias < 0), float("-inf"))
@@ -324,7 +324,8 @@ class LSHChunkCacheLayer(LSHCacheLayer):
     firsts: Tensor | None
     tensors = (*LSHCacheLayer.tensors, "firsts")
 
-    def _window_length(self) -> int:
+    def _num_seen(self) -> int:
+        """Return W, the number of slots of the chunk of a token and of those before it."""
         return self.spec.pattern.chunk_length * (self.spec.pattern.chunks_before + 1)
 
     def _initialize(self, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
@@ -332,7 +333,7 @@ class LSHChunkCacheLayer(LSHCacheLayer):
         self.firsts = self.rings.new_zeros((*self.counts.shape, spec.pattern.chunk_length))
 
     def can_append(self, num_new: int) -> bool:
-        return self.is_initialized and num_new <= SLACK
+        return AttentionCacheLayer.can_append(self, num_new)
 
     def _row_limit(self) -> float:
         return math.inf
@@ -343,43 +344,69 @@ class LSHChunkCacheLayer(LSHCacheLayer):
         self.firsts.copy_(_rows_at(order, starts[..., None] + torch.arange(self.firsts.shape[-1], device=self.device)))
 
     def _push_and_look_up(self, rings: Tensor, row: Any) -> tuple[Tensor, Tensor]:
-        pattern, num_buckets, ring_length = self.spec.pattern, self.num_buckets, self.ring_length
-        window_length, chunk_length = self._window_length(), pattern.chunk_length
-        index = self._next_index(rings)
+        index, ring_length = self._next_index(rings), self.ring_length
         self._put(self.rings, torch.add(index % ring_length, rings, alpha=ring_length)[..., 0], row)
         self._put_first(rings, index, row)
         self._count_in_buckets(rings)
-        # The slot of the token in the sorted order, and the slots of the chunks that it sees, `[B, H, R, W]`.
-        round_rings = self._get_offsets()[0].transpose(2, 3)
+        # There is one new token.
         index, rings = index[:, :, 0], rings[:, :, 0]
-        buckets = rings - round_rings
-        ends = self.counts.cumsum(-1)
-        starts = ends - self.counts
-        own_slot = starts.gather(-1, buckets) + index
-        first = (own_slot.div(chunk_length, rounding_mode="floor") + 1) * chunk_length - window_length
-        slots = first + torch.arange(window_length, device=self.device)
-        wrapped = slots < 0
+        seen, masked = self._look_up(self._seen_slots(rings, index), rings)
+        own = self.rings.view(-1).take(rings * ring_length + index % ring_length)
+        masked |= seen == own
+        seen = torch.cat([seen, own], dim=-1)[:, :, None]
+        bias = self._bias.repeat(*seen.shape[:-1], 1)
+        return seen, bias.masked_fill_(pad(masked, (0, 1))[:, :, None], float("-inf"))
+
+    def _seen_slots(self, rings: Tensor, index: Tensor) -> Tensor:
+        """
+        Return the slots of the sorted order `[B, H, R, W]` in the chunks that a token sees.
+
+        Args:
+            rings: The rings of the token, `[B, H, R, 1]`.
+            index: Its indices in its buckets, `[B, H, R, 1]`.
+
+        Returns:
+            Slots; negative ones are in the round before.
+        """
+        chunk_length, num_seen = self.spec.pattern.chunk_length, self._num_seen()
+        starts = self.counts.cumsum(-1) - self.counts
+        own_slot = starts.gather(-1, rings - self._first_rings()) + index
+        first = (own_slot.div(chunk_length, rounding_mode="floor") + 1) * chunk_length - num_seen
+        return first + torch.arange(num_seen, device=self.device)
+
+    def _look_up(self, slots: Tensor, rings: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Look up the tokens in slots of the sorted order.
+
+        Args:
+            slots: The result of `_seen_slots`, `[B, H, R, W]`.
+            rings: The rings of the token that sees them, `[B, H, R, 1]`.
+
+        Returns:
+            Their rows, and whether they are masked, both `[B, H, R, W]`.
+        """
+        pattern, ring_length, chunk_length = self.spec.pattern, self.ring_length, self.firsts.shape[-1]
+        wrapped, ends = slots < 0, self.counts.cumsum(-1)
         if pattern.wraps:
             slots = torch.where(wrapped, slots + self._padded_length(), slots)
         # The first chunk of a round sees the last chunk of the previous round.
         search = _OfRounds(wrapped)
-        seen_buckets = search(ends, lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
-        masked = (slots < 0) | (seen_buckets >= num_buckets)
-        seen_buckets = seen_buckets.clamp(max=num_buckets)
-        seen_index = slots - search(starts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
-        counts = search(self.counts, lambda of_buckets: of_buckets.gather(-1, seen_buckets))
-        seen_rings = search(round_rings.contiguous(), lambda of_rounds: of_rounds + seen_buckets)
-        last = self.rings.view(-1).take(seen_rings * ring_length + seen_index % ring_length)
-        early = seen_index.clamp(min=0, max=chunk_length - 1)
+        buckets = search(ends, lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
+        masked = (slots < 0) | (buckets >= self.num_buckets)
+        buckets = buckets.clamp(max=self.num_buckets)
+        index = slots - search(ends - self.counts, lambda of_buckets: of_buckets.gather(-1, buckets))
+        counts = search(self.counts, lambda of_buckets: of_buckets.gather(-1, buckets))
+        seen_rings = search(self._first_rings().contiguous(), lambda of_rounds: of_rounds + buckets)
+        last = self.rings.view(-1).take(seen_rings * ring_length + index % ring_length)
+        early = index.clamp(min=0, max=chunk_length - 1)
         early = self.firsts.view(-1).take(seen_rings * chunk_length + early)
-        seen = torch.where(counts - seen_index <= ring_length, last, early)
-        own = self.rings.view(-1).take(rings * ring_length + index % ring_length)
-        masked |= seen == own
         if pattern.same_bucket:
-            masked |= seen_buckets != buckets
-        seen = torch.cat([seen, own], dim=-1)[:, :, None]
-        bias = self._bias.repeat(*seen.shape[:-1], 1)
-        return seen, bias.masked_fill_(pad(masked, (0, 1))[:, :, None], float("-inf"))
+            masked |= buckets != rings - self._first_rings()
+        return torch.where(counts - index <= ring_length, last, early), masked
+
+    def _first_rings(self) -> Tensor:
+        """Return the first ring of each round, `[B, H, R, 1]`."""
+        return self._get_offsets()[0].transpose(2, 3)
 
     def _put_first(self, rings: Tensor, index: Tensor, row: Any) -> None:
         chunk_length = self.firsts.shape[-1]

@@ -29,16 +29,15 @@ from .generation_reformer_hf import ReformerHfGenerationMixin
 from .gradient_checks import refuse_gradient
 from .input_checks import (
     bucket_factors_of_call,
-    check_attention_mask,
     check_cache,
     check_call,
-    check_input_ids,
     check_inputs,
     check_is_causal,
     check_last_tokens,
     check_length,
     check_not_in_tree_cache,
     check_position_ids,
+    check_values,
     context_of_call,
     documents_of_call,
 )
@@ -143,14 +142,10 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         factors = bucket_factors_of_call(self.config, num_buckets)
         reads_values = self.reads_values
         if reads_values:
-            check_input_ids(self.config, input_ids)
-            check_position_ids(self.config, position_ids)
-            check_attention_mask(attention_mask, inputs.shape[1])
+            check_values(self.config, input_ids, position_ids, attention_mask, encoder_attention_mask, inputs.shape[1])
         context = context_of_call(
             self.config, encoder_hidden_states, encoder_attention_mask, inputs.shape[0], cross_cache
         )
-        if context is not None and reads_values and encoder_attention_mask is not None:
-            check_attention_mask(encoder_attention_mask, encoder_attention_mask.shape[1])
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
             if not torch.compiler.is_compiling():
@@ -437,14 +432,15 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
 
 
 # `DynamicCache` and `StaticCache` look up cache layers by the names in `config.layer_types`.
-for dynamic, static in (
-    (LocalCacheLayer, StaticLocalCacheLayer),
-    (LSHCacheLayer, StaticLSHCacheLayer),
-    (LSHChunkCacheLayer, StaticLSHChunkCacheLayer),
-    (FullCacheLayer, StaticFullCacheLayer),
-):
-    DYNAMIC_LAYER_TYPE_MAPPING[dynamic.layer_type] = dynamic
-    STATIC_LAYER_TYPE_MAPPING[static.layer_type] = static
+DYNAMIC_LAYER_TYPE_MAPPING.update(
+    {each.layer_type: each for each in (LocalCacheLayer, LSHCacheLayer, LSHChunkCacheLayer, FullCacheLayer)}
+)
+STATIC_LAYER_TYPE_MAPPING.update(
+    {
+        each.layer_type: each
+        for each in (StaticLocalCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer, StaticFullCacheLayer)
+    }
+)
 
 # By these names, Trainer decides whether to shift labels for label smoothing, and pipelines accept models.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(ReformerHfConfig.model_type, ReformerHfForCausalLM.__name__)

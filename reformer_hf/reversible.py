@@ -107,15 +107,11 @@ class PositionWiseBranch(Branch):
     def reverse_and_grad(
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Any
     ) -> tuple[Tensor, Gradients]:
-        grad_sum = torch.empty_like(grad_stream)
         grads: Gradients = [None] * len(self.parameters)
         chunks = vjp_chunks(
             self.module, stream, lambda at: (grad_total[:, at],), self.chunk_size, self.parameters, grads
         )
-        for positions, (added,), grad in chunks:
-            torch.sub(total[:, positions], added, out=rest[:, positions])
-            torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
-        return grad_sum, grads
+        return _reverse_chunks(chunks, total, grad_stream, rest), grads
 
 
 @dataclass
@@ -162,7 +158,6 @@ class ContextBranch(Branch):
         with torch.enable_grad():
             prepared = self.prepare(context)
         leaves = [tensor.detach().requires_grad_() for tensor in prepared]
-        grad_sum = torch.empty_like(grad_stream)
         grads: Gradients = [None] * (len(leaves) + len(parameters))
         chunks = vjp_chunks(
             lambda chunk: self.function(chunk, *leaves),
@@ -172,15 +167,24 @@ class ContextBranch(Branch):
             [*leaves, *parameters],
             grads,
         )
-        for positions, (added,), grad in chunks:
-            torch.sub(total[:, positions], added, out=rest[:, positions])
-            torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
+        grad_sum = _reverse_chunks(chunks, total, grad_stream, rest)
         grads_of_leaves, grads = grads[: len(leaves)], grads[len(leaves) :]
         tracked = [(x, grad) for x, grad in zip(prepared, grads_of_leaves, strict=True) if x.requires_grad]
         if tracked and parameters:
             outputs, grads_of_outputs = zip(*tracked, strict=True)
             accumulate(grads, torch.autograd.grad(outputs, parameters, grads_of_outputs, allow_unused=True))
         return grad_sum, grads
+
+
+def _reverse_chunks(
+    chunks: Iterator[tuple[slice, list[Tensor], Tensor]], total: Tensor, grad_stream: Tensor, rest: Tensor
+) -> Tensor:
+    """Write `total` without what each chunk of `vjp_chunks` has added to `rest`; return the sum of gradients."""
+    grad_sum = torch.empty_like(grad_stream)
+    for positions, (added,), grad in chunks:
+        torch.sub(total[:, positions], added, out=rest[:, positions])
+        torch.add(grad_stream[:, positions], grad, out=grad_sum[:, positions])
+    return grad_sum
 
 
 @dataclass
@@ -340,7 +344,12 @@ class _Segment:
         return len(self._records) - 1
 
     def ends_with(self, x1: Tensor, x2: Tensor) -> bool:
-        """Return whether these are the streams at the end of the segment, in the same memory and unchanged."""
+        """
+        Return whether these are the streams at the end of the segment, in the same memory.
+
+        Raises:
+            RuntimeError: If they were changed in place.
+        """
         if self._streams is None or not all(_same_memory(x, y) for x, y in zip((x1, x2), self._streams, strict=True)):
             return False
         self._check_versions()

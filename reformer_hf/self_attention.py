@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,20 @@ from .rotary import Rotation
 Weights = tuple[Tensor, Tensor]
 
 
+class DocumentHashing(NamedTuple):
+    """
+    How the tokens of packed documents hash: each document has as many buckets as in a row of its own.
+
+    Args:
+        groups: For documents with the same number of buckets, their flat positions `[n]` in the batch, and the
+            projections that hash them, as `hashing.projections_of` returns them.
+        first_bucket: The first bucket of each position's document, `[B, L]`.
+    """
+
+    groups: Sequence[tuple[Tensor, Sequence[Tensor]]]
+    first_bucket: Tensor
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """
@@ -44,8 +58,7 @@ class AttentionCall:
         fills_cache: Whether to return keys, values and buckets for the cache.
         past: Cached tokens before the input.
         projections: Rotations that hash all heads, as `hashing.projections_of` returns them.
-        document_hashing: For packed documents, the flat positions of those with the same number of buckets, with their
-            projections; and the first bucket of each position's document, `[B, L]`.
+        document_hashing: How packed documents hash; `None` if there are none.
         factors: Factors of the number of buckets that they hash into.
         document_order: The result of `Documents.sort`.
         dropout_seed: Seed of the dropout of attention weights.
@@ -66,7 +79,7 @@ class AttentionCall:
     past: Past | None = None
     projections: Sequence[Tensor] = ()
     factors: Sequence[int] = ()
-    document_hashing: tuple[Sequence[tuple[Tensor, Sequence[Tensor]]], Tensor] | None = None
+    document_hashing: DocumentHashing | None = None
     document_order: Tensor | None = None
     dropout_seed: int = 0
 
@@ -349,7 +362,7 @@ class SelfAttention(nn.Module):
             bias = None if bias is None else bias.to(query.dtype)
         out = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=self.dropout, scale=1.0)
         if self.dropout and bias is not None:
-            # As in a parallel pass, dropout does not apply to a query that only sees itself for lack of other keys.
+            # As in a parallel pass, dropout does not apply to a query without keys other than its own.
             exact = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
             out = torch.where(bias.amax(-1, keepdim=True) < 0, exact, out)
         if not with_weights:

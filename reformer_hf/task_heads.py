@@ -294,17 +294,18 @@ def _more_outputs(outputs: Any) -> dict[str, Any]:
     return {name: outputs[name] for name in ("hidden_states", "attentions", "attention_positions") if name in outputs}
 
 
-for task, model_class in (
-    ("MASKED_LM", ReformerHfForMaskedLM),
-    ("SEQUENCE_CLASSIFICATION", ReformerHfForSequenceClassification),
-    ("TOKEN_CLASSIFICATION", ReformerHfForTokenClassification),
-    ("QUESTION_ANSWERING", ReformerHfForQuestionAnswering),
-    ("MULTIPLE_CHOICE", ReformerHfForMultipleChoice),
-):
-    # By these names, pipelines accept models.
+def _register(task: str, model_class: type[ReformerHfPreTrainedModel]) -> None:
+    """Register a head with its Auto class, and by its name with the pipelines of a task."""
     names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
     names.setdefault(ReformerHfConfig.model_type, model_class.__name__)
     model_class.register_for_auto_class(model_class.__name__.replace("ReformerHf", "AutoModel"))
+
+
+_register("MASKED_LM", ReformerHfForMaskedLM)
+_register("SEQUENCE_CLASSIFICATION", ReformerHfForSequenceClassification)
+_register("TOKEN_CLASSIFICATION", ReformerHfForTokenClassification)
+_register("QUESTION_ANSWERING", ReformerHfForQuestionAnswering)
+_register("MULTIPLE_CHOICE", ReformerHfForMultipleChoice)
 
 
 __all__ = [

@@ -30,7 +30,7 @@ _READS = {
 }
 # They list the elements that a boolean index selects.
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-# Allocation and what autograd needs, beside views: no kernel of a device runs.
+# Allocation and what autograd needs, and views: no kernel of a device runs.
 _FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types"}
 
 # The seeds of hashing and dropout are numbers of the CPU's generator, whatever the device.

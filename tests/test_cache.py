@@ -458,7 +458,7 @@ def test_crop_to_prompt():
 
 
 def test_record_past():
-    """Then there is room to go back to where the last crop was, however far."""
+    """The length that the last crop left can then be restored, however far back it is."""
     model = random_model(torch.float64, num_buckets=2, max_position_embeddings=1024)
     decoding = Decoding(model, _new_cache(model)).take(700)
     decoding.cache.activate_past_recording()

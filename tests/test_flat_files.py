@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""What `save_pretrained` copies beside a checkpoint: flat files that import one another as `.name`."""
+"""What `save_pretrained` copies next to a checkpoint: flat files that import one another as `.name`."""
 
 import ast
 import sys

@@ -161,6 +161,15 @@ def test_sigterm_stops_both_ranks(tmp_path):
     }
 
 
+def test_time_budget(tmp_path):
+    """The clock of the first rank decides for all: learning rates and the last step are the same."""
+    run_worker("time_budget", tmp_path, 2)
+    first, second = (json.loads((tmp_path / f"decisions-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert [share for share, _ in first] == pytest.approx([30 / 60, 59 / 60, 61 / 60])
+    assert [stops for _, stops in first] == [False, False, True]
+
+
 @pytest.mark.slow
 def test_killed_rank(tmp_path):
     done = run_worker("train", tmp_path, 2, check=False, timeout=120, max_steps=50, kill_at=5, kill_rank=1)

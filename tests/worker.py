@@ -11,6 +11,7 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed import barrier, destroy_process_group, init_process_group, is_initialized
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 import reformer_hf
@@ -198,7 +199,28 @@ def train(
     save(dict(trainer.model.named_parameters()), Path(folder, "weights.safetensors"))
 
 
-SCENARIOS = {function.__name__: function for function in (gradients, train)}
+def time_budget(folder: str) -> None:
+    """Steps of a training script whose ranks have clocks of their own: what each decides."""
+    # Examples are no package that other processes need.
+    from examples.training_run import LearningCurve
+
+    args = SimpleNamespace(device=Accelerator(cpu=True).device)
+    state = SimpleNamespace(global_step=0, stateful_callbacks={})
+    curve, clock = LearningCurve(max_minutes=1.0), 0.0
+    curve._now = lambda: {"seconds": clock, "cpu_seconds": clock}
+    curve.on_train_begin(args, state, None)
+    decisions = []
+    for of_ranks in ((30, 40), (59, 61), (61, 59)):
+        control = TrainerControl()
+        curve.on_step_begin(args, state, control)
+        clock = float(of_ranks[RANK])
+        curve.on_optimizer_step(args, state, control)
+        curve.on_step_end(args, state, control)
+        decisions.append((curve.share_spent, control.should_training_stop))
+    Path(folder, f"decisions-{RANK}.json").write_text(json.dumps(decisions))
+
+
+SCENARIOS = {function.__name__: function for function in (gradients, train, time_budget)}
 
 if __name__ == "__main__":
     SCENARIOS[sys.argv[1]](**json.loads(sys.argv[2]))

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import reformer_hf  # noqa: F401  registers the model with the Auto classes
 
 MODEL_VARIABLE = "REFORMER_MODEL"
-# In a Space, the folder of a model can lie beside the page.
+# In a Space, the folder of a model can lie next to the page.
 FOLDERS = [Path(__file__).parent / "model", Path("outputs/demo")]
 # Bounds of what one visitor can ask for.
 MAX_CHARACTERS = 100_000
@@ -97,7 +97,7 @@ def find_model(given: str | None = None) -> str:
 
     Args:
         given: A folder or Hub id. `None` takes that of the environment variable `REFORMER_MODEL`, the folder `model`
-            beside this file, or the folder that `make demo` writes, in this order.
+            next to this file, or the folder that `make demo` writes, in this order.
 
     Raises:
         FileNotFoundError: If there is none; the message says what to run.

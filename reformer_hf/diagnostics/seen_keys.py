@@ -28,8 +28,8 @@ class SeenKeys:
         weights: Attention weights of full attention, `[h, n, L]`. Those of a query sum to 1.
         visible: Which keys a query sees in full attention, `[n, L]`: all earlier ones or, in a bidirectional layer,
             all others; itself only if there is no other.
-        seen: Which of these it sees in each round of LSH attention, `[h, R, n, L]`. None, if it finds no other key and
-            falls back to itself, except for the first token of a causal layer, which sees itself in the first round.
+        seen: Which of these it sees in each round of LSH attention, `[h, R, n, L]`. None, if it finds no key but its
+            own, except for the first token of a causal layer, which sees its own in the first round.
         buckets: The bucket of each token in each round, `[h, R, L]`, numbered from 0 in the order of hashing without
             the empty ones.
         pattern: The attention pattern of the layer.

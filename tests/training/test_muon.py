@@ -74,7 +74,7 @@ def test_resumed(model):
 
 
 def test_copied(model):
-    """A copy goes on as the original, each with its own state."""
+    """A copy continues like the original, each with its own state."""
     optimizer = MuonWithAdamW(model)
     _steps(model, [optimizer], range(2))
     other_model, other = copy.deepcopy((model, optimizer))
