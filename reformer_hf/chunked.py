@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .device_policy import policy_for
 from .gradient_checks import refuse_second_derivatives
-from .rng import ReplayState
+from .rng import ApplyMask, DropoutMask, ReplayState, draw_seed
 
 PositionWise = Callable[[Tensor], Tensor]
 
@@ -24,9 +25,12 @@ def needs_plain_call(module: nn.Module) -> bool:
     Return whether a module must be called once for all positions, with saved activations, for right gradients.
 
     This is so if a module inside it has hooks, which may change its output by tensors with gradients; if a parameter
-    has hooks, which must see the whole gradient, and only once; or if weights are no parameters, as in the replicas of
-    `nn.DataParallel` and in FSDP1 with `use_orig_params=False`.
+    has hooks, which must see the whole gradient, and only once; if weights are no parameters, as in the replicas of
+    `nn.DataParallel` and in FSDP1 with `use_orig_params=False`; or within `parametrize.cached()`, whose weights would
+    have no gradient if they were computed without one first.
     """
+    if getattr(parametrize, "_cache_enabled", 0):
+        return True
     return any((inner is not module and has_hooks(inner)) or _has_unusual_weights(inner) for inner in module.modules())
 
 
@@ -47,6 +51,29 @@ def chunks_of(hidden_states: Tensor, chunk_size: int) -> Iterator[slice]:
     length = hidden_states.shape[1]
     for start in range(0, length, chunk_size or length):
         yield slice(start, min(start + (chunk_size or length), length))
+
+
+def draw_block_seeds(tensor: Tensor) -> list[int]:
+    """Draw a seed for each block of positions of `[B, L, …]`, of the size of a chunk that suits the device."""
+    return [draw_seed() for _ in tensor.split(_block_size(tensor), dim=1)]
+
+
+def dropout_in_blocks(tensor: Tensor, rate: float, seeds: Sequence[int]) -> Tensor:
+    """
+    Apply dropout to `[B, L, …]`, with the mask of a seed in each block of positions.
+
+    A tensor that is computed in chunks then has the same mask as one that is computed as a whole.
+    """
+    if not rate:
+        return tensor
+    blocks = zip(tensor.split(_block_size(tensor), dim=1), seeds, strict=True)
+    masks = [DropoutMask.draw(block, rate, torch.Generator(tensor.device).manual_seed(seed)) for block, seed in blocks]
+    keep = masks[0].keep if len(masks) == 1 else torch.cat([mask.keep for mask in masks], dim=1)
+    return ApplyMask.apply(tensor, keep, masks[0].scale)
+
+
+def _block_size(tensor: Tensor) -> int:
+    return suitable_chunk_size(tensor.shape[0], tensor.shape[1], tensor.device.type)
 
 
 def apply_chunked(

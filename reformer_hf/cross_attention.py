@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 
 from .configuration_reformer_hf import ReformerHfConfig
+from .rng import RateDropout
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.num_heads, self.head_size = config.num_attention_heads, config.attention_head_size
-        self.dropout_rate = config.lsh_attention_probs_dropout_prob or 0.0
+        self.weights_dropout = RateDropout(config.lsh_attention_probs_dropout_prob or 0.0)
         features = self.num_heads * self.head_size
         self.query = nn.Linear(config.hidden_size, features, bias=False)
         self.key = nn.Linear(config.output_size, features, bias=False)
@@ -60,9 +61,8 @@ class CrossAttention(nn.Module):
     def forward(self, hidden_states: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the output of all heads `[B, n, H * D]` for hidden states `[B, n, E]`."""
         query = self._heads(self.query(hidden_states))
-        dropout = self.dropout_rate if self.training else 0.0
         key, value = key.to(query.dtype), value.to(query.dtype)
-        out = scaled_dot_product_attention(query, key, value, _in_dtype(bias, query.dtype), dropout)
+        out = scaled_dot_product_attention(query, key, value, _in_dtype(bias, query.dtype), self.weights_dropout.rate)
         return out.transpose(1, 2).flatten(2)
 
     def weights(self, hidden_states: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:

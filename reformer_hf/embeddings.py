@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from .configuration_reformer_hf import ReformerHfConfig
-from .rng import dropout
+from .rng import RateDropout
 
 
 def repeat_entries(table: Tensor, dim: int, size: int, used: int, repeated: int) -> Tensor:
@@ -59,7 +59,7 @@ class AxialPositionEmbeddings(nn.Module):
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.axes = tuple(config.axial_pos_shape)
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = RateDropout(config.hidden_dropout_prob)
         self.weights = AxialTables()
         for axis, dim in enumerate(config.axial_pos_embds_dim):
             shape = [1] * len(self.axes)
@@ -75,11 +75,11 @@ class AxialPositionEmbeddings(nn.Module):
             rest = rest // size
         coordinates.insert(0, rest)
         embeddings = self.weights(coordinates)
-        if not (self.training and self.dropout):
+        if not self.dropout.rate:
             return embeddings
         # Positions with the same last coordinate share a dropout decision, as with the in-tree dropout2d.
         kept = embeddings.new_ones((position_ids.shape[0], self.axes[-1]))
-        kept = dropout(kept, self.dropout).gather(1, coordinates[-1])
+        kept = self.dropout(kept).gather(1, coordinates[-1])
         return embeddings * kept[..., None]
 
     def resize(self, old: int, new: int) -> None:
@@ -118,13 +118,13 @@ class PositionEmbeddings(nn.Module):
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = RateDropout(config.hidden_dropout_prob)
         self.embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """Return the embeddings `[B, L, E]` of positions `[B, L]`."""
         embeddings = self.embedding(position_ids)
-        return dropout(embeddings, self.dropout) if self.training else embeddings
+        return self.dropout(embeddings)
 
     def resize(self, old: int, new: int) -> None:
         """Change the number of positions from `old` to `new`: cut the last ones, or repeat the old ones in order."""
@@ -139,7 +139,7 @@ class ReformerHfEmbeddings(nn.Module):
 
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = RateDropout(config.hidden_dropout_prob)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         positions = AxialPositionEmbeddings if config.axial_pos_embds else PositionEmbeddings
         self.position_embeddings = positions(config)
@@ -147,9 +147,7 @@ class ReformerHfEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor | None, position_ids: Tensor, inputs_embeds: Tensor | None) -> Tensor:
         """Return the embeddings `[B, L, E]`, at least in fp32, with which both residual streams start."""
         embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.training:
-            embeds = dropout(embeds, self.dropout)
-        embeds = embeds + self.position_embeddings(position_ids)
+        embeds = self.dropout(embeds) + self.position_embeddings(position_ids)
         return embeds.to(torch.promote_types(embeds.dtype, torch.float32))
 
 
@@ -167,7 +165,7 @@ def resize_positions(embeddings: nn.Module, old: int, new: int) -> None:
             f"`new_num_position_embeddings` is {new!r}, but must be an `int` of at least 1: give the length of the "
             "longest input in tokens, such as 16384."
         )
-    own = (ReformerHfEmbeddings, AxialPositionEmbeddings, AxialTables, PositionEmbeddings, nn.Embedding)
+    own = (ReformerHfEmbeddings, AxialPositionEmbeddings, AxialTables, PositionEmbeddings, nn.Embedding, RateDropout)
     positions: Any = embeddings.position_embeddings
     for module in (embeddings, *positions.modules()):
         if not isinstance(module, own):

@@ -4,9 +4,9 @@
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .chunked import apply_chunked
+from .chunked import apply_chunked, draw_block_seeds, dropout_in_blocks
 from .configuration_reformer_hf import ReformerHfConfig
-from .rng import dropout
+from .rng import RateDropout
 from .stream_norm import StreamLayerNorm
 
 
@@ -27,9 +27,9 @@ class ReformerHfFeedForward(nn.Module):
     def __init__(self, config: ReformerHfConfig):
         super().__init__()
         self.chunk_size = config.chunk_size_feed_forward
-        self.dropout = self.inner_dropout = config.hidden_dropout_prob
-        if config.feed_forward_dropout_prob is not None:
-            self.inner_dropout = config.feed_forward_dropout_prob
+        inner_rate = config.feed_forward_dropout_prob
+        self.dropout = RateDropout(config.hidden_dropout_prob)
+        self.inner_dropout = RateDropout(config.hidden_dropout_prob if inner_rate is None else inner_rate)
         self.activation = ACT2FN[config.hidden_act]
         self.layer_norm = StreamLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dense = _Dense(config.hidden_size, config.feed_forward_size)
@@ -41,7 +41,10 @@ class ReformerHfFeedForward(nn.Module):
 
     def _update(self, hidden_states: Tensor) -> Tensor:
         inner = self.dense(self.layer_norm(hidden_states))
-        if not self.training:
+        rate, inner_rate = self.dropout.rate, self.inner_dropout.rate
+        if not (rate or inner_rate):
             return self.output(self.activation(inner))
-        inner = self.activation(dropout(inner, self.inner_dropout))
-        return dropout(self.output(inner), self.dropout)
+        # The masks do not depend on whether this is called for chunks, as in a reversible layer, or for all positions.
+        seeds = draw_block_seeds(hidden_states)
+        inner = self.activation(dropout_in_blocks(inner, inner_rate, seeds))
+        return dropout_in_blocks(self.output(inner), rate, [seed + 1 for seed in seeds])

@@ -56,15 +56,22 @@ class ReformerHfGenerationMixin(GenerationMixin):
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         """
         Prepare the cache as in Transformers, and fix the number of buckets.
 
         If the number of buckets follows from the length, all steps use the number for the planned length of prompt and
         new tokens, with and without a cache.
+
+        Raises:
+            ValueError: If the model has too few positions for a prompt of embeddings and the new tokens.
         """
+        self._check_planned_length(max_cache_length)
         given = model_kwargs.get("cache")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        rest = generation_mode, batch_size, max_cache_length
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)  # type: ignore[misc]
         cache = model_kwargs.get("cache")
         if isinstance(cache, EncoderDecoderCache):
             if given is None:
@@ -77,7 +84,8 @@ class ReformerHfGenerationMixin(GenerationMixin):
         if any(layer.is_initialized for layer in layers):
             # The tokens in the cache are already hashed.
             return
-        planned = min(generation_config.max_length, self.config.max_position_embeddings)
+        # The length in the generation config does not count a prompt of embeddings.
+        planned = min(max_cache_length + 1, self.config.max_position_embeddings)
         config = self.config.decoder_config if self.config.is_encoder_decoder else self.config
         model_kwargs["num_buckets"] = factors_of(config, planned)
 
@@ -92,10 +100,14 @@ class ReformerHfGenerationMixin(GenerationMixin):
         """
         length, is_default = input_ids_length, has_default_max_length
         super()._validate_generated_length(generation_config, length, is_default)  # type: ignore[misc]
+        if generation_config.max_length is not None:
+            self._check_planned_length(generation_config.max_length - 1)
+
+    def _check_planned_length(self, length: int) -> None:
         longest = self.config.max_position_embeddings
-        if generation_config.max_length is not None and generation_config.max_length - 1 > longest:
+        if length > longest:
             raise ValueError(
-                f"Generation would process up to {generation_config.max_length - 1} tokens, but this model takes 1 to "
-                f"{longest} (`max_position_embeddings`): lower `max_new_tokens` (or `max_length`), truncate the "
-                "prompt, or add positions (`model.resize_position_embeddings`) and train them."
+                f"Generation would process up to {length} tokens, but this model takes 1 to {longest} "
+                "(`max_position_embeddings`): lower `max_new_tokens` (or `max_length`), truncate the prompt, or add "
+                "positions (`model.resize_position_embeddings`) and train them."
             )

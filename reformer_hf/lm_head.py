@@ -28,6 +28,7 @@ class ReformerHfLMHead(nn.Module):
         in_features = config.hidden_size if self.tied else 2 * config.hidden_size
         self.decoder = nn.Linear(in_features, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.register_load_state_dict_post_hook(_tie_bias)
 
     def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
         """
@@ -101,7 +102,16 @@ class ReformerHfLMHead(nn.Module):
             num_items_in_batch = (targets != IGNORED).sum()
         elif torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(hidden_states.device)
-        return self(hidden_states, targets) / num_items_in_batch
+        # Without targets the loss is NaN, as in Transformers, and its gradient is zero.
+        count = torch.as_tensor(num_items_in_batch, device=hidden_states.device)
+        loss = self(hidden_states, targets) / count.clamp(min=1)
+        return torch.where(count > 0, loss, torch.nan)
+
+
+def _tie_bias(head: ReformerHfLMHead, *_: Any) -> None:
+    """Let both names of the bias be one parameter, that of the decoder, after `load_state_dict(assign=True)`."""
+    if isinstance(head.decoder, nn.Linear) and head.bias is not head.decoder.bias:
+        head.bias = head.decoder.bias
 
 
 def next_tokens(

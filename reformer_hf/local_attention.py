@@ -14,6 +14,7 @@ from .attention_pattern import AttentionPattern
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
 from .hashing import sort_by_bucket
+from .rng import RateDropout
 from .rotary import rotate
 from .self_attention import AttentionCall, Found, SelfAttention, Weights
 
@@ -34,7 +35,7 @@ class LocalSelfAttention(SelfAttention):
             **config.ring,
         )
         self.cache_spec = CacheSpec(self.pattern, self.num_heads, self.head_size)
-        self.dropout_rate = config.local_attention_probs_dropout_prob
+        self.weights_dropout = RateDropout(config.local_attention_probs_dropout_prob)
 
     def project(self, hidden_states: Tensor, heads: slice, values: bool = True) -> list[Tensor]:
         query, key, value = super().project(hidden_states, heads, values)

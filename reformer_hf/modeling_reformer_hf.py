@@ -58,10 +58,6 @@ if TYPE_CHECKING:
     from .task_heads import ReformerHfForMaskedLM  # noqa: F401
 
 
-# Arguments of `ReformerHfModel.forward` that no signature of a head names.
-_PASSED_ON = ("seq_idx", "cu_seq_lens_q", "encoder_hidden_states", "encoder_attention_mask", "cross_cache")
-
-
 class ReformerHfModel(ReformerHfPreTrainedModel):
     """Embeddings and the stack of reversible layers."""
 
@@ -284,12 +280,23 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
 
         In-tree, they are two parameters since 5.24, and only the decoder's bias is used.
         """
+        if self.config.tie_word_embeddings and not getattr(self.lm_head, "tied", True):
+            raise ValueError(
+                "`tie_word_embeddings` was set after the model was built, whose LM head is twice as wide as its word "
+                "embeddings: build the model from a config with `tie_word_embeddings=True`."
+            )
         if missing_keys is not None and not missing_keys & {"lm_head.bias", "lm_head.decoder.bias"}:
             self.lm_head.bias = self.lm_head.decoder.bias
         super().tie_weights(missing_keys, recompute_mapping)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the model, with an LM head as wide as the config says: PEFT unties it when it merges adapters."""
+        """
+        Save the model, with an LM head as wide as the config says: PEFT unties it when it merges adapters.
+
+        The bias that is saved is the one in use, also where `to_empty` has made two parameters of its two names.
+        """
+        if isinstance(self.lm_head, ReformerHfLMHead) and isinstance(self.lm_head.decoder, nn.Linear):
+            self.lm_head.bias = self.lm_head.decoder.bias
         if self.lm_head.tied and not self.config.tie_word_embeddings and is_plain(self.lm_head.decoder):
             self.lm_head.untie()
         return super().save_pretrained(save_directory, *args, **kwargs)
@@ -373,6 +380,11 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cross_cache: Cache | None = None,
         **kwargs,
     ) -> ReformerHfCausalLMOutput:
         """
@@ -387,8 +399,7 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
             logits_to_keep (`int` or `Tensor`, defaults to 0): Compute only the logits of that many last positions, or
                 of the positions in a tensor; 0 means all. A position of padding gets the logits of the last token
                 before it, if a number is given.
-            **kwargs: Arguments of the loss, such as `num_items_in_batch` and `shift_labels`, of packed documents, and
-                the encoder output with its mask and cache.
+            **kwargs: Arguments of the loss, such as `num_items_in_batch` and `shift_labels`.
 
         Returns:
             `ReformerHfCausalLMOutput`.
@@ -410,8 +421,12 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            cross_cache=cross_cache,
             return_dict=True,
-            **{name: kwargs.pop(name, None) for name in _PASSED_ON},
         )
         logits = loss = None
         self.check_labels(labels, outputs.last_hidden_state, **kwargs)

@@ -10,7 +10,7 @@ from .configuration_reformer_hf import ReformerHfConfig
 from .modeling_outputs import ReformerHfModelOutput
 from .reformer_layer import ReformerHfLayer
 from .reversible import Tape
-from .rng import dropout
+from .rng import RateDropout
 from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
 
@@ -23,7 +23,7 @@ class ReformerHfEncoder(nn.Module):
         self.config = config
         # With gradient checkpointing, layers that are not reversible recompute their activations as well.
         self.always_recomputes = False
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = RateDropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(ReformerHfLayer(config, i) for i in range(len(config.attn_layers)))
         self.layer_norm = StreamLayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
 
@@ -58,7 +58,7 @@ class ReformerHfEncoder(nn.Module):
         hidden_states = self.layer_norm(streams)
         with_weights = call.output_attentions
         return ReformerHfModelOutput(
-            last_hidden_state=dropout(hidden_states, self.dropout) if self.training else hidden_states,
+            last_hidden_state=self.dropout(hidden_states),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(each.values for each in all_weights) if with_weights else None,
             attention_positions=tuple(each.positions for each in all_weights) if with_weights else None,

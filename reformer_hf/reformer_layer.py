@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .chunked import needs_plain_call, suitable_chunk_size
+from .chunked import draw_block_seeds, dropout_in_blocks, needs_plain_call, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import CrossAttention
 from .feed_forward import ReformerHfFeedForward
@@ -28,7 +28,7 @@ from .full_attention import FullSelfAttention
 from .local_attention import LocalSelfAttention
 from .lsh_attention import LSHSelfAttention
 from .reversible import AttentionBranch, AttentionPart, Branch, ContextBranch, PositionWiseBranch, Tape, residual_layer
-from .rng import SeededDropout, draw_seed, dropout
+from .rng import RateDropout, SeededDropout, draw_seed
 from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, SelfAttention, Weights
 from .stream_norm import StreamLayerNorm
 
@@ -59,7 +59,7 @@ class ReformerHfAttention(nn.Module):
 
     def __init__(self, config: ReformerHfConfig, layer_idx: int):
         super().__init__()
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = RateDropout(config.hidden_dropout_prob)
         self.layer_idx = layer_idx
         self.layer_norm = StreamLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attention = SELF_ATTENTIONS[config.attn_layers[layer_idx]](config)
@@ -101,7 +101,8 @@ class ReformerHfAttention(nn.Module):
 
     def draw_dropout(self) -> SeededDropout | None:
         """Draw the seed of the dropout of one call; return `None` without dropout."""
-        return SeededDropout(self.dropout, draw_seed()) if self.training and self.dropout else None
+        rate = self.dropout.rate
+        return SeededDropout(rate, draw_seed()) if rate else None
 
 
 class ReformerHfCrossAttention(nn.Module):
@@ -109,7 +110,7 @@ class ReformerHfCrossAttention(nn.Module):
 
     def __init__(self, config: ReformerHfConfig, layer_idx: int):
         super().__init__()
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = RateDropout(config.hidden_dropout_prob)
         self.layer_idx = layer_idx
         self.layer_norm = StreamLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = CrossAttention(config)
@@ -125,7 +126,8 @@ class ReformerHfCrossAttention(nn.Module):
             bias: Bias of the scores, `[B, 1, 1, S]`.
         """
         added = self.output(self.attention(self.layer_norm(y1), key, value, bias))
-        return dropout(added, self.dropout) if self.training else added
+        rate = self.dropout.rate
+        return dropout_in_blocks(added, rate, draw_block_seeds(added)) if rate else added
 
     def weights(self, y1: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the attention weights `[B, H, n, S]`, without gradient."""

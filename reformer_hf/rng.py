@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A module with its mode, and a module's parameters or buffers with the name and value of one of them.
-_Mode = tuple[nn.Module, bool]
-_Held = tuple[dict[str, Any], str, Tensor | None]
+# Attributes, parameters or buffers of a module, with the name and value of one of them.
+_Held = tuple[dict[str, Any], str, Any]
+# Parameters with whether they require gradients.
+_Requirement = tuple[Tensor, bool]
 
 
 def draw_seed() -> int:
@@ -60,7 +61,7 @@ class DropoutMask:
         return self.keep[:, positions].to(tensor.dtype).mul_(tensor).mul_(self.scale)
 
 
-class _ApplyMask(torch.autograd.Function):
+class ApplyMask(torch.autograd.Function):
     """Save a mask of one byte per element instead of factors."""
 
     @staticmethod
@@ -72,7 +73,7 @@ class _ApplyMask(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (keep,) = ctx.saved_tensors
-        return _ApplyMask.apply(grad, keep, ctx.scale), None, None
+        return ApplyMask.apply(grad, keep, ctx.scale), None, None
 
 
 def dropout(tensor: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
@@ -80,7 +81,23 @@ def dropout(tensor: Tensor, rate: float, generator: torch.Generator | None = Non
     if not rate:
         return tensor
     mask = DropoutMask.draw(tensor, rate, generator)
-    return _ApplyMask.apply(tensor, mask.keep, mask.scale)
+    return ApplyMask.apply(tensor, mask.keep, mask.scale)
+
+
+class RateDropout(nn.Dropout):
+    """
+    The rate of a dropout, in the current mode. Parts of the model read it where a tensor is computed in pieces.
+
+    Code that looks for `nn.Dropout` to change rates or modes, such as `disable_dropout` of TRL, finds it.
+    """
+
+    @property
+    def rate(self) -> float:
+        return self.p if self.training else 0.0
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Apply dropout to `[B, L, …]`."""
+        return dropout(tensor, self.rate)
 
 
 class Dropout:
@@ -123,7 +140,7 @@ class SeededDropout:
 class ReplayState:
     """
     Capture what a computation depends on besides its inputs: generator states, autocast settings, and the modes,
-    parameters and buffers of a module.
+    parameters, buffers and, in modules of others, settings of a module, such as which adapter is active.
 
     Args:
         device: Device of the computation to replay. Its generator and that of the CPU are captured.
@@ -142,7 +159,8 @@ class ReplayState:
             if torch.amp.is_autocast_available(device_type)
         ]
         modules = [] if module is None else list(module.modules())
-        self._modes = [(each, each.training) for each in modules]
+        self._settings = [setting for each in modules for setting in _settings_of(each)]
+        self._requirements = [(each, each.requires_grad) for each in (module.parameters() if module else ())]
         # A buffer and its values, in modules that may change them, such as the vectors of spectral normalization.
         self._buffers = [
             [(tensor, tensor._version, tensor.clone()) for tensor in each._buffers.values() if tensor is not None]
@@ -176,7 +194,8 @@ class ReplayState:
     def replay(self) -> Iterator[None]:
         """Run the body under the captured state, then restore the current state."""
         with ExitStack() as stack:
-            stack.callback(self._swap_module_state(self._modes, self._tensors))
+            stack.callback(_swap([*self._settings, *self._tensors]))
+            stack.callback(_require(self._requirements))
             devices = [] if self._device_state is None else [self._device]
             stack.enter_context(torch.random.fork_rng(devices, device_type=self._device.type))
             torch.set_rng_state(self._cpu_state)
@@ -186,22 +205,51 @@ class ReplayState:
                 stack.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype))
             yield
 
-    @staticmethod
-    def _swap_module_state(modes: Sequence[_Mode], tensors: Sequence[_Held]) -> Callable[[], None]:
-        """Set modes, parameters and buffers where they differ, and return a function that restores them."""
-        old_modes = [(module, module.training) for module, mode in modes if module.training != mode]
-        old_tensors = [(held, name, held.get(name)) for held, name, tensor in tensors if held.get(name) is not tensor]
 
-        def restore() -> None:
-            for module, mode in old_modes:
-                module.training = mode
-            for held, name, tensor in old_tensors:
-                held[name] = tensor
+_BUILTIN = frozenset(vars(nn.Module()))
+_PACKAGE = __name__.rpartition(".")[0]
 
-        if old_modes:
-            for module, mode in modes:
-                module.training = mode
-        if old_tensors:
-            for held, name, tensor in tensors:
-                held[name] = tensor
-        return restore
+
+def _settings_of(module: nn.Module) -> list[_Held]:
+    """Return the mode of a module and, unless it is of torch or of this package, its plain attributes."""
+    attributes = vars(module)
+    settings: list[_Held] = [(attributes, "training", module.training)]
+    if not type(module).__module__.startswith(("torch.nn.", f"{_PACKAGE}.")):
+        settings += [
+            (attributes, name, list(value) if isinstance(value, list) else value)
+            for name, value in attributes.items()
+            if name not in _BUILTIN and isinstance(value, (bool, int, float, str, list, tuple))
+        ]
+    return settings
+
+
+def _swap(held: Sequence[_Held]) -> Callable[[], None]:
+    """Set attributes, parameters and buffers where they differ, and return a function that restores them."""
+    old = [(holder, name, holder.get(name)) for holder, name, value in held if _differs(holder.get(name), value)]
+    if old:
+        for holder, name, value in held:
+            if _differs(holder.get(name), value):
+                holder[name] = value
+
+    def restore() -> None:
+        for holder, name, value in old:
+            holder[name] = value
+
+    return restore
+
+
+def _differs(now: Any, then: Any) -> bool:
+    return now is not then and (then is None or isinstance(then, Tensor) or now != then)
+
+
+def _require(requirements: Sequence[_Requirement]) -> Callable[[], None]:
+    """Let parameters require gradients as captured, and return a function that restores what they did."""
+    changed = [each for each, required in requirements if each.is_leaf and each.requires_grad != required]
+    for parameter in changed:
+        parameter.requires_grad_(not parameter.requires_grad)
+
+    def restore() -> None:
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
+
+    return restore

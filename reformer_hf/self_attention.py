@@ -18,7 +18,7 @@ from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import Context
 from .device_policy import policy_for
 from .documents import Documents
-from .rng import draw_seed
+from .rng import RateDropout, draw_seed
 from .rotary import Rotation
 
 # Attention weights and the positions of their keys.
@@ -146,7 +146,7 @@ class SelfAttention(nn.Module):
         self.config = config
         self.num_heads, self.head_size = config.num_attention_heads, config.attention_head_size
         self.all_heads = slice(0, self.num_heads)
-        self.dropout_rate = config.lsh_attention_probs_dropout_prob or 0.0
+        self.weights_dropout = RateDropout(config.lsh_attention_probs_dropout_prob or 0.0)
         # The spec of this attention's cache layer.
         self.cache_spec = CacheSpec(None, self.num_heads, self.head_size)
         for name in self.projections:
@@ -155,7 +155,7 @@ class SelfAttention(nn.Module):
     @property
     def dropout(self) -> float:
         """Dropout rate of attention weights in the current mode."""
-        return self.dropout_rate if self.training else 0.0
+        return self.weights_dropout.rate
 
     def features(self, heads: slice) -> slice:
         """Return the range of the features of some heads among the features of all heads."""

@@ -53,6 +53,8 @@ class ReformerHfForMaskedLM(ReformerHfLMHeadModel):
         inputs_embeds: Tensor | None = None,
         num_hashes: int | None = None,
         labels: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> ReformerHfMaskedLMOutput:
         """
@@ -68,8 +70,9 @@ class ReformerHfForMaskedLM(ReformerHfLMHeadModel):
         Raises:
             ValueError: If labels do not match the input or the vocabulary.
         """
+        documents = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q}
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
-        outputs = self.reformer(*inputs, return_dict=True, **kwargs)
+        outputs = self.reformer(*inputs, return_dict=True, **documents, **kwargs)
         logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, **kwargs)
         return ReformerHfMaskedLMOutput(loss=loss, logits=logits, **_more_outputs(outputs))
 
@@ -217,6 +220,8 @@ class ReformerHfForTokenClassification(ReformerHfTaskModel):
         inputs_embeds: Tensor | None = None,
         num_hashes: int | None = None,
         labels: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> ReformerHfTokenClassifierOutput:
         """
@@ -231,8 +236,9 @@ class ReformerHfForTokenClassification(ReformerHfTaskModel):
         Raises:
             ValueError: If labels do not match the input or `num_labels`.
         """
+        documents = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q}
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, num_hashes
-        outputs = self.reformer(*inputs, return_dict=True, **{"use_cache": False, **kwargs})
+        outputs = self.reformer(*inputs, return_dict=True, **documents, **{"use_cache": False, **kwargs})
         logits, loss = self.classifier(self.dropout(outputs.last_hidden_state)), None
         if labels is not None:
             check_token_labels(labels, logits, self.num_labels, "num_labels", self.reformer.reads_values)

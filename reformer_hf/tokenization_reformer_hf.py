@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import count, groupby
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerFast
@@ -47,9 +47,13 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
     id. Encode untrusted text with `split_special_tokens=True`, so that it cannot end a document or a turn, and
     untrusted messages with `apply_chat_template(…, sanitize_control_tokens=True)`.
 
+    It knows no words: `whole_word_mask` of `DataCollatorForLanguageModeling` masks whole texts. Mask spans of bytes
+    instead, as `examples/span_masking.py` does.
+
     Args:
         add_bos_token (`bool`, defaults to `False`): Whether to begin each sequence with `<s>`.
-        add_eos_token (`bool`, defaults to `False`): Whether to end each sequence with `</s>`.
+        add_eos_token (`bool`, defaults to `False`): Whether to end each sequence with `</s>`. It separates a pair
+            of texts in any case.
         split_special_tokens (`bool`, defaults to `False`): Whether to encode special tokens in a text as bytes. Each
             call can override it.
         add_prefix_space (`bool`, defaults to `False`): Whether to begin each text and, with `is_split_into_words`,
@@ -96,6 +100,20 @@ class ReformerHfByteTokenizer(PreTrainedTokenizerFast):
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
         """Load the saved file unchanged. Without `trust_remote_code`, Transformers only takes its vocabulary."""
         return super().convert_to_native_format(trust_remote_code=True, **kwargs)
+
+    def update_post_processor(self) -> None:
+        """Set the special tokens of a text and of a pair, as in Transformers, but with `</s>` between two texts."""
+        super().update_post_processor()
+        if self.add_eos_token or self.eos_token is None:
+            return
+        tokens = [(self.eos_token, self.eos_token_id)]
+        first = second = ""
+        if self.add_bos_token:
+            tokens.append((self.bos_token, self.bos_token_id))
+            first, second = f"{self.bos_token}:0 ", f"{self.bos_token}:1 "
+        self.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first}$A:0", pair=f"{first}$A:0 {self.eos_token}:0 {second}$B:1", special_tokens=tokens
+        )
 
     def _encode_plus(self, *args, **kwargs) -> BatchEncoding:
         if kwargs.get("is_split_into_words") and not self.add_prefix_space:

@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorS
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
 
-from .helpers import assert_close, assert_refused, tiny_config
+from .helpers import assert_close, assert_refused, random_model, tiny_config
 
 # Prompts of a batch, padded on the left to the longest.
 LENGTHS = [33, 5, 20]
@@ -728,3 +728,14 @@ def test_stop_strings(byte_model, tokenizer):
     )[0, inputs["input_ids"].shape[1] :]
     ends = next(end for end in range(1, 41) if stop.encode() in tokenizer.decode_bytes(whole[:end]))
     assert found.tolist() == whole[:ends].tolist()
+
+
+def test_prompt_of_embeddings_is_planned():
+    """Its length counts for the number of buckets, as that of ids does, and against the number of positions."""
+    model = random_model(num_buckets=None, attn_layers=["lsh"])
+    ids = torch.randint(1, 60, (1, 200), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **options), model.generate(ids, **options)[:, 200:])
+    with pytest.raises(ValueError, match=r"process up to 257 tokens.*1 to 256 \(`max_position_embeddings`\)"):
+        model.generate(inputs_embeds=embeds, **{**options, "max_new_tokens": 58})

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
 
 from reformer_hf import ReformerHfForCausalLM
 
-from .helpers import DROPOUT, assert_close, random_model, tiny_config
+from .helpers import DROPOUT, assert_close, random_model, relative_rms, tiny_config
+from .policies import set_policy
 
 LAYERS = ["local", "lsh", "full", "local", "lsh"]
 
@@ -264,6 +266,71 @@ def test_replicas(monkeypatch):
             assert_close(grad, grads[0][name], 1e-6, name)
 
 
+def test_dropout_is_that_of_any_path(monkeypatch):
+    """Equal random states give equal outputs with and without gradients, in chunks and as a whole (GradCache)."""
+    set_policy(monkeypatch, chunk_positions=32)
+    input_ids = torch.randint(0, 60, (2, 77), generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for options in ({"reversible": False}, {"max_kept_activations": 0}, {"max_kept_activations": None}):
+        model = random_model(torch.float64, attn_layers=LAYERS, hidden_dropout_prob=0.3, **options).train()
+        for enabled in (True, False):
+            torch.manual_seed(0)
+            with torch.set_grad_enabled(enabled):
+                outputs.append(model(input_ids, use_cache=False).logits)
+    for output in outputs[1:]:
+        assert_close(output, outputs[0], 1e-12)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_rates_of_dropout_modules(reversible):
+    """Rates and modes are set as in other models, by a search for `nn.Dropout` (`disable_dropout` of TRL)."""
+    model = random_model(reversible=reversible, attn_layers=LAYERS, hash_seed=0, **DROPOUT)
+    input_ids = torch.arange(40)[None]
+    expected = model(input_ids, use_cache=False).logits
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module in dropouts:
+        module.train()
+    assert relative_rms(model(input_ids, use_cache=False).logits, expected) > 0.01
+    for module in dropouts:
+        module.p = 0.0
+    assert torch.equal(model.train()(input_ids, use_cache=False).logits, expected)
+
+
+def test_adapters_change_before_backward():
+    """Two adapters in one loss, as `set_adapter` leaves them: the other one is frozen and inactive by then."""
+    grads = []
+    input_ids = torch.arange(40)[None]
+    for reversible in (True, False):
+        model = random_model(torch.float64, reversible=reversible, attn_layers=LAYERS, hash_seed=0).train()
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["query_key", "query", "value"])
+        wrapped = get_peft_model(model, lora, adapter_name="first")
+        wrapped.add_adapter("second", lora)
+        model.get_input_embeddings().weight.requires_grad_(True)
+        losses = []
+        for name in ("first", "second"):
+            wrapped.set_adapter(name)
+            losses.append(wrapped(input_ids, labels=input_ids).loss)
+        (losses[0] - losses[1] ** 2).backward()
+        grads.append({name: each.grad for name, each in wrapped.named_parameters() if each.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and any(".second." in name for name in grads[0])
+    for name, grad in grads[0].items():
+        assert_close(grad, grads[1][name], 1e-6, name)
+
+
+def _step_with_cached_weights(reversible):
+    def normalize(layers, vector):
+        for module in [each for each in layers.modules() if isinstance(each, nn.Linear)]:
+            nn.utils.parametrizations.weight_norm(module)
+
+    with nn.utils.parametrize.cached():
+        return _step(normalize, reversible)
+
+
+def test_cached_parametrizations():
+    _assert_same(_step_with_cached_weights(True), _step_with_cached_weights(False))
+
+
 def test_observing_hook_begins_no_segment():
     """Neither a hook that returns nothing nor an identity function between layers costs memory."""
     tapes = []
@@ -290,11 +357,11 @@ def test_in_place_hook_is_refused():
 def test_hooks_inside_a_layer_fire_once():
     """In a parallel pass, in training, and in each step of decoding, with what the module returns."""
     model = random_model(attn_layers=["lsh", "local"])
-    fired = []
+    fired, names = [], set()
     for name, module in model.reformer.encoder.layers[0].named_modules():
-        if name:
+        if name and not isinstance(module, nn.Dropout):
             module.register_forward_hook(lambda module, args, out, name=name: fired.append(name))
-    names = {name for name, module in model.reformer.encoder.layers[0].named_modules() if name}
+            names.add(name)
     input_ids = torch.randint(0, 60, (1, 20))
     for call in (
         lambda: model(input_ids),

@@ -1,6 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """The models: randomness, training, options that change nothing, outputs on request, loss, generation."""
 
+import inspect
 import itertools
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments, set_seed
 
-from reformer_hf import ReformerHfConfig, ReformerHfForCausalLM, ReformerHfModel
+from reformer_hf import (
+    ReformerHfConfig,
+    ReformerHfForCausalLM,
+    ReformerHfForMaskedLM,
+    ReformerHfForTokenClassification,
+    ReformerHfModel,
+)
 from reformer_hf.rng import draw_seed
 
 from .helpers import DROPOUT, assert_close, gradients, random_model, relative_rms, tiny_config
@@ -382,3 +389,19 @@ def test_reach_follows_direction():
     ReformerHfForCausalLM(config)
     assert config.chunks_after("local") == config.chunks_after("lsh") == 0
     assert ReformerHfConfig.from_dict({"model_type": "reformer"}).chunks_after("lsh") == 0
+
+
+@pytest.mark.parametrize("chunk_size", [0, 16])
+def test_batch_without_targets(chunk_size):
+    """The loss is NaN, as in Transformers, and the gradients are zero: a step does not spoil the weights."""
+    model = random_model(chunk_size_lm_head=chunk_size).train()
+    ids = torch.arange(40)[None]
+    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    loss.backward()
+    assert loss.isnan() and not any(each.grad.any() for each in model.parameters() if each.grad is not None)
+
+
+def test_columns_of_trainer():
+    """`Trainer` passes on what a signature names: packed documents must be there."""
+    for head in (ReformerHfForCausalLM, ReformerHfForMaskedLM, ReformerHfForTokenClassification):
+        assert {"seq_idx", "cu_seq_lens_q"} <= inspect.signature(head.forward).parameters.keys(), head

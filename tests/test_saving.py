@@ -504,3 +504,26 @@ def test_resume(tmp_path):
         assert not torch.equal(halfway[name], weight), name
     _assert_loads(AutoModelForCausalLM, tmp_path / "broken" / "checkpoint-4", _outputs(unbroken))
     _assert_loads(AutoModelForCausalLM, checkpoint, _outputs(broken_off))
+
+
+@pytest.mark.parametrize("change", ["assign", "empty"])
+def test_both_names_of_the_bias(change, tmp_path):
+    """The bias in use is saved, also where `load_state_dict(assign=True)` or `to_empty` could part its two names."""
+    weights = random_model().state_dict()
+    with torch.device("meta"):
+        model = ReformerHfForCausalLM(tiny_config(is_decoder=True))
+    if change == "empty":
+        model.to_empty(device="cpu")
+    model.load_state_dict(weights, assign=change == "assign")
+    with torch.no_grad():
+        model.lm_head.decoder.bias.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    loaded = ReformerHfForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.lm_head.decoder.bias == 0.5).all() and loaded.lm_head.bias is loaded.lm_head.decoder.bias
+
+
+def test_tying_a_built_model_is_refused():
+    model = random_model()
+    model.config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match="set after the model was built.*`tie_word_embeddings=True`"):
+        model.tie_weights()

@@ -215,3 +215,22 @@ def test_auto_tokenizer_with_model_config(tmp_path):
     reformer_hf.ReformerHfConfig().save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     assert type(AutoTokenizer.from_pretrained(tmp_path)) is ReformerHfByteTokenizer
+
+
+def test_pairs():
+    """A separator tells where the first text ends; it is there after loading, too."""
+    for options, expected in (
+        ({}, [99, 1, 100]),
+        ({"add_eos_token": True}, [99, 1, 100, 1]),
+        ({"add_bos_token": True}, [258, 99, 1, 258, 100]),
+        ({"add_bos_token": True, "add_eos_token": True}, [258, 99, 1, 258, 100, 1]),
+    ):
+        tokenizer = ReformerHfByteTokenizer(**options)
+        assert tokenizer("a", "b")["input_ids"] == expected
+        assert tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"][-1] == 1
+        assert tokenizer("a", "b", add_special_tokens=False)["input_ids"] == [99, 100]
+
+
+def test_saved_pairs(tmp_path):
+    ReformerHfByteTokenizer().save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a", "b")["input_ids"] == [99, 1, 100]
