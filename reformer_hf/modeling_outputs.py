@@ -24,7 +24,8 @@ class ReformerHfModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`[B, L, 2 * hidden_size]`): Both residual streams, concatenated and normalized.
-        hidden_states (*optional*): The second stream `[B, L, hidden_size]` before each layer and after the last one.
+        hidden_states (*optional*): The second stream `[B, L, hidden_size]` before each layer and after the last one,
+            not normalized. `last_hidden_state` is none of them.
         attentions (*optional*): For each layer, the attention weights `[B, H, R, L, W]` by hash round and index in the
             query's window, before dropout. They sum to 1 over R and W, and have no gradient.
         attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys of these weights,
@@ -49,7 +50,8 @@ class ReformerHfCausalLMOutput(ModelOutput):
     Args:
         loss (*optional*): Cross entropy of the next token, if labels were given.
         logits (`[B, L, vocab_size]`): Scores of the next token.
-        hidden_states, attentions, attention_positions, cache (*optional*): As in `ReformerHfModelOutput`.
+        hidden_states, attentions, attention_positions, cross_attentions, cache (*optional*): As in
+            `ReformerHfModelOutput`.
     """
 
     loss: Tensor | None = None
@@ -57,6 +59,7 @@ class ReformerHfCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
     cache: Cache | None = None
 
 

@@ -442,6 +442,7 @@ class ReformerHfForCausalLM(ReformerHfGenerationMixin, ReformerHfLMHeadModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             attention_positions=outputs.attention_positions,
+            cross_attentions=outputs.cross_attentions,
             cache=outputs.cache,
         )
 

@@ -50,6 +50,11 @@ class ReformerHfPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if str(attn_implementation).startswith("paged|"):
+            raise ValueError(
+                "Continuous batching (`generate_batch`, `cache_implementation='paged'`) is not supported by the KV "
+                "caches of this model: use `generate` with a batch of padded prompts."
+            )
         if attn_implementation not in (None, "eager"):
             raise ValueError(
                 f"`attn_implementation` is {attn_implementation!r}, but this model computes attention in its own way: "
