@@ -51,7 +51,7 @@ class ScriptTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Peak learning rate of Muon, which trains the weights of linear layers, next to AdamW for "
-            "everything else. 0 trains everything with AdamW. By default 0.05 for new causal models, and 0 for "
+            "everything else. 0 trains everything with AdamW. By default 0.02 for new causal models, and 0 for "
             "others, with DeepSpeed and with another `optim`."
         },
     )
@@ -197,7 +197,7 @@ class ScriptTrainer(Trainer):
         super().__init__(**kwargs)
         if self.args.muon_learning_rate is None:
             chosen = self.is_deepspeed_enabled or self.args.optim != TrainingArguments.optim
-            self.args.muon_learning_rate = 0.05 if new_causal_model and not chosen else 0.0
+            self.args.muon_learning_rate = 0.02 if new_causal_model and not chosen else 0.0
         self.curve = LearningCurve(self.args.max_minutes, self.args.cpu_time)
         self.on_sigterm = SaveOnSigterm()
         for callback in (StopOnNonFinite(), self.on_sigterm, self.curve):

@@ -103,9 +103,10 @@ def check_values(
     _check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
     check_position_ids(config, position_ids)
     if attention_mask is not None:
-        _check_mask("attention_mask", attention_mask[:, -length:])
+        _check_mask(attention_mask[:, -length:])
     if encoder_attention_mask is not None:
-        _check_mask("encoder_attention_mask", encoder_attention_mask)
+        # The `attention_mask` of an encoder-decoder.
+        _check_mask(encoder_attention_mask)
 
 
 def check_position_ids(config: ReformerHfConfig, position_ids: Tensor | None) -> None:
@@ -113,13 +114,13 @@ def check_position_ids(config: ReformerHfConfig, position_ids: Tensor | None) ->
     _check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
 
 
-def _check_mask(name: str, mask: Tensor) -> None:
+def _check_mask(mask: Tensor) -> None:
     if mask.dtype == torch.bool:
         return
     wrong = mask[(mask != 0) & (mask != 1)]
     if wrong.numel():
         raise ValueError(
-            f"`{name}` holds {wrong[0].item()}, but must be 1 for tokens and 0 for padding: do not pass an "
+            f"`attention_mask` holds {wrong[0].item()}, but must be 1 for tokens and 0 for padding: do not pass an "
             "additive mask (0 and -inf) or the indices of packed documents."
         )
 

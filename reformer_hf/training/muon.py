@@ -33,7 +33,7 @@ class MuonWithAdamW(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        muon_lr: float = 0.05,
+        muon_lr: float = 0.02,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,

@@ -4,7 +4,7 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from experiments.ablations import EXPERIMENT, Run, build
+from experiments.ablations import Run, build, grid
 
 from ..helpers import assert_close
 
@@ -44,7 +44,7 @@ def test_plain_layers():
 def test_grid_compares_equals():
     """For each seed there is each pattern with each number of hashes, and nothing twice."""
     for seed in (0, 1):
-        runs = [run for run in EXPERIMENT.runs if run.seed == seed]
+        runs = [run for run in grid((0, 1)) if run.seed == seed]
         assert len(set(runs)) == len(runs) == 4 + 2 * 5 + 2, seed
         hashed = {(run.attention, run.hashes) for run in runs if run.hashes and not run.deduplicate}
         assert hashed == {(pattern, hashes) for pattern in ("window", "chunk") for hashes in (1, 2, 4, 8, 16)}, seed
