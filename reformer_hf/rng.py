@@ -150,7 +150,7 @@ class ReplayState:
     def __init__(self, device: torch.device, module: nn.Module | None = None):
         self._cpu_state = torch.get_rng_state()
         self._device_state = None
-        if device.type != "cpu":
+        if device.type not in ("cpu", "meta"):
             self._device_state = torch.get_device_module(device).get_rng_state(device)
         self._device = device
         self._autocasts = [
@@ -225,11 +225,10 @@ def _settings_of(module: nn.Module) -> list[_Held]:
 
 def _swap(held: Sequence[_Held]) -> Callable[[], None]:
     """Set attributes, parameters and buffers where they differ, and return a function that restores them."""
-    old = [(holder, name, holder.get(name)) for holder, name, value in held if _differs(holder.get(name), value)]
-    if old:
-        for holder, name, value in held:
-            if _differs(holder.get(name), value):
-                holder[name] = value
+    changed = [each for each in held if _differs(each[0].get(each[1]), each[2])]
+    old = [(holder, name, holder.get(name)) for holder, name, _ in changed]
+    for holder, name, value in changed:
+        holder[name] = value
 
     def restore() -> None:
         for holder, name, value in old:

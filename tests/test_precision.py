@@ -37,11 +37,12 @@ class _Observed(torch.nn.Linear):
 def test_recomputation_under_autocast():
     """The backward pass runs outside autocast; what it recomputes does not."""
     model = random_model(attn_layers=LAYERS, num_parallel_heads=1).train()
-    seen = []
+    # An attribute of a module would be that of the forward pass, in the recomputation too.
+    _Observed.seen = seen = []
     for name, module in model.named_modules():
         if name.endswith("dense") and isinstance(module, torch.nn.Linear):
             # A layer with hooks or other functions inside would not recompute.
-            module.__class__, module.seen = _Observed, seen
+            module.__class__ = _Observed
     for dtype in (torch.bfloat16, torch.float16):
         seen.clear()
         with torch.autocast("cpu", dtype):
