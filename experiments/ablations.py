@@ -170,16 +170,18 @@ def draw_curves(groups: dict[Run, list[Record]], path: Path) -> None:
         shown.append(exact | {run: results for run, results in groups.items() if run.attention == pattern})
     for axes, runs, title in zip(panels, shown, ("full attention", *PATTERNS), strict=True):
         for run, results in runs.items():
+            name = name_of(run).removeprefix(f"{title}, ")
             style: dict[str, Any] = {"color": f"C{HASHES.index(run.hashes)}"} if run.hashes else {}
             if run.deduplicate:
                 style["linestyle"] = "--"
             elif not run.hashes and title != "full attention":
+                name = "full attention"
                 style |= {"color": "black", "linestyle": ":"}
             draw_band(
                 axes,
                 [result["curve"] for result in results],
                 "bits_per_byte",
-                name_of(run).removeprefix(f"{title}, "),
+                name,
                 **style,
             )
         axes.set(title=title, xlabel="training steps")
