@@ -16,6 +16,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DynamicCache,
     EncoderDecoderCache,
+    EncoderDecoderModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     set_seed,
@@ -926,3 +927,20 @@ def test_bad_inputs():
     model.config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="`decoder_start_token_id` of the config is None.*`decoder_input_ids`"):
         model(ids, labels=ids)
+
+
+def test_decoder_in_encoder_decoder_model(tmp_path):
+    """The class of Transformers that combines any two models, without its cache."""
+    random_model(cls=ReformerHfModel, is_decoder=False).save_pretrained(tmp_path / "encoder")
+    random_model(pad_token_id=0).save_pretrained(tmp_path / "decoder")
+    torch.manual_seed(0)
+    model = EncoderDecoderModel.from_encoder_decoder_pretrained(tmp_path / "encoder", tmp_path / "decoder")
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    output = model(input_ids=_ids(20, 2), labels=_ids(9, 2), output_attentions=True)
+    output.loss.backward()
+    assert output.cross_attentions[0].shape == (2, 2, 9, 20)
+    assert model.encoder.get_input_embeddings().weight.grad.any()
+    options = {"max_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 1, "pad_token_id": 0}
+    assert model.generate(_ids(20, 2), use_cache=False, **options).shape == (2, 5)
+    with pytest.raises(ValueError, match="`cache` is a EncoderDecoderCache"):
+        model.generate(_ids(20, 2), **options)
