@@ -149,6 +149,8 @@ def test_other_adapters(name):
 
 def test_tied_head_in_trl():
     trl_utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(trl_utils, "add_fused_lm_head"):
+        pytest.skip("this version of TRL has no fused LM head")
     model = random_model(attn_layers=LAYERS, tie_word_embeddings=True)
     expected = _loss(model)
     trl_utils.add_fused_lm_head(model)
