@@ -69,10 +69,11 @@ def draw_times(
         learned = [(length, time) for length, time, reached in entries if reached]
         stopped = [(length, time) for length, time, reached in entries if not reached]
         axes.plot([length for length, _, _ in entries], [time for _, time, _ in entries], ":", color=color, alpha=0.5)
-        axes.plot(*zip(*learned, strict=True), "-o", color=color) if learned else None
-        axes.plot(*zip(*stopped, strict=True), "^", color=color, fillstyle="none") if stopped else None
-        at = (entries[-1][0], entries[-1][1])
-        axes.annotate(name, at, (7, 0), textcoords="offset points", color=color, fontsize=8, va="center")
+        if learned:
+            axes.plot(*zip(*learned, strict=True), "-o", color=color)
+        if stopped:
+            axes.plot(*zip(*stopped, strict=True), "^", color=color, fillstyle="none")
+        axes.annotate(name, entries[-1][:2], (7, 0), textcoords="offset points", color=color, fontsize=8, va="center")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     # Room for the names.

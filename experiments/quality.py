@@ -130,7 +130,7 @@ EXPERIMENT = Experiment(
         *(Run(model, 16384) for model in ("reformer", "local", "in-tree")),
         *(Run(model, length, muon_learning_rate=0.05) for length in (4096, 16384) for model in ("reformer", "local")),
         *(Run("dense", length, muon_learning_rate=0.05) for length in (4096, 16384)),
-        # A lower one, with which all models end lower.
+        # The default of `train_causal_lm.py`.
         *(Run(model, 4096, muon_learning_rate=0.02) for model in ("reformer", "local", "dense")),
     ],
     train_and_evaluate,

@@ -28,7 +28,7 @@ class ReformerHfLMHead(nn.Module):
         in_features = config.hidden_size if self.tied else 2 * config.hidden_size
         self.decoder = nn.Linear(in_features, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.register_load_state_dict_post_hook(_tie_bias)
+        self.register_load_state_dict_post_hook(tie_bias)
 
     def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
         """
@@ -108,9 +108,9 @@ class ReformerHfLMHead(nn.Module):
         return torch.where(count > 0, loss, torch.nan)
 
 
-def _tie_bias(head: ReformerHfLMHead, *_: Any) -> None:
-    """Let both names of the bias be one parameter, that of the decoder, after `load_state_dict(assign=True)`."""
-    if isinstance(head.decoder, nn.Linear) and head.bias is not head.decoder.bias:
+def tie_bias(head: nn.Module, *_: Any) -> None:
+    """Let both names of the bias be one parameter, that of the decoder, also after `load_state_dict(assign=True)`."""
+    if isinstance(head, ReformerHfLMHead) and isinstance(head.decoder, nn.Linear):
         head.bias = head.decoder.bias
 
 

@@ -42,7 +42,7 @@ from .input_checks import (
     documents_of_call,
 )
 from .label_checks import check_token_labels
-from .lm_head import IGNORED, ReformerHfLMHead, check_not_fused, next_tokens, states_to_keep
+from .lm_head import IGNORED, ReformerHfLMHead, check_not_fused, next_tokens, states_to_keep, tie_bias
 from .local_cache import LocalCacheLayer, StaticLocalCacheLayer
 from .lsh_attention import warn_of_few_buckets
 from .lsh_cache import LSHCacheLayer, LSHChunkCacheLayer, StaticLSHCacheLayer, StaticLSHChunkCacheLayer
@@ -295,8 +295,7 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
 
         The bias that is saved is the one in use, also where `to_empty` has made two parameters of its two names.
         """
-        if isinstance(self.lm_head, ReformerHfLMHead) and isinstance(self.lm_head.decoder, nn.Linear):
-            self.lm_head.bias = self.lm_head.decoder.bias
+        tie_bias(self.lm_head)
         if self.lm_head.tied and not self.config.tie_word_embeddings and is_plain(self.lm_head.decoder):
             self.lm_head.untie()
         return super().save_pretrained(save_directory, *args, **kwargs)

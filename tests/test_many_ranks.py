@@ -100,7 +100,7 @@ def test_trainer_equals_one_process(wrap, muon, tmp_path):
     assert found_log["losses"] == pytest.approx(log["losses"], rel=3e-4 if muon else 1e-4)
     for name, weight in found.items():
         # Adam divides by the size of the gradient: where that is rounding, so is the step.
-        assert_close(weight, weights[name], 0.2 if muon else 2e-3, name)
+        assert_close(weight, weights[name], 0.15 if muon else 2e-3, name)
     if wrap == "plan":
         checkpoint = last_intact_checkpoint(tmp_path / "two")
         loaded = ReformerHfForCausalLM.from_pretrained(checkpoint)
