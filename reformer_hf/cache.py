@@ -142,13 +142,13 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 @contextmanager
-def writing(cache: Cache) -> Iterator[None]:
+def writing(cache: Cache | None) -> Iterator[None]:
     """
-    Link the layers of a cache, so that they are cropped together, and run a model that writes to them.
+    Link the layers of a cache (if any), so that they are cropped together, and run a model that writes to it.
 
     If the body raises an exception, the layers stay incomplete: some of them may hold more tokens than others.
     """
-    layers: Sequence[Any] = cache.layers
+    layers: Sequence[Any] = () if cache is None or torch.compiler.is_compiling() else cache.layers
     for layer in layers:
         layer.peers, layer.is_complete = layers, False
     yield

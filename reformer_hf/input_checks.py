@@ -221,7 +221,6 @@ def check_last_tokens(cache: Cache, attention_mask: Tensor | None, inputs: Tenso
 
 
 def documents_of_call(
-    config: ReformerHfConfig,
     inputs: Tensor,
     position_ids: Tensor | None,
     padding: Tensor | None,
@@ -252,24 +251,27 @@ def documents_of_call(
         starts = starts_by_position(position_ids.expand(shape), padding)
     else:
         return None
-    documents = Documents.of(starts, padding)
-    if documents is not None and cache is not None:
+    return Documents.of(starts, padding)
+
+
+def check_documents(config: ReformerHfConfig, cache: Cache | None) -> None:
+    """Check that a model can read several packed documents in a row."""
+    if cache is not None:
         raise ValueError(
             "The input holds several documents in a row (positions start again), which a KV cache cannot continue: "
             "generate for one document per row, or pass no `cache`."
         )
-    if documents is not None and config.add_cross_attention:
+    if config.add_cross_attention:
         raise ValueError(
             "The decoder input holds several documents in a row (positions start again), each of which would attend "
             "to the whole encoder output: give each document its own row."
         )
-    if documents is not None and config.wrap_chunks:
+    if config.wrap_chunks:
         raise ValueError(
             "The input holds several documents in a row (positions start again), but with `wrap_chunks=True` "
             "(in-tree) chunks of different documents see each other: give each document its own row, or set "
             "`wrap_chunks=False`."
         )
-    return documents
 
 
 def check_encoder_decoder_call(cache: Any, kwargs: dict[str, Any]) -> None:

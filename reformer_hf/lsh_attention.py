@@ -159,8 +159,10 @@ def _hash_documents(query: Tensor, hashing: DocumentHashing, heads: slice, num_h
 
 def warn_of_few_buckets(config: ReformerHfConfig, cache: Cache, num_new: int) -> None:
     """Warn if the tokens of a cache have far fewer buckets than a parallel pass over them and new ones would use."""
+    if config.num_buckets is not None or torch.compiler.is_compiling():
+        return
     hashed: Any = next((layer for layer in cache.layers if getattr(layer, "factors", None)), None)
-    if hashed is None or config.num_buckets is not None:
+    if hashed is None:
         return
     length = int(hashed.length) + num_new
     if math.prod(factors_of(config, length)) > 2 * hashed.num_buckets:

@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache import CacheSpec, writing
 from .chunked import has_hooks
 from .configuration_reformer_hf import ReformerHfConfig
+from .documents import Documents
 from .embeddings import ReformerHfEmbeddings
 from .full_cache import FullCacheLayer, StaticFullCacheLayer
 from .generation_reformer_hf import ReformerHfGenerationMixin
@@ -31,6 +32,7 @@ from .input_checks import (
     bucket_factors_of_call,
     check_cache,
     check_call,
+    check_documents,
     check_inputs,
     check_is_causal,
     check_last_tokens,
@@ -132,49 +134,36 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             ValueError: If an input does not match the config or another input. A given cache is then unchanged.
         """
         check_call(self.config, kwargs, self.encoder.layer_norm.weight, cache)
-        if cache is None and use_cache and self.config.is_decoder and not self.training:
-            cache = DynamicCache(config=self.config)
         inputs = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, num_hashes, cache)
         factors = bucket_factors_of_call(self.config, num_buckets)
-        reads_values = self.reads_values
-        if reads_values:
+        if self.reads_values:
             check_values(self.config, input_ids, position_ids, attention_mask, encoder_attention_mask, inputs.shape[1])
         context = context_of_call(
             self.config, encoder_hidden_states, encoder_attention_mask, inputs.shape[0], cross_cache
         )
+        padding = self._padding(attention_mask, inputs)
+        documents = documents_of_call(inputs, position_ids, padding, seq_idx, cu_seq_lens_q, cache)
+        if cache is None:
+            cache = self._new_cache(use_cache, documents)
+        if documents is not None:
+            check_documents(self.config, cache)
         if cache is not None:
             check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
-            if not torch.compiler.is_compiling():
-                warn_of_few_buckets(self.config, cache, inputs.shape[1])
-        padding = None
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
-            if not (reads_values and attention_mask.all()):
-                padding = ~attention_mask
-        documents = documents_of_call(self.config, inputs, position_ids, padding, seq_idx, cu_seq_lens_q, cache)
-        if position_ids is None and documents is not None:
-            position_ids = documents.positions(padding)
-            check_position_ids(self.config, position_ids)
-        elif position_ids is None:
-            check_length(self.config, inputs.shape[1])
-            position_ids = self._position_ids(inputs, padding, cache)
-            if reads_values and cache is not None:
-                check_position_ids(self.config, position_ids)
-        if cache is None and use_cache is None and documents is None and self.uses_cache_by_default:
-            cache = DynamicCache(config=self.config)
-            check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
+            warn_of_few_buckets(self.config, cache, inputs.shape[1])
+        if position_ids is None:
+            position_ids = self._position_ids(inputs, padding, documents, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        layers: Sequence[Any] = () if cache is None else cache.layers
-        appends = cache is not None and all(layer.can_append(inputs.shape[1]) for layer in layers)
+        appends = cache is not None and all(layer.can_append(inputs.shape[1]) for layer in cache.layers)
         encode = self._encode if appends else self._encode_uncompiled
-        lacks_gradient = (cache is not None or cross_cache is not None) and torch.is_grad_enabled()
-        writes = nullcontext() if cache is None or torch.compiler.is_compiling() else writing(cache)
-        with torch.no_grad() if lacks_gradient else nullcontext(), writes:
+        lacks_gradient = torch.is_grad_enabled() and (cache is not None or cross_cache is not None)
+        with torch.no_grad() if lacks_gradient else nullcontext(), writing(cache):
             output = encode(
-                (input_ids, position_ids, inputs_embeds),
+                input_ids,
+                position_ids,
+                inputs_embeds,
                 (cache, cross_cache),
                 output_hidden_states,
                 padding=padding,
@@ -191,11 +180,17 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         return output
 
     def _encode(
-        self, inputs: tuple, caches: tuple[Cache | None, Cache | None], output_hidden_states: bool, **options
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        inputs_embeds: Tensor | None,
+        caches: tuple[Cache | None, Cache | None],
+        output_hidden_states: bool,
+        **options,
     ) -> ReformerHfModelOutput:
-        input_ids, position_ids, inputs_embeds = inputs
-        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        hidden_states = self.embeddings(input_ids, position_ids.expand(shape), inputs_embeds)
+        """Embed checked inputs and call the stack of layers; `options` are fields of `AttentionCall`."""
+        inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
+        hidden_states = self.embeddings(input_ids, position_ids.expand(inputs.shape[:2]), inputs_embeds)
         rotation = self._rotation(position_ids, hidden_states.dtype)
         call = AttentionCall.on(hidden_states, rotation=rotation, **options)
         return self.encoder(hidden_states, call, *caches, output_hidden_states)
@@ -216,16 +211,39 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         """Whether checks read the values of inputs and labels: `checks_values`, but never in compiled code."""
         return self.checks_values and not torch.compiler.is_compiling()
 
-    def _position_ids(self, inputs: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
+    def _padding(self, attention_mask: Tensor | None, inputs: Tensor) -> Tensor | None:
+        """Return which of the new tokens are padding, `[B, L]`, or `None` if a check has seen that none is."""
+        if attention_mask is None:
+            return None
+        attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
+        return None if self.reads_values and attention_mask.all() else ~attention_mask
+
+    def _new_cache(self, use_cache: bool | None, documents: Documents | None) -> Cache | None:
+        """Create a KV cache for a call that has none, if it asks for one, or by default."""
+        if use_cache is None:
+            use_cache = documents is None and self.uses_cache_by_default
+        return DynamicCache(config=self.config) if use_cache and self.config.is_decoder and not self.training else None
+
+    def _position_ids(
+        self, inputs: Tensor, padding: Tensor | None, documents: Documents | None, cache: Cache | None
+    ) -> Tensor:
         """Count tokens from those in the cache on, `[B or 1, L]`; padding has the position of the token before it."""
+        if documents is not None:
+            position_ids = documents.positions(padding)
+            check_position_ids(self.config, position_ids)
+            return position_ids
+        check_length(self.config, inputs.shape[1])
         if padding is None:
             position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None]
         else:
             position_ids = (~padding).long().cumsum(-1) - 1
         layer: Any = None if cache is None else cache.layers[0]
-        if layer is not None and layer.is_initialized:
-            position_ids = position_ids + layer.num_tokens.to(inputs.device)[:, None]
-        return position_ids.clamp(min=0)
+        if layer is None or not layer.is_initialized:
+            return position_ids.clamp(min=0)
+        position_ids = (position_ids + layer.num_tokens.to(inputs.device)[:, None]).clamp(min=0)
+        if self.reads_values:
+            check_position_ids(self.config, position_ids)
+        return position_ids
 
     def _cache_specs(self, num_hashes: int | None) -> list[CacheSpec]:
         """Return the specs of this model's cache layers."""
