@@ -156,7 +156,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        appends = cache is not None and all(layer.can_append(inputs.shape[1]) for layer in cache.layers)
+        layers: Sequence[Any] = () if cache is None else cache.layers
+        appends = cache is not None and all(layer.can_append(inputs.shape[1]) for layer in layers)
         encode = self._encode if appends else self._encode_uncompiled
         lacks_gradient = torch.is_grad_enabled() and (cache is not None or cross_cache is not None)
         with torch.no_grad() if lacks_gradient else nullcontext(), writing(cache):
