@@ -156,6 +156,10 @@ def test_optimizer_by_default(trained, text, tmp_path):
     for name, (options, expected) in runs.items():
         trainer, _ = run(text, tmp_path / name, *short, *options)
         assert type(trainer.optimizer.optimizer) is expected, name
+    trainer, _ = run(text, tmp_path / "deepspeed", *short)
+    trainer.is_deepspeed_enabled, trainer.optimizer = True, None
+    with pytest.raises(ValueError, match="DeepSpeed flattens weights"):
+        trainer.create_optimizer()
 
 
 def test_overwrite(trained, text, tmp_path):
