@@ -32,6 +32,11 @@ class Context:
         """Number of positions, summed over the batch."""
         return self.hidden_states.shape[0] * self.hidden_states.shape[1]
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Context":
+        """Move the tensors to a device."""
+        bias = None if self.bias is None else self.bias.to(device, non_blocking=non_blocking)
+        return Context(self.hidden_states.to(device, non_blocking=non_blocking), bias)
+
     @classmethod
     def of(cls, hidden_states: Tensor, attention_mask: Tensor | None) -> "Context":
         """Create a context from the encoder output and its mask `[B, S]`, 1 for tokens and 0 for padding."""

@@ -428,7 +428,7 @@ def residual_layer(
     """
     Compute one layer of residual branches. The backward pass recomputes its input from its output.
 
-    Each branch reads one stream and is added to the other. Then the streams change places: the next branch reads the
+    Each branch reads one stream and is added to the other. Then the streams swap: the next branch reads the
     stream that was changed last.
 
     Args:

@@ -11,9 +11,9 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 from .attention_pattern import AttentionPattern
-from .cache import CacheSpec, Past, Seen
+from .cache import CacheSpec, Past, Seen, bias_in
 from .chunk_attention import chunk_attention, chunk_attention_weights
-from .chunked import has_hooks
+from .chunked import has_hooks, suitable_chunk_size
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import Context
 from .device_policy import policy_for
@@ -87,6 +87,29 @@ class AttentionCall:
     def num_positions(self) -> int:
         """Number of positions, summed over the batch."""
         return self.batch_size * self.length
+
+    @property
+    def suitable_chunk_size(self) -> int:
+        """Positions per chunk of a position-wise function that is fastest on the device."""
+        return suitable_chunk_size(self.batch_size, self.length, self.device.type)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionCall":
+        """Move the tensors to a device: accelerate calls this where the layers of a model are on several devices."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+
+        def move(value: Any) -> Any:
+            return value if value is None else value.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            device=device,
+            padding=move(self.padding),
+            rotation=move(self.rotation),
+            documents=move(self.documents),
+            context=move(self.context),
+        )
 
     @classmethod
     def on(cls, hidden_states: Tensor, **options: Any) -> "AttentionCall":
@@ -359,7 +382,7 @@ class SelfAttention(nn.Module):
         key, value, bias = seen.key, seen.value, seen.bias
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
-            bias = None if bias is None else bias.to(query.dtype)
+            bias = None if bias is None else bias_in(query.dtype, bias)
         out = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=self.dropout, scale=1.0)
         if self.dropout and bias is not None:
             # As in a parallel pass, dropout does not apply to a query without keys other than its own.
@@ -385,7 +408,7 @@ class SelfAttention(nn.Module):
         layers. An adapter is not, nor is a layer whose weights are loaded by a hook.
         """
         num_heads = self.num_heads
-        size = parallel_heads(self.config, call.batch_size * call.length, call.device.type)
+        size = parallel_heads(self.config, call.num_positions, call.device.type)
         if not all(is_plain(module) for module in (output, *(getattr(self, name) for name in self.projections))):
             size = num_heads
         return [slice(first, min(first + size, num_heads)) for first in range(0, num_heads, size)]
