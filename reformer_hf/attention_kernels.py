@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .device_policy import policy_for
-from .rng import Dropout
+from .dropout import DropoutFactors
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +26,9 @@ MASKED = -(2.0**90)
 NO_KEY = -(2.0**80)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropout | None) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: DropoutFactors | None
+) -> tuple[Tensor, Tensor]:
     """
     Compute softmax attention with scores `query · key + mask`.
 
@@ -46,7 +48,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropou
     return _attend_plainly(query, key, value, mask, drop)
 
 
-def _attend_plainly(query, key, value, mask, drop: Dropout | None = None) -> tuple[Tensor, Tensor]:
+def _attend_plainly(query, key, value, mask, drop: DropoutFactors | None = None) -> tuple[Tensor, Tensor]:
     scores = scores_of(query, key, mask)
     lse = scores.logsumexp(-1)
     weights = scores.sub_(lse[..., None]).exp_()
@@ -63,7 +65,7 @@ def attend_backward(
     mask: Tensor,
     out: Tensor,
     lse: Tensor,
-    drop: Dropout | None,
+    drop: DropoutFactors | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
     Compute the gradients of `attend`.
@@ -86,7 +88,7 @@ def attend_backward(
 
 
 def _attend_backward_plainly(
-    grad_out, query, key, value, mask, out, lse, drop: Dropout | None = None
+    grad_out, query, key, value, mask, out, lse, drop: DropoutFactors | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = scores_of(query, key, mask).sub_(lse[..., None]).exp_()
     grad_weights = torch.matmul(grad_out, value.transpose(-1, -2)).to(weights.dtype)
@@ -217,7 +219,7 @@ _Kernel = type[_CpuKernel] | type[_CudaKernel]
 _KERNELS: dict[str, _Kernel] = {"cpu_flash": _CpuKernel, "cuda_efficient": _CudaKernel}
 
 
-def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: Dropout | None) -> "_Kernel | None":
+def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: DropoutFactors | None) -> "_Kernel | None":
     """Return the fused kernel for these inputs, or `None`."""
     policy = policy_for(query.device).kernel
     if policy is None or drop is not None or not policy.takes(query, key, value):
@@ -280,7 +282,7 @@ def _equals_plain(
         _warn_of_trial(f"does not run on {device} in {dtype} ({error}).")
         return False
     # Whatever the precision that products have on the device, such as TF32.
-    out, lse, *of_kernel = (x.cpu().double() for x in (out, lse, *grads))
+    out, lse, *kernel_grads = (x.cpu().double() for x in (out, lse, *grads))
     exact_grad = grad_out.cpu().double()
     query, key, value, mask = (x.cpu().double() for x in inputs)
     plain_out, plain_lse = _attend_plainly(query, key, value, mask)
@@ -289,7 +291,7 @@ def _equals_plain(
     plain_grads = _attend_backward_plainly(exact_grad, query, key, value, mask, *of_output)
     # Without keys, the output is arbitrary.
     pairs = [(a[~lacks_keys], b[~lacks_keys]) for a, b in ((out, plain_out), (lse, plain_lse))]
-    pairs += list(zip(of_kernel, plain_grads, strict=True))
+    pairs += list(zip(kernel_grads, plain_grads, strict=True))
     limit = 5e-3 if dtype == torch.float32 else 3e-2
     # If queries have one key each, the gradients of queries and keys are only the rounding of numbers of this size.
     size = plain_grads[2].norm().item()

@@ -88,7 +88,7 @@ class AttentionPattern:
             chunks_after=self.chunks_after * parts,
         )
 
-    def with_margin(self) -> "AttentionPattern":
+    def with_wider_windows(self) -> "AttentionPattern":
         """Return a pattern whose windows also hold the keys of queries whose chunks begin at any slot."""
         if self.window:
             return self

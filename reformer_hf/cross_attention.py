@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 
 from .configuration_reformer_hf import ReformerHfConfig
-from .rng import RateDropout
+from .dropout import RateDropout
 
 
 @dataclass(frozen=True)

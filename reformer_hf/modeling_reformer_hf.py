@@ -170,7 +170,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 padding=padding,
                 context=context,
                 num_hashes=num_hashes,
-                num_buckets=factors,
+                factors=factors,
                 output_attentions=output_attentions,
                 documents=documents,
             )

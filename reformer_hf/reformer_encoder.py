@@ -7,10 +7,10 @@ from transformers import Cache
 
 from .activation_memory import recomputes_activations
 from .configuration_reformer_hf import ReformerHfConfig
+from .dropout import RateDropout
 from .modeling_outputs import ReformerHfModelOutput
 from .reformer_layer import ReformerHfLayer
 from .reversible import Tape
-from .rng import RateDropout
 from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
 

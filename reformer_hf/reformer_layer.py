@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .chunked import draw_block_seeds, dropout_in_blocks, needs_plain_call
+from .chunked import needs_plain_call
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import CrossAttention
+from .dropout import RateDropout, SeededDropout, draw_block_seeds, draw_seed, dropout_in_blocks
 from .feed_forward import ReformerHfFeedForward
 from .full_attention import FullSelfAttention
 from .local_attention import LocalSelfAttention
 from .lsh_attention import LSHSelfAttention
 from .reversible import AttentionBranch, AttentionPart, Branch, ContextBranch, PositionWiseBranch, Tape, residual_layer
-from .rng import RateDropout, SeededDropout, draw_seed
 from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, SelfAttention, Weights
 from .stream_norm import StreamLayerNorm
 

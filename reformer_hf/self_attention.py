@@ -13,12 +13,12 @@ from transformers.cache_utils import Cache
 from .attention_pattern import AttentionPattern
 from .cache import CacheSpec, Past, Seen, bias_in
 from .chunk_attention import chunk_attention, chunk_attention_weights
-from .chunked import has_hooks, suitable_chunk_size
+from .chunked import has_hooks
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import Context
-from .device_policy import policy_for
+from .device_policy import policy_for, suitable_chunk_size
 from .documents import Documents
-from .rng import RateDropout, draw_seed
+from .dropout import RateDropout, draw_seed
 from .rotary import Rotation
 
 # Attention weights and the positions of their keys.
@@ -51,7 +51,6 @@ class AttentionCall:
         padding: `[B, L]`, True for padding.
         rotation: Rotation of the queries and keys of local layers; `None` for none.
         num_hashes: Number of hash rounds; overrides the config.
-        num_buckets: Factors of the number of buckets; overrides those that follow from the config and the length.
         output_attentions: Whether to return attention weights.
         documents: The documents of packed rows; `None` if each row is one document.
         context: The encoder output, in the decoder of an encoder-decoder.
@@ -59,7 +58,7 @@ class AttentionCall:
         past: Cached tokens before the input.
         projections: Rotations that hash all heads, as `hashing.projections_of` returns them.
         document_hashing: How packed documents hash; `None` if there are none.
-        factors: Factors of the number of buckets that they hash into.
+        factors: Factors of the number of buckets. `None` means those that follow from the config and the length.
         document_order: The result of `Documents.sort`.
         dropout_seed: Seed of the dropout of attention weights.
     """
@@ -71,14 +70,13 @@ class AttentionCall:
     padding: Tensor | None = None
     rotation: Rotation | None = None
     num_hashes: int | None = None
-    num_buckets: Sequence[int] | None = None
     output_attentions: bool = False
     documents: Documents | None = None
     context: Context | None = None
     fills_cache: bool = False
     past: Past | None = None
     projections: Sequence[Tensor] = ()
-    factors: Sequence[int] = ()
+    factors: Sequence[int] | None = None
     document_hashing: DocumentHashing | None = None
     document_order: Tensor | None = None
     dropout_seed: int = 0
@@ -304,11 +302,11 @@ class SelfAttention(nn.Module):
             Output of the new tokens, and `found` with the attention weights if the call requests them.
         """
         # Different groups of heads use different dropout masks.
-        dropout, documents = (self.dropout, call.dropout_seed + heads.start), call.document_order
-        out = chunk_attention(*inputs, pattern, order, padding, *dropout, documents)
+        dropout = self.dropout, call.dropout_seed + heads.start
+        out = chunk_attention(*inputs, pattern, order, padding, *dropout, call.document_order)
         weights = found.weights
         if call.output_attentions and weights is None:
-            weights = chunk_attention_weights(*inputs[:2], pattern, order, padding, documents)
+            weights = chunk_attention_weights(*inputs[:2], pattern, order, padding, call.document_order)
         if call.past is not None:
             num_cached = call.past.key.shape[1]
             out = out[:, num_cached:]

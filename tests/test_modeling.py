@@ -19,7 +19,7 @@ from reformer_hf import (
 )
 from reformer_hf.cross_attention import Context
 from reformer_hf.documents import Documents
-from reformer_hf.rng import draw_seed
+from reformer_hf.dropout import draw_seed
 from reformer_hf.rotary import rotation_of
 from reformer_hf.self_attention import AttentionCall
 

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from ..activation_memory import kept_activations, recomputes_activations
-from ..chunked import suitable_chunk_size
 from ..configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
 from ..configuration_reformer_hf import ReformerHfConfig
-from ..device_policy import policy_for
+from ..device_policy import policy_for, suitable_chunk_size
 from ..encoder_decoder import ReformerHfForConditionalGeneration
 from ..modeling_reformer_hf import ReformerHfForCausalLM
 from ..self_attention import parallel_heads
