@@ -43,7 +43,7 @@ class ReformerHfEncoder(nn.Module):
             and recomputes_activations(self.config, call.num_positions, call.device, source_positions)
         )
         tape = Tape() if recomputes and torch.is_grad_enabled() else None
-        all_hidden_states, all_weights = [x2], []
+        all_hidden_states, all_weights = [x2] if output_hidden_states else [], []
         for layer in self.layers:
             x1, x2, weights = layer(x1, x2, call, tape, cache, cross_cache)
             if output_hidden_states:

@@ -122,7 +122,8 @@ class Found:
     The results of attention of some heads in addition to its output.
 
     Args:
-        order: Sorted order of LSH attention, `[B, h, R, L]`; the recomputation reuses it.
+        order: Sorted order of cached and new tokens, `[B, h, R, T + L]`, which the recomputation reuses; `None` means
+            the order of positions.
         key, value: `[B, n, h, D]`, if the call fills a cache.
         buckets: `[B, h, R, n]`, if the call fills a cache.
         weights: Attention weights `[B, h, R, n, W]` before dropout and the positions of their keys, if requested.
