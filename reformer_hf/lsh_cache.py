@@ -392,7 +392,7 @@ class LSHChunkCacheLayer(LSHCacheLayer):
         pattern, ring_length, chunk_length = self.spec.pattern, self.ring_length, self.firsts.shape[-1]
         wrapped = slots < 0
         if pattern.wraps:
-            slots = torch.where(wrapped, slots + self._padded_length(), slots)
+            slots = torch.where(wrapped, slots + pattern.padded_length(self.length + 1), slots)
 
         def search(of_rounds: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
             # In a ring, the first chunk of a round sees the last chunk of the previous round.
@@ -421,13 +421,6 @@ class LSHChunkCacheLayer(LSHCacheLayer):
         trash = rings - rings % (self.num_buckets + 1) + self.num_buckets
         cells = torch.where(index < chunk_length, rings * chunk_length + index, (trash + 1) * chunk_length - 1)
         self._put(self.firsts, cells[..., 0], row)
-
-    def _padded_length(self) -> int | Tensor:
-        """Return the length of a round in the ring of all chunks, including the token that is being appended."""
-        pattern, length = self.spec.pattern, self.length + 1
-        is_padded = length > pattern.ring_min_length
-        # Arithmetic instead of a branch, because the length may be a tensor.
-        return length + is_padded * (-length % pattern.ring_multiple)
 
 
 class StaticLSHCacheLayer(FixedShape, LSHCacheLayer):

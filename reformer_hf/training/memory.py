@@ -281,11 +281,9 @@ class _Shape:
         logits = self.batch_size * chunk * self.config.vocab_size
         if self.config.chunk_size_lm_head:
             return 2 * (both + normalized) + 2 * logits * self.stream_bytes
-        copies = (
-            2 * self.stream_bytes
-            + self.weight_bytes
-            + (self.stream_bytes if self.weight_bytes < self.stream_bytes else 0)
-        )
+        copies = 2 * self.stream_bytes + self.weight_bytes
+        if self.weight_bytes < self.stream_bytes:
+            copies += self.stream_bytes
         return both + normalized + max(logits * copies, both + normalized + logits * self.weight_bytes)
 
     def attention(self, kind: str) -> int:
