@@ -21,14 +21,16 @@ def kept_activations(config: ReformerHfConfig, positions: int, source_positions:
     """
     # The inputs of both layer norms, their outputs, and the outputs of the activation function. Dropout masks take a
     # byte per element.
-    of_layer = 4 * config.hidden_size + config.feed_forward_size
-    of_heads = config.num_attention_heads * config.attention_head_size
-    of_attention = sum(_KEPT_PER_HEAD[layer_type] * of_heads for layer_type in config.attn_layers)
-    kept = positions * (len(config.attn_layers) * of_layer + of_attention)
+    per_layer = 4 * config.hidden_size + config.feed_forward_size
+    all_head_size = config.num_attention_heads * config.attention_head_size
+    attention = sum(_KEPT_PER_HEAD[layer_type] * all_head_size for layer_type in config.attn_layers)
+    kept = positions * (len(config.attn_layers) * per_layer + attention)
     if config.add_cross_attention:
         # Input and output of the layer norm, queries and outputs; keys and values.
-        of_cross_attention = positions * (2 * config.hidden_size + 2 * of_heads) + source_positions * 2 * of_heads
-        kept += len(config.attn_layers) * of_cross_attention
+        cross_attention = (
+            positions * (2 * config.hidden_size + 2 * all_head_size) + source_positions * 2 * all_head_size
+        )
+        kept += len(config.attn_layers) * cross_attention
     return 4 * kept
 
 

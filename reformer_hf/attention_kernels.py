@@ -7,6 +7,7 @@ Shapes: g heads, n chunks, C queries in a chunk, W keys in its window, D size of
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .device_policy import policy_for
-from .rng import Dropout
+from .dropout import DropoutFactors
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +27,9 @@ MASKED = -(2.0**90)
 NO_KEY = -(2.0**80)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropout | None) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: DropoutFactors | None
+) -> tuple[Tensor, Tensor]:
     """
     Compute softmax attention with scores `query · key + mask`.
 
@@ -46,7 +49,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, drop: Dropou
     return _attend_plainly(query, key, value, mask, drop)
 
 
-def _attend_plainly(query, key, value, mask, drop: Dropout | None = None) -> tuple[Tensor, Tensor]:
+def _attend_plainly(query, key, value, mask, drop: DropoutFactors | None = None) -> tuple[Tensor, Tensor]:
     scores = scores_of(query, key, mask)
     lse = scores.logsumexp(-1)
     weights = scores.sub_(lse[..., None]).exp_()
@@ -63,7 +66,7 @@ def attend_backward(
     mask: Tensor,
     out: Tensor,
     lse: Tensor,
-    drop: Dropout | None,
+    drop: DropoutFactors | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
     Compute the gradients of `attend`.
@@ -86,7 +89,7 @@ def attend_backward(
 
 
 def _attend_backward_plainly(
-    grad_out, query, key, value, mask, out, lse, drop: Dropout | None = None
+    grad_out, query, key, value, mask, out, lse, drop: DropoutFactors | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = scores_of(query, key, mask).sub_(lse[..., None]).exp_()
     grad_weights = torch.matmul(grad_out, value.transpose(-1, -2)).to(weights.dtype)
@@ -104,8 +107,7 @@ def _attend_backward_plainly(
 def key_scale(query: Tensor) -> Tensor:
     """Return the factors `[…]`, at least in fp32, that turn queries `[…, D]` into keys; see `normalized_keys`."""
     wide = query.to(torch.promote_types(query.dtype, torch.float32))
-    mean_square = torch.linalg.vecdot(wide, wide) / query.shape[-1]
-    return torch.rsqrt(mean_square + 1e-6) / math.sqrt(query.shape[-1])
+    return torch.rsqrt(torch.linalg.vecdot(wide, wide) + 1e-6 * query.shape[-1])
 
 
 def normalized_keys(query: Tensor, epsilon: Tensor | None = None) -> Tensor:
@@ -119,7 +121,8 @@ def normalized_keys(query: Tensor, epsilon: Tensor | None = None) -> Tensor:
     if query.dtype not in (torch.float32, torch.float64):
         return (query * key_scale(query)[..., None]).to(query.dtype)
     epsilon = key_epsilon(query) if epsilon is None or epsilon.dtype != query.dtype else epsilon
-    # sqrt(D * (mean square + in-tree epsilon)) is the hypotenuse of the norm and `epsilon`.
+    # The hypotenuse of the norm and `epsilon` is the inverse of `key_scale`, in fewer operations, of which a decoding
+    # step has many.
     return query / torch.hypot(torch.linalg.vector_norm(query, dim=-1, keepdim=True), epsilon)
 
 
@@ -217,7 +220,7 @@ _Kernel = type[_CpuKernel] | type[_CudaKernel]
 _KERNELS: dict[str, _Kernel] = {"cpu_flash": _CpuKernel, "cuda_efficient": _CudaKernel}
 
 
-def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: Dropout | None) -> "_Kernel | None":
+def _kernel_for(query: Tensor, key: Tensor, value: Tensor, drop: DropoutFactors | None) -> _Kernel | None:
     """Return the fused kernel for these inputs, or `None`."""
     policy = policy_for(query.device).kernel
     if policy is None or drop is not None or not policy.takes(query, key, value):
@@ -234,12 +237,8 @@ def _is_trusted(name: str, device: torch.device, dtype: torch.dtype, *sizes: int
 
 
 @cache
-def _passes_trial(name: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    return _equals_plain(_KERNELS[name], device, dtype, *sizes)
-
-
-def _equals_plain(
-    kernel: "_Kernel",
+def _passes_trial(
+    name: str,
     device: torch.device,
     dtype: torch.dtype,
     num_queries: int,
@@ -256,18 +255,13 @@ def _equals_plain(
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad_out = (
         torch.randn(1, 2, length, width, generator=generator).to(device, dtype)
-        for length, width in (
-            (num_queries, size),
-            (num_keys, size),
-            (num_keys, value_size),
-            (num_queries, value_size),
-        )
+        for length, width in ((num_queries, size), (num_keys, size), (num_keys, value_size), (num_queries, value_size))
     )
     masked = torch.rand(1, 2, num_queries, num_keys, generator=generator) < 0.5
     # Only the first query of the second chunk has no keys.
     masked[..., 0] = False
     masked[:, 1, 0] = True
-    inputs = (query, key, value, (MASKED * masked).to(device))
+    kernel, inputs = _KERNELS[name], (query, key, value, (MASKED * masked).to(device))
     try:
         out, lse = kernel.attend(*inputs)
         # Outputs of several rounds are merged in another memory layout than that of the kernel.
@@ -279,28 +273,33 @@ def _equals_plain(
     except (AttributeError, RuntimeError, TypeError) as error:
         _warn_of_trial(f"does not run on {device} in {dtype} ({error}).")
         return False
-    # Whatever the precision that products have on the device, such as TF32.
-    out, lse, *of_kernel = (x.cpu().double() for x in (out, lse, *grads))
-    exact_grad = grad_out.cpu().double()
+    equal = _is_close((out, lse, *grads), grad_out, inputs, limit=5e-3 if dtype == torch.float32 else 3e-2)
+    if not equal:
+        _warn_of_trial(f"gives wrong results on {device} in {dtype}.")
+    return equal
+
+
+def _is_close(found: Sequence[Tensor], grad_out: Tensor, inputs: Sequence[Tensor], limit: float) -> bool:
+    """Compare output, logsumexp and gradients of a kernel with plain matrix products of the same inputs in fp64."""
+    # On the CPU, whatever the precision that products have on the device, such as TF32.
+    out, lse, *grads = (x.cpu().double() for x in found)
     query, key, value, mask = (x.cpu().double() for x in inputs)
     plain_out, plain_lse = _attend_plainly(query, key, value, mask)
     lacks_keys = plain_lse < NO_KEY
-    of_output = plain_out, plain_lse.masked_fill(lacks_keys, math.inf)
-    plain_grads = _attend_backward_plainly(exact_grad, query, key, value, mask, *of_output)
+    plain_lse_or_inf = plain_lse.masked_fill(lacks_keys, math.inf)
+    plain_grads = _attend_backward_plainly(
+        grad_out.cpu().double(), query, key, value, mask, plain_out, plain_lse_or_inf
+    )
     # Without keys, the output is arbitrary.
     pairs = [(a[~lacks_keys], b[~lacks_keys]) for a, b in ((out, plain_out), (lse, plain_lse))]
-    pairs += list(zip(of_kernel, plain_grads, strict=True))
-    limit = 5e-3 if dtype == torch.float32 else 3e-2
+    pairs += list(zip(grads, plain_grads, strict=True))
     # If queries have one key each, the gradients of queries and keys are only the rounding of numbers of this size.
     size = plain_grads[2].norm().item()
     equal = all(
         (a - b).norm().item() <= limit * max(b.norm().item(), least)
         for (a, b), least in zip(pairs, (0.0, 0.0, size, size, 0.0), strict=True)
     )
-    equal = equal and bool((lse[lacks_keys] < NO_KEY).all())
-    if not equal:
-        _warn_of_trial(f"gives wrong results on {device} in {dtype}.")
-    return equal
+    return equal and bool((lse[lacks_keys] < NO_KEY).all())
 
 
 def _warn_of_trial(problem: str) -> None:

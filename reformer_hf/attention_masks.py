@@ -64,13 +64,13 @@ class MaskMargin:
 @dataclass
 class SortedHeads:
     """
-    The sorted order of some heads; all tensors are `[g, R, L]`, indexed by slot.
+    The sorted order of some heads, in tensors `[g, R, L]` that are indexed by slot.
 
     Args:
         positions: Positions (int32).
         starts: True where a bucket begins.
         padding: True for padding; `None` if there is none.
-        document_starts: True where a document begins; `None` if there is one.
+        document_starts: True where a document begins, `[g, 1, L]`; `None` if there is one.
     """
 
     positions: Tensor

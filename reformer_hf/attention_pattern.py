@@ -1,8 +1,8 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Which keys a query sees. The parallel pass and the KV cache share this definition."""
 
-import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +46,13 @@ class AttentionPattern:
         """Whether the chunks form a ring."""
         return self.ring_multiple is not None
 
-    def padded_length(self, length: int) -> int:
-        """Return the slots of one round for an input of `length` positions, before the last chunk is filled up."""
-        if not self.wraps or length <= self.ring_min_length:
-            return length
-        return math.ceil(length / self.ring_multiple) * self.ring_multiple
+    def padded_length(self, length: Any) -> Any:
+        """
+        Return the slots of one round for an input of `length` positions, before the last chunk is filled up.
+
+        The length may be a tensor, on which no branch may depend.
+        """
+        return length + (length > self.ring_min_length) * (-length % self.ring_multiple) if self.wraps else length
 
     def for_length(self, length: int) -> "AttentionPattern":
         """
@@ -88,7 +90,7 @@ class AttentionPattern:
             chunks_after=self.chunks_after * parts,
         )
 
-    def with_margin(self) -> "AttentionPattern":
+    def with_wider_windows(self) -> "AttentionPattern":
         """Return a pattern whose windows also hold the keys of queries whose chunks begin at any slot."""
         if self.window:
             return self

@@ -42,8 +42,8 @@ class SlotLayout:
         pattern = self.pattern
         chunk_length, before, after = pattern.chunk_length, pattern.chunks_before, pattern.chunks_after
         if not pattern.wraps:
-            margins = (before * chunk_length, after * chunk_length + self.num_empty)
-            return pad(sorted_gRL[:, round], margins, value=empty)
+            pad_widths = (before * chunk_length, after * chunk_length + self.num_empty)
+            return pad(sorted_gRL[:, round], pad_widths, value=empty)
         ring = pad(sorted_gRL, (0, self.num_empty), value=empty).view(sorted_gRL.shape[0], -1, chunk_length)
         first = round * self.num_chunks
         chunks = torch.arange(first - before, first + self.num_chunks + after, device=ring.device)

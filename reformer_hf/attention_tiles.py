@@ -96,19 +96,19 @@ class Tiling:
     """
     Iterate over the tiles of an input: over heads in the outer loop, then rounds, then chunks.
 
-    Independent rounds are batched, up to the size that the policy of the device gives. `num_copies` is then their
-    number, and otherwise 1.
+    Independent rounds are batched, up to the size that the policy of the device gives. `num_batched_rounds` is then
+    their number, and otherwise 1.
 
     The masks of all tiles share memory: use one before requesting the next.
 
     Args:
-        visible: Which keys a query sees.
+        pattern: Which keys a query sees.
         order: The order of each round `[B or 1, H or 1, R, L]` as `hashing.sort_by_bucket` returns it, with padding
             last, in its own bucket. `None` means one round with one bucket, in the order of positions.
         padding_BL: True for padding, which no query sees.
         query_BLHD: The queries, which give the shape, dtype and device.
-        documents: The order of packed documents, `[B, 1, 1, L]` as `Documents.sort` returns it. A query only sees its
-            own document, and the buckets of `order` are those of single documents. `None` means one document.
+        document_order: The order of packed documents, `[B, 1, 1, L]` as `Documents.sort` returns it. A query only sees
+            its own document, and the buckets of `order` are those of single documents. `None` means one document.
         batch_rounds: Whether rounds may be batched.
 
     Raises:
@@ -117,14 +117,15 @@ class Tiling:
 
     def __init__(
         self,
-        visible: AttentionPattern,
+        pattern: AttentionPattern,
         order: Tensor | None,
         padding_BL: Tensor | None,
         query_BLHD: Tensor,
-        documents: Tensor | None = None,
+        document_order: Tensor | None = None,
         batch_rounds: bool = True,
     ):
-        self.pattern = pattern = visible if documents is None else visible.with_margin()
+        # The pattern of the tiles. What a query sees in their windows follows from `pattern`.
+        self.pattern = pattern if document_order is None else pattern.with_wider_windows()
         self.batch_size, self.length, self.num_heads, _ = query_BLHD.shape
         self.device = query_BLHD.device
         self.mask_dtype = torch.promote_types(query_BLHD.dtype, torch.float32)
@@ -139,24 +140,24 @@ class Tiling:
         policy = policy_for(self.device)
         independent = batch_rounds and not pattern.wraps and not pattern.deduplicate_keys
         fits = self.num_rows * self.num_rounds <= policy.batched_rounds
-        self.num_copies = self.num_rounds if independent and fits else 1
+        self.num_batched_rounds = self.num_rounds if independent and fits else 1
         order = order.expand(self.batch_size, self.num_heads, -1, -1)
         # Each batched round counts as a head.
-        self._order = order.reshape(self.batch_size, self.num_heads * self.num_copies, -1, self.length)
-        self._document_starts = None if documents is None else unpack_order(documents[:, 0])[1]
+        self._order = order.reshape(self.batch_size, self.num_heads * self.num_batched_rounds, -1, self.length)
+        self._document_starts = None if document_order is None else unpack_order(document_order[:, 0])[1]
         # An interval of visible slots contains no padding.
         self._padding_BL = None if interval else padding_BL
         self.has_key_everywhere = pattern.include_self and self._padding_BL is None
-        self._layout = SlotLayout(pattern, self.length)
-        self._margins = MaskMargins(self._layout, visible, interval, self.mask_dtype, self.device)
+        self._layout = SlotLayout(self.pattern, self.length)
+        self._margins = MaskMargins(self._layout, pattern, interval, self.mask_dtype, self.device)
         self._buffers = MaskBuffers(self._margins.static_mask())
-        scores_per_head = pattern.chunk_length * pattern.window_length * self._layout.num_chunks
+        scores_per_head = self.pattern.chunk_length * self.pattern.window_length * self._layout.num_chunks
         num_tiles = max(round(scores_per_head / policy.tile_scores), 1)
         self._chunks_per_tile = math.ceil(self._layout.num_chunks / num_tiles)
         self._heads_per_tile = max(policy.tile_scores // scores_per_head, 1)
 
     def __iter__(self) -> Iterator[Tile]:
-        num_groups = self.batch_size * self.num_heads * self.num_copies
+        num_groups = self.batch_size * self.num_heads * self.num_batched_rounds
         for group in torch.arange(num_groups, device=self.device).split(self._heads_per_tile):
             yield from self._tiles_of_heads(group)
 
@@ -172,12 +173,13 @@ class Tiling:
         return (rows.div(self.num_heads, rounding_mode="floor") % self.length).int()
 
     def _tiles_of_heads(self, group: Tensor) -> Iterator[Tile]:
-        of_row, num_copies = self.num_heads * self.num_copies, self.num_copies
-        batch_rows, heads = group.div(of_row, rounding_mode="floor"), group % of_row
+        num_batched_rounds = self.num_batched_rounds
+        heads_per_row = self.num_heads * num_batched_rounds
+        batch_rows, heads = group.div(heads_per_row, rounding_mode="floor"), group % heads_per_row
         positions, starts = unpack_order(self._order[batch_rows, heads])
-        copies = None
-        if num_copies > 1:
-            heads, copies = heads.div(num_copies, rounding_mode="floor"), heads % num_copies
+        rounds = None
+        if num_batched_rounds > 1:
+            heads, rounds = heads.div(num_batched_rounds, rounding_mode="floor"), heads % num_batched_rounds
         padding = None
         if self._padding_BL is not None:
             padding = self._padding_BL[batch_rows][:, None].expand(positions.shape).gather(-1, positions.long())
@@ -186,10 +188,10 @@ class Tiling:
         sorted_heads = SortedHeads(positions, starts, padding, document_starts)
         for round, margins in enumerate(self._margins.of_rounds(sorted_heads)):
             key_rows = first_rows + self.num_heads * self._layout.slots(positions, round, 0).long()
-            yield from self._tiles_of_round(round, key_rows, margins, copies)
+            yield from self._tiles_of_round(round, key_rows, margins, rounds)
 
     def _tiles_of_round(
-        self, round: int, key_rows: Tensor, margins: list[MaskMargin], copies: Tensor | None
+        self, round: int, key_rows: Tensor, margins: list[MaskMargin], rounds: Tensor | None
     ) -> Iterator[Tile]:
         pattern, num_chunks = self.pattern, self._layout.num_chunks
         around = pattern.chunks_before + pattern.chunks_after
@@ -199,7 +201,7 @@ class Tiling:
             target_rows = query_rows.clone()
             target_rows[:, self.length :].fill_(self.num_rows)
         query_rows, target_rows = (rows.unflatten(1, (-1, pattern.chunk_length)) for rows in (query_rows, target_rows))
-        result_rows = target_rows if copies is None else target_rows + (self.num_rows + 1) * copies[:, None, None]
+        result_rows = target_rows if rounds is None else target_rows + (self.num_rows + 1) * rounds[:, None, None]
         for first in range(0, num_chunks, self._chunks_per_tile):
             chunks = slice(first, min(first + self._chunks_per_tile, num_chunks))
             shape = (key_rows.shape[0], chunks.stop - first, pattern.chunk_length, pattern.window_length)

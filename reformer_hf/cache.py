@@ -396,6 +396,7 @@ class AttentionCacheLayer(CacheLayerMixin):
             raise ValueError(f"Cannot remove {-tokens_to_remove} tokens from a cache that holds {length}.")
         for layer in self.peers:
             layer._check_crop(target)
+        self.fetch()
         self._kept_by_crop = target
         if target == 0:
             self.reset()
@@ -438,6 +439,7 @@ class AttentionCacheLayer(CacheLayerMixin):
         self._map_batch(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.fetch()
         with ordinary_tensors():
             for name in self.tensors:
                 tensor = getattr(self, name)
@@ -507,6 +509,11 @@ class FixedShape(AttentionCacheLayer):
 def self_bias(dtype: torch.dtype) -> float:
     """Return the bias of a token's score with itself, under which it only counts if all other keys are masked."""
     return torch.finfo(dtype).min / 4
+
+
+def bias_in(dtype: torch.dtype, bias: Tensor) -> Tensor:
+    """Convert the bias of `Seen`. In another dtype, `self_bias` may be infinite, which means a masked key."""
+    return torch.where(bias.isneginf(), bias, bias.clamp(min=self_bias(dtype))).to(dtype)
 
 
 def grown(size: int, needed: int) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor
 from .attention_kernels import NO_KEY, attend, attend_backward, key_scale, merge, merge_all, scores_of
 from .attention_pattern import AttentionPattern
 from .attention_tiles import Tile, Tiling
+from .dropout import DropoutFactors
 from .gradient_checks import refuse_second_derivatives
-from .rng import Dropout
 
 
 def chunk_attention(
@@ -31,7 +31,7 @@ def chunk_attention(
     padding_BL: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seed: int = 0,
-    documents: Tensor | None = None,
+    document_order: Tensor | None = None,
 ) -> Tensor:
     """
     Attend within chunks, with one softmax over the keys of all rounds.
@@ -47,13 +47,13 @@ def chunk_attention(
         padding_BL: True for padding, which no query sees. Outputs of padding are undefined.
         dropout: Dropout rate of attention weights. Dropout does not apply to the value of a query without keys.
         dropout_seed: Seed of the dropout.
-        documents: The order of packed documents, see `attention_tiles.Tiling`.
+        document_order: The order of packed documents, see `attention_tiles.Tiling`.
 
     Returns:
         `[B, L, H, E]` in the dtype of the values. The output of a query without keys is its own value, or zero if
         `pattern.include_self` is True.
     """
-    options = (dropout, dropout_seed, documents)
+    options = (dropout, dropout_seed, document_order)
     return _ChunkAttention.apply(query_BLHD, key_BLHD, value_BLHE, pattern, order, padding_BL, *options)
 
 
@@ -63,20 +63,20 @@ def chunk_attention_weights(
     pattern: AttentionPattern,
     order: Tensor | None = None,
     padding_BL: Tensor | None = None,
-    documents: Tensor | None = None,
+    document_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
     Compute the attention weights of `chunk_attention` before dropout, and the positions of the keys.
 
     Args:
-        query_BLHD, key_BLHD, pattern, order, padding_BL, documents: As in `chunk_attention`.
+        query_BLHD, key_BLHD, pattern, order, padding_BL, document_order: As in `chunk_attention`.
 
     Returns:
         `weights` and `positions` (int32), both `[B, H, R, L, W]`, where W is the length of the window. The position is
         -1 for masked keys. The weights of a query sum to 1 over R and W.
     """
     with torch.no_grad(), torch.autocast(query_BLHD.device.type, enabled=False):
-        tiling = Tiling(pattern, order, padding_BL, query_BLHD, documents, batch_rounds=False)
+        tiling = Tiling(pattern, order, padding_BL, query_BLHD, document_order, batch_rounds=False)
         pattern = tiling.pattern
         rows = _Rows.of(query_BLHD, key_BLHD, query_BLHD)
         _, lse = _forward(rows, tiling, None)
@@ -108,23 +108,23 @@ class _ChunkAttention(torch.autograd.Function):
     """Save the inputs, the order, the merged output and the merged logsumexp, but no tensor of the scores' size."""
 
     @staticmethod
-    def forward(ctx, query, key, value, pattern, order, padding, dropout, dropout_seed, documents):
+    def forward(ctx, query, key, value, pattern, order, padding, dropout, dropout_seed, document_order):
         with torch.autocast(query.device.type, enabled=False):
-            tiling = Tiling(pattern.for_device(query.device), order, padding, query, documents)
-            drop = Dropout.of(dropout, dropout_seed, query.device)
+            tiling = Tiling(pattern.for_device(query.device), order, padding, query, document_order)
+            drop = DropoutFactors.of(dropout, dropout_seed, query.device)
             out, lse = _forward(_Rows.of(query, key, value), tiling, drop)
         out = out.view(value.shape)
-        ctx.save_for_backward(query, key, value, out, lse, order, padding, documents)
+        ctx.save_for_backward(query, key, value, out, lse, order, padding, document_order)
         ctx.pattern, ctx.dropout, ctx.dropout_seed = pattern, dropout, dropout_seed
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_second_derivatives()
-        query, key, value, out, lse, order, padding, documents = ctx.saved_tensors
+        query, key, value, out, lse, order, padding, document_order = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
-            tiling = Tiling(ctx.pattern.for_device(query.device), order, padding, query, documents)
-            drop = Dropout.of(ctx.dropout, ctx.dropout_seed, query.device)
+            tiling = Tiling(ctx.pattern.for_device(query.device), order, padding, query, document_order)
+            drop = DropoutFactors.of(ctx.dropout, ctx.dropout_seed, query.device)
             grads = _backward(_Rows.of(query, key, value), _rows(out), lse, _rows(grad_out), tiling, drop)
         grads = [
             None if grad is None else grad.to(x.dtype).view(x.shape)
@@ -181,7 +181,7 @@ class _TileInputs:
         tile.add_slots(grads[0], grad)
 
 
-def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tensor, Tensor]:
+def _forward(inputs: _Rows, tiling: Tiling, drop: DropoutFactors | None) -> tuple[Tensor, Tensor]:
     """
     Compute the output and the logsumexp of all rows.
 
@@ -190,8 +190,8 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
         keys and for the additional row.
     """
     # The additional row at the end receives the results of empty slots.
-    num_copies = tiling.num_copies
-    size = (num_copies * (tiling.num_rows + 1), inputs.value.shape[1])
+    num_batched_rounds = tiling.num_batched_rounds
+    size = (num_batched_rounds * (tiling.num_rows + 1), inputs.value.shape[1])
     out = torch.empty(size, dtype=tiling.mask_dtype, device=inputs.value.device)
     lse = torch.empty(size[0], dtype=tiling.mask_dtype, device=inputs.value.device)
     for tile in tiling:
@@ -203,8 +203,8 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
             part, part_lse = merge(out.index_select(0, rows), lse.index_select(0, rows), part, part_lse)
         out.index_copy_(0, rows, part)
         lse.index_copy_(0, rows, part_lse)
-    if num_copies > 1:
-        out, lse = merge_all(out.unflatten(0, (num_copies, -1)), lse.unflatten(0, (num_copies, -1)))
+    if num_batched_rounds > 1:
+        out, lse = merge_all(out.unflatten(0, (num_batched_rounds, -1)), lse.unflatten(0, (num_batched_rounds, -1)))
     out, without_key = out[:-1].to(inputs.value.dtype), lse <= NO_KEY
     lse.masked_fill_(without_key, math.inf)
     # Assigning to `lse[-1]` would make the host wait for the device.
@@ -217,7 +217,7 @@ def _forward(inputs: _Rows, tiling: Tiling, drop: Dropout | None) -> tuple[Tenso
 
 
 def _backward(
-    inputs: _Rows, out: Tensor, lse: Tensor, grad_out: Tensor, tiling: Tiling, drop: Dropout | None
+    inputs: _Rows, out: Tensor, lse: Tensor, grad_out: Tensor, tiling: Tiling, drop: DropoutFactors | None
 ) -> list[Tensor | None]:
     """Compute the gradients of queries, keys and values by row."""
     grads = [

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .device_policy import policy_for
 from .gradient_checks import refuse_second_derivatives
-from .rng import ApplyMask, DropoutMask, ReplayState, draw_seed
+from .replay import ReplayState, trainable_parameters
 
 PositionWise = Callable[[Tensor], Tensor]
 
@@ -41,11 +40,6 @@ def _has_unusual_weights(module: nn.Module) -> bool:
     return any(type(value) is Tensor and value.requires_grad for value in vars(module).values())
 
 
-def suitable_chunk_size(batch_size: int, length: int, device_type: str) -> int:
-    """Return the number of positions per chunk of an input `[B, L, …]` that is fastest on a device."""
-    return max(min(policy_for(device_type).chunk_positions // max(batch_size, 1), length), 1)
-
-
 def chunks_of(hidden_states: Tensor, chunk_size: int) -> Iterator[slice]:
     """Yield the positions of each chunk of `[B, L, …]`; a `chunk_size` of 0 means one chunk."""
     length = hidden_states.shape[1]
@@ -53,36 +47,7 @@ def chunks_of(hidden_states: Tensor, chunk_size: int) -> Iterator[slice]:
         yield slice(start, min(start + (chunk_size or length), length))
 
 
-def draw_block_seeds(tensor: Tensor) -> list[int]:
-    """Draw a seed for each block of positions of `[B, L, …]`, of the size of a chunk that suits the device."""
-    return [draw_seed() for _ in tensor.split(_block_size(tensor), dim=1)]
-
-
-def dropout_in_blocks(tensor: Tensor, rate: float, seeds: Sequence[int]) -> Tensor:
-    """
-    Apply dropout to `[B, L, …]`, with the mask of a seed in each block of positions.
-
-    A tensor that is computed in chunks then has the same mask as one that is computed as a whole.
-    """
-    if not rate:
-        return tensor
-    blocks = zip(tensor.split(_block_size(tensor), dim=1), seeds, strict=True)
-    masks = [DropoutMask.draw(block, rate, torch.Generator(tensor.device).manual_seed(seed)) for block, seed in blocks]
-    keep = masks[0].keep if len(masks) == 1 else torch.cat([mask.keep for mask in masks], dim=1)
-    return ApplyMask.apply(tensor, keep, masks[0].scale)
-
-
-def _block_size(tensor: Tensor) -> int:
-    return suitable_chunk_size(tensor.shape[0], tensor.shape[1], tensor.device.type)
-
-
-def apply_chunked(
-    function: PositionWise,
-    hidden_states: Tensor,
-    chunk_size: int,
-    parameters: Sequence[Tensor] = (),
-    module: nn.Module | None = None,
-) -> Tensor:
+def apply_chunked(function: PositionWise, hidden_states: Tensor, chunk_size: int, module: nn.Module) -> Tensor:
     """
     Apply `function` to `hidden_states` `[B, L, …]` in chunks of positions.
 
@@ -92,17 +57,15 @@ def apply_chunked(
         function: A function that acts on each position independently.
         hidden_states: `[B, L, …]`.
         chunk_size: Positions per chunk; 0 applies `function` to the whole input.
-        parameters: Parameters of `function` that may require gradients.
-        module: The module that `function` belongs to, whose mode the recomputation restores. If it needs a plain
-            call, `function` is applied to the whole input.
+        module: The module that `function` belongs to, with all of its parameters. The recomputation restores its mode.
+            If it needs a plain call, `function` is applied to the whole input.
 
     Raises:
         RuntimeError: In a backward pass with `create_graph=True`, if there are several chunks.
     """
-    if chunk_size == 0 or chunk_size >= hidden_states.shape[1] or (module is not None and needs_plain_call(module)):
+    if chunk_size == 0 or chunk_size >= hidden_states.shape[1] or needs_plain_call(module):
         return function(hidden_states)
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    return _Chunked.apply(function, module, chunk_size, hidden_states, *parameters)
+    return _Chunked.apply(function, module, chunk_size, hidden_states, *trainable_parameters(module))
 
 
 def map_chunks(function: Callable[[Tensor], Sequence[Tensor]], hidden_states: Tensor, chunk_size: int) -> list[Tensor]:

@@ -348,8 +348,8 @@ class ReformerHfConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = cls._adopt_older(config_dict)
         # Apply overrides before the config is built, so that derived fields and checks use them.
-        fields = (cls.__dataclass_fields__.keys() | {"num_hidden_layers"}) & kwargs.keys() - {"dtype"}
-        overrides = {name: kwargs.pop(name) for name in fields}
+        names = (cls.__dataclass_fields__.keys() | {"num_hidden_layers"}) & kwargs.keys() - {"dtype"}
+        overrides = {name: kwargs.pop(name) for name in names}
         built = super().from_dict({**config_dict, **overrides}, **kwargs)
         cls._check_growth(config_dict, built[0] if isinstance(built, tuple) else built)
         return built

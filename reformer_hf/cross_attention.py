@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 
 from .configuration_reformer_hf import ReformerHfConfig
-from .rng import RateDropout
+from .dropout import RateDropout
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Context:
     def num_positions(self) -> int:
         """Number of positions, summed over the batch."""
         return self.hidden_states.shape[0] * self.hidden_states.shape[1]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Context":
+        """Move the tensors to a device."""
+        bias = None if self.bias is None else self.bias.to(device, non_blocking=non_blocking)
+        return Context(self.hidden_states.to(device, non_blocking=non_blocking), bias)
 
     @classmethod
     def of(cls, hidden_states: Tensor, attention_mask: Tensor | None) -> "Context":

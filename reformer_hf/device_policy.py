@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""Settings that depend on the device type: tile and chunk sizes, and kernels. No other file depends on it."""
+"""Settings by device type: tile and chunk sizes, and kernels."""
 
 from dataclasses import dataclass, replace
 
@@ -107,6 +107,11 @@ OTHER = replace(CUDA, pin_uploads=False, kernel=None)
 
 # By device type. Tests replace entries, for example to run the policy of CUDA on a CPU.
 POLICIES = {"cpu": CPU, "cuda": CUDA}
+
+
+def suitable_chunk_size(batch_size: int, length: int, device_type: str) -> int:
+    """Return the number of positions per chunk of an input `[B, L, …]` that is fastest on a device."""
+    return max(min(policy_for(device_type).chunk_positions // max(batch_size, 1), length), 1)
 
 
 def policy_for(device: torch.device | str) -> DevicePolicy:

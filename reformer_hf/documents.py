@@ -6,7 +6,7 @@ Attention gives each document the same result as in a row of its own. Tokens sor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -56,6 +56,10 @@ class Documents:
             is_token = (~padding).flatten().cpu()
             lengths = [int(tokens.sum()) for tokens in is_token.split(lengths)]
         return cls(starts, spans, lengths)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Documents":
+        """Move the tensors to a device."""
+        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
 
     @cached_property
     def index(self) -> Tensor:

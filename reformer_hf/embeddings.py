@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from .configuration_reformer_hf import ReformerHfConfig
-from .rng import RateDropout
+from .dropout import RateDropout
 
 
 def repeat_entries(table: Tensor, dim: int, size: int, used: int, repeated: int) -> Tensor:

@@ -10,6 +10,7 @@ The Reformer encoder-decoder (Kitaev, Kaiser, Levskaya 2020, section 5).
 Both stacks are reversible. The encoder output is kept once, for all layers of the decoder.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -119,7 +120,10 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
         cache: EncoderDecoderCache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
         num_hashes: int | None = None,
+        num_buckets: int | Sequence[int] | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -127,9 +131,6 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
     ) -> ReformerHfSeq2SeqModelOutput:
         """
         Compute the hidden states of decoder inputs, given encoder inputs.
-
-        The arguments `position_ids`, `decoder_position_ids` and `num_buckets` (of both stacks) are those of
-        `ReformerHfModel.forward`.
 
         Args:
             input_ids (`[B, S]`, *optional*): Token ids of the encoder.
@@ -140,7 +141,10 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
                 tuple with `last_hidden_state` `[B, S, 2 * hidden_size]` in the first place.
             cache (`EncoderDecoderCache`, *optional*): KV cache of both kinds of attention of the decoder.
             inputs_embeds, decoder_inputs_embeds (*optional*): Word embeddings instead of ids.
+            position_ids (`[B, S]`, *optional*): Positions of the encoder, see `ReformerHfModel.forward`.
+            decoder_position_ids (`[B, L]`, *optional*): Positions of the decoder.
             num_hashes (`int`, *optional*): Number of hash rounds for this call, in both stacks.
+            num_buckets (`int` or `list[int]`, *optional*): Buckets per round for this call, in both stacks.
             use_cache (`bool`, *optional*): Whether to create and return a cache if none is given, in evaluation mode.
                 `None` means `config.use_cache` without gradients, and False otherwise.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return those of both stacks.
@@ -155,7 +159,7 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
             output_attentions = self.config.output_attentions
         shared = {
             "num_hashes": num_hashes,
-            "num_buckets": kwargs.get("num_buckets"),
+            "num_buckets": num_buckets,
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "return_dict": True,
@@ -170,7 +174,7 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                position_ids=kwargs.get("position_ids"),
+                position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 **shared,
             )
@@ -183,7 +187,7 @@ class ReformerHfEncoderDecoderModel(ReformerHfEncoderDecoderPreTrainedModel):
         outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
-            position_ids=kwargs.get("decoder_position_ids"),
+            position_ids=decoder_position_ids,
             inputs_embeds=decoder_inputs_embeds,
             cache=None if cache is None else cache.self_attention_cache,
             cross_cache=None if cache is None else cache.cross_attention_cache,

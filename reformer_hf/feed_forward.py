@@ -4,9 +4,9 @@
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .chunked import apply_chunked, draw_block_seeds, dropout_in_blocks
+from .chunked import apply_chunked
 from .configuration_reformer_hf import ReformerHfConfig
-from .rng import RateDropout
+from .dropout import RateDropout, draw_block_seeds, dropout_in_blocks
 from .stream_norm import StreamLayerNorm
 
 
@@ -37,7 +37,7 @@ class ReformerHfFeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the update `[B, L, E]` of the second residual stream, in chunks of `chunk_size_feed_forward`."""
-        return apply_chunked(self._update, hidden_states, self.chunk_size, list(self.parameters()), self)
+        return apply_chunked(self._update, hidden_states, self.chunk_size, self)
 
     def _update(self, hidden_states: Tensor) -> Tensor:
         inner = self.dense(self.layer_norm(hidden_states))

@@ -131,7 +131,7 @@ def _check_range(name: str, ids: Tensor | None, limit: int, field: str) -> None:
     if ids.numel() <= _FEW_IDS:
         smallest, largest = min(few := ids.flatten().tolist()), max(few)
     else:
-        smallest, largest = (int(x) for x in torch.aminmax(ids))
+        smallest, largest = torch.stack(torch.aminmax(ids)).tolist()
     if smallest < 0 or largest >= limit:
         bad_id = smallest if smallest < 0 else largest
         raise ValueError(

@@ -5,6 +5,7 @@ Checks of heads and their labels. Each raises a `ValueError` that says what to c
 `reads_values` says whether to read the values of labels, see `ReformerHfModel.reads_values`.
 """
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -53,6 +54,8 @@ def check_token_labels(
             f"`{name}` has shape {tuple(labels.shape)}, but must be {tuple(states.shape[:2])}, one entry for each "
             f"token ({ignore_index} for tokens without loss)."
         )
+    if labels.dtype != torch.long:
+        raise ValueError(f"`{name}` has dtype {labels.dtype}, but must be torch.int64: pass `{name}.long()`.")
     _check_indices(labels, num_classes, field, reads_values, ignore_index, name)
 
 
@@ -101,7 +104,7 @@ def check_class_indices(labels: Tensor, logits: Tensor, limit_name: str, reads_v
             f"sequence{multi_label if labels.shape == logits.shape else ''}."
         )
     _check_indices(labels, num_classes, limit_name, reads_values)
-    return labels.flatten().to(logits.device)
+    return labels.flatten().to(logits.device, torch.long)
 
 
 def check_choices(

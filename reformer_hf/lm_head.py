@@ -1,5 +1,5 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
-"""The LM head: logits, and the cross entropy of the next token without storing the logits of all positions."""
+"""The LM head: logits, and the cross entropy of tokens without storing the logits of all positions."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ IGNORED = -100
 class ReformerHfLMHead(nn.Module):
     """The projection to logits. Its bias has two names: `decoder.bias`, and `bias` as in in-tree checkpoints."""
 
-    # Only used to save a model; see `ReformerHfForCausalLM.get_expanded_tied_weights_keys` for all other purposes.
+    # Only used to save a model; see `ReformerHfLMHeadModel.get_expanded_tied_weights_keys` for all other purposes.
     _tied_weights_keys = {"decoder.bias": "bias"}
 
     def __init__(self, config: ReformerHfConfig):
@@ -49,7 +49,7 @@ class ReformerHfLMHead(nn.Module):
             return self._sum_cross_entropy(hidden_states, targets)
         if not torch.is_grad_enabled() and not 0 < self.chunk_size < hidden_states.shape[1]:
             return self.decoder(hidden_states)
-        return apply_chunked(self.decoder, hidden_states, self.chunk_size, list(self.decoder.parameters()), self)
+        return apply_chunked(self.decoder, hidden_states, self.chunk_size, self)
 
     @torch.no_grad()
     def untie(self) -> None:
@@ -100,10 +100,9 @@ class ReformerHfLMHead(nn.Module):
         targets = targets.masked_fill(targets == ignore_index, IGNORED)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORED).sum()
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(hidden_states.device)
         # Without targets the loss is NaN, as in Transformers, and its gradient is zero.
         count = torch.as_tensor(num_items_in_batch, device=hidden_states.device)
+        # By calling the module, so that its hooks run, such as that of FSDP.
         loss = self(hidden_states, targets) / count.clamp(min=1)
         return torch.where(count > 0, loss, torch.nan)
 

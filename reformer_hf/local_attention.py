@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache
 from .attention_pattern import AttentionPattern
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
+from .dropout import RateDropout
 from .hashing import sort_by_bucket
-from .rng import RateDropout
 from .rotary import rotate
 from .self_attention import AttentionCall, Found, SelfAttention, Weights
 

@@ -16,8 +16,8 @@ from .attention_pattern import AttentionPattern
 from .cache import CacheSpec
 from .configuration_reformer_hf import ReformerHfConfig
 from .documents import Documents
+from .dropout import draw_seed
 from .hashing import bucket_factors, hash_by, hash_few, projections_of, random_rotations, sort_by_bucket
-from .rng import draw_seed
 from .self_attention import AttentionCall, DocumentHashing, Found, SelfAttention, Weights
 
 logger = logging.get_logger(__name__)
@@ -54,7 +54,7 @@ class LSHSelfAttention(SelfAttention):
             return replace(call, document_hashing=self._document_hashing(call, call.documents, hash_seed))
         # A static cache says how many tokens are to come.
         planned = call.length if cache_layer is None else max(call.length, cache_layer.get_max_length())
-        factors = call.num_buckets or factors_of(self.config, planned)
+        factors = call.factors or factors_of(self.config, planned)
         return replace(call, projections=self._draw_projections(call, hash_seed, factors), factors=factors)
 
     def _draw_projections(self, call: AttentionCall, seed: int, factors: Sequence[int]) -> Sequence[Tensor]:
@@ -65,7 +65,7 @@ class LSHSelfAttention(SelfAttention):
         groups: dict[tuple[int, ...], list] = {}
         first_buckets, num_buckets = [], 0
         for (row, start, stop), length in zip(documents.spans, documents.lengths, strict=True):
-            factors = tuple(call.num_buckets or factors_of(self.config, max(length, 1)))
+            factors = tuple(call.factors or factors_of(self.config, max(length, 1)))
             groups.setdefault(factors, []).append((row, start, stop))
             num_buckets = num_buckets if start else 0
             first_buckets.append(num_buckets)

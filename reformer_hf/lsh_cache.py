@@ -68,6 +68,11 @@ class LSHCacheLayer(AttentionCacheLayer):
     def ring_length(self) -> int:
         return self.rings.shape[-1]
 
+    @property
+    def _bucket_starts(self) -> Tensor:
+        """First slot of each bucket in the sorted order, `[B, H, R, N + 1]`."""
+        return self.counts.cumsum(-1) - self.counts
+
     def _num_seen(self) -> int:
         """Return W, the number of tokens that a token sees in a round, without its own."""
         return self.spec.pattern.chunk_length * self.spec.pattern.chunks_before
@@ -231,7 +236,7 @@ class LSHCacheLayer(AttentionCacheLayer):
         """Recompute counts and rings from the sorted order `[B, H, R, T]` of all rows."""
         buckets = self.buckets[:, :, : order.shape[-1]].transpose(2, 3).long()
         self.counts.zero_().scatter_add_(3, buckets, torch.ones_like(buckets))
-        starts = self.counts.cumsum(-1) - self.counts
+        starts = self._bucket_starts
         last = self.counts[..., None] - 1
         cells = torch.arange(self.ring_length, device=self.device)
         # A cell holds the last token whose index modulo M is the cell.
@@ -340,8 +345,8 @@ class LSHChunkCacheLayer(LSHCacheLayer):
 
     def _rebuild(self, order: Tensor) -> None:
         super()._rebuild(order)
-        starts = self.counts.cumsum(-1) - self.counts
-        self.firsts.copy_(_rows_at(order, starts[..., None] + torch.arange(self.firsts.shape[-1], device=self.device)))
+        slots = self._bucket_starts[..., None] + torch.arange(self.firsts.shape[-1], device=self.device)
+        self.firsts.copy_(_rows_at(order, slots))
 
     def _push_and_look_up(self, rings: Tensor, row: Any) -> tuple[Tensor, Tensor]:
         index, ring_length = self._next_index(rings), self.ring_length
@@ -369,8 +374,7 @@ class LSHChunkCacheLayer(LSHCacheLayer):
             Slots; negative ones are in the round before.
         """
         chunk_length, num_seen = self.spec.pattern.chunk_length, self._num_seen()
-        starts = self.counts.cumsum(-1) - self.counts
-        own_slot = starts.gather(-1, rings - self._first_rings()) + index
+        own_slot = self._bucket_starts.gather(-1, rings - self._first_rings()) + index
         first = (own_slot.div(chunk_length, rounding_mode="floor") + 1) * chunk_length - num_seen
         return first + torch.arange(num_seen, device=self.device)
 
@@ -386,15 +390,18 @@ class LSHChunkCacheLayer(LSHCacheLayer):
             Their rows, and whether they are masked, both `[B, H, R, W]`.
         """
         pattern, ring_length, chunk_length = self.spec.pattern, self.ring_length, self.firsts.shape[-1]
-        wrapped, ends = slots < 0, self.counts.cumsum(-1)
+        wrapped = slots < 0
         if pattern.wraps:
-            slots = torch.where(wrapped, slots + self._padded_length(), slots)
-        # The first chunk of a round sees the last chunk of the previous round.
-        search = _OfRounds(wrapped)
-        buckets = search(ends, lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
+            slots = torch.where(wrapped, slots + pattern.padded_length(self.length + 1), slots)
+
+        def search(of_rounds: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
+            # In a ring, the first chunk of a round sees the last chunk of the previous round.
+            return torch.where(wrapped, look_up(of_rounds.roll(1, 2)), look_up(of_rounds))
+
+        buckets = search(self.counts.cumsum(-1), lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
         masked = (slots < 0) | (buckets >= self.num_buckets)
         buckets = buckets.clamp(max=self.num_buckets)
-        index = slots - search(ends - self.counts, lambda of_buckets: of_buckets.gather(-1, buckets))
+        index = slots - search(self._bucket_starts, lambda of_buckets: of_buckets.gather(-1, buckets))
         counts = search(self.counts, lambda of_buckets: of_buckets.gather(-1, buckets))
         seen_rings = search(self._first_rings().contiguous(), lambda of_rounds: of_rounds + buckets)
         last = self.rings.view(-1).take(seen_rings * ring_length + index % ring_length)
@@ -415,13 +422,6 @@ class LSHChunkCacheLayer(LSHCacheLayer):
         cells = torch.where(index < chunk_length, rings * chunk_length + index, (trash + 1) * chunk_length - 1)
         self._put(self.firsts, cells[..., 0], row)
 
-    def _padded_length(self) -> int | Tensor:
-        """Return the length of a round in the ring of all chunks, including the token that is being appended."""
-        pattern, length = self.spec.pattern, self.length + 1
-        is_padded = length > pattern.ring_min_length
-        # Arithmetic instead of a branch, because the length may be a tensor.
-        return length + is_padded * (-length % pattern.ring_multiple)
-
 
 class StaticLSHCacheLayer(FixedShape, LSHCacheLayer):
     """An `LSHCacheLayer` of a fixed shape."""
@@ -429,16 +429,6 @@ class StaticLSHCacheLayer(FixedShape, LSHCacheLayer):
 
 class StaticLSHChunkCacheLayer(FixedShape, LSHChunkCacheLayer):
     """An `LSHChunkCacheLayer` of a fixed shape."""
-
-
-class _OfRounds:
-    """Look up `[B, H, R, W]` in a tensor `[B, H, R, …]` of all rounds, in the same round or in the previous one."""
-
-    def __init__(self, before: Tensor):
-        self._before = before
-
-    def __call__(self, of_rounds: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.where(self._before, look_up(of_rounds.roll(1, 2)), look_up(of_rounds))
 
 
 def _rows_at(order: Tensor, slots: Tensor) -> Tensor:

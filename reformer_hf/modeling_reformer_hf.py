@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
-from transformers.loss.loss_utils import LOSS_MAPPING, fixed_cross_entropy
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
@@ -64,7 +64,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
     """Embeddings and the stack of reversible layers."""
 
     # Whether to check the values of inputs in addition to their shapes: ids out of range then raise a `ValueError`,
-    # and a mask of ones has no cost. On a GPU, this waits for the device once per call.
+    # and a mask of ones has no cost. On a GPU, each of these checks waits for the device.
     checks_values = True
 
     def __init__(self, config: ReformerHfConfig):
@@ -170,7 +170,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
                 padding=padding,
                 context=context,
                 num_hashes=num_hashes,
-                num_buckets=factors,
+                factors=factors,
                 output_attentions=output_attentions,
                 documents=documents,
             )
@@ -213,7 +213,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         return self.checks_values and not torch.compiler.is_compiling()
 
     def _padding(self, attention_mask: Tensor | None, inputs: Tensor) -> Tensor | None:
-        """Return which of the new tokens are padding, `[B, L]`, or `None` if a check has seen that none is."""
+        """Return which of the new tokens are padding, `[B, L]`, or `None` if the mask is known to have no zeros."""
         if attention_mask is None:
             return None
         attention_mask = attention_mask[:, -inputs.shape[1] :].to(inputs.device, torch.bool)
@@ -355,9 +355,6 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
         if self._loss_without_logits:
             return None, self.lm_head.loss(hidden_states, labels, **kwargs)
         logits = self.lm_head(hidden_states)
-        if self._has_default_loss and logits.dtype == torch.float64:
-            # The default loss rounds logits to fp32. The in-tree loss does not.
-            return logits, fixed_cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device), **kwargs)
         return logits, self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
     @property

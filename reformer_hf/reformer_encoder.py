@@ -7,10 +7,10 @@ from transformers import Cache
 
 from .activation_memory import recomputes_activations
 from .configuration_reformer_hf import ReformerHfConfig
+from .dropout import RateDropout
 from .modeling_outputs import ReformerHfModelOutput
 from .reformer_layer import ReformerHfLayer
 from .reversible import Tape
-from .rng import RateDropout
 from .self_attention import AttentionCall
 from .stream_norm import StreamLayerNorm
 
@@ -43,7 +43,7 @@ class ReformerHfEncoder(nn.Module):
             and recomputes_activations(self.config, call.num_positions, call.device, source_positions)
         )
         tape = Tape() if recomputes and torch.is_grad_enabled() else None
-        all_hidden_states, all_weights = [x2], []
+        all_hidden_states, all_weights = [x2] if output_hidden_states else [], []
         for layer in self.layers:
             x1, x2, weights = layer(x1, x2, call, tape, cache, cross_cache)
             if output_hidden_states:

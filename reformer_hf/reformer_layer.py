@@ -5,7 +5,7 @@ One layer of the Reformer: a pair of residual branches on two streams (Kitaev et
     y1 = x1 + Attention(x2)
     y2 = x2 + FeedForward(y1)
 
-In the decoder of an encoder-decoder, a triple that also reads the encoder output e. The streams change places from one
+In the decoder of an encoder-decoder, a triple that also reads the encoder output e. The streams swap from one
 layer to the next, so that each branch reads the stream that was changed last (as in trax):
 
     y1 = x1 + Attention(x2)
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .chunked import draw_block_seeds, dropout_in_blocks, needs_plain_call, suitable_chunk_size
+from .chunked import needs_plain_call
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import CrossAttention
+from .dropout import RateDropout, SeededDropout, draw_block_seeds, draw_seed, dropout_in_blocks
 from .feed_forward import ReformerHfFeedForward
 from .full_attention import FullSelfAttention
 from .local_attention import LocalSelfAttention
 from .lsh_attention import LSHSelfAttention
 from .reversible import AttentionBranch, AttentionPart, Branch, ContextBranch, PositionWiseBranch, Tape, residual_layer
-from .rng import RateDropout, SeededDropout, draw_seed
 from .self_attention import AttentionCall, Found, ReformerHfSelfOutput, SelfAttention, Weights
 from .stream_norm import StreamLayerNorm
 
@@ -87,7 +87,7 @@ class ReformerHfAttention(nn.Module):
         return AttentionBranch(
             self,
             parts=[self._part(call, heads) for heads in self.self_attention.head_groups(call, self.output.dense)],
-            chunk_size=suitable_chunk_size(call.batch_size, call.length, call.device.type),
+            chunk_size=call.suitable_chunk_size,
             dropout=drop,
         )
 
@@ -155,7 +155,7 @@ class ReformerHfCrossAttention(nn.Module):
             function=partial(self, bias=bias),
             context=context,
             prepare=lambda context: cached or self.keys_and_values(context),
-            chunk_size=suitable_chunk_size(call.batch_size, call.length, call.device.type),
+            chunk_size=call.suitable_chunk_size,
             observe=(lambda y1, prepared: self.weights(y1, prepared[0], bias)) if call.output_attentions else None,
         )
 
@@ -210,7 +210,7 @@ class ReformerHfLayer(nn.Module):
     def _call_modules(
         self, x1: Tensor, x2: Tensor, call: AttentionCall, cache: Cache | None, cross_cache: Cache | None
     ) -> tuple[Tensor, Tensor, LayerWeights | None]:
-        """Compute the layer by calling each of its modules once. The streams change places after each branch."""
+        """Compute the layer by calling each of its modules once. The streams swap after each branch."""
         added, weights = self.attention(x2, call, cache)
         x1, x2 = x2, x1 + added
         cross_weights = None
@@ -234,6 +234,4 @@ class ReformerHfLayer(nn.Module):
         return not is_original or needs_plain_call(self)
 
     def _feed_forward_branch(self, call: AttentionCall) -> PositionWiseBranch:
-        suitable = suitable_chunk_size(call.batch_size, call.length, call.device.type)
-        chunk_size = self.feed_forward.chunk_size or suitable
-        return PositionWiseBranch(self.feed_forward, chunk_size)
+        return PositionWiseBranch(self.feed_forward, self.feed_forward.chunk_size or call.suitable_chunk_size)

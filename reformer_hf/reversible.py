@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .chunked import accumulate, chunks_of, map_chunks, vjp_chunks
+from .dropout import SeededDropout
 from .gradient_checks import refuse_second_derivatives
-from .rng import ReplayState, SeededDropout
+from .replay import ReplayState, trainable_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +34,7 @@ Streams = tuple[Tensor, Tensor]
 Gradients = list[Tensor | None]
 
 
+@dataclass
 class Branch(ABC):
     """
     One residual branch of a layer: a function of one stream `[B, L, E]` that is added to the other stream.
@@ -42,11 +44,16 @@ class Branch(ABC):
 
     Args:
         module: The module that computes the function, with all of its parameters.
-        parameters: Tensors other than the stream that require gradients, such as the parameters of the module.
+
+    Attributes:
+        parameters: Tensors other than the stream that require gradients: the parameters of the module, and in some
+            branches others.
     """
 
     module: nn.Module
-    parameters: list[Tensor]
+
+    def __post_init__(self) -> None:
+        self.parameters = trainable_parameters(self.module)
 
     @abstractmethod
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, Any]:
@@ -87,16 +94,10 @@ class PositionWiseBranch(Branch):
 
     Args:
         module: Maps a chunk of positions to the values that are added to them.
-        parameters: See `Branch`.
         chunk_size: Positions per chunk; 0 for all.
     """
 
-    module: nn.Module
     chunk_size: int = 0
-    parameters: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.parameters = trainable_parameters(self.module)
 
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, None]:
         out = torch.empty_like(other)
@@ -124,21 +125,18 @@ class ContextBranch(Branch):
         function: Maps a chunk of positions and the prepared context to the values that are added to them.
         context: Another input of the branch, which may require a gradient.
         prepare: Maps the context to tensors, such as keys and values.
-        parameters: See `Branch`.
         chunk_size: Positions per chunk; 0 for all.
         observe: Maps the stream and the prepared context to intermediate results.
     """
 
-    module: nn.Module
     function: Callable[..., Tensor]
     context: Tensor
     prepare: Callable[[Tensor], Sequence[Tensor]]
     chunk_size: int = 0
     observe: Callable[[Tensor, Sequence[Tensor]], Any] | None = None
-    parameters: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = trainable_parameters(self.module)
+        super().__post_init__()
         if self.context.requires_grad:
             self.parameters.append(self.context)
 
@@ -214,32 +212,27 @@ class AttentionBranch(Branch):
     positions.
 
     Args:
-        module, parameters: See `Branch`.
+        module: See `Branch`.
         parts: See `AttentionPart`.
         chunk_size: Positions per chunk to read and write; 0 for all.
         dropout: Dropout of the sum over the parts; `None` for none.
     """
 
-    module: nn.Module
     parts: Sequence[AttentionPart]
     chunk_size: int = 0
     dropout: SeededDropout | None = None
-    parameters: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.parameters = trainable_parameters(self.module)
 
     def add_to(
         self, other: Tensor, stream: Tensor, sign: int = 1, found: Sequence | None = None
     ) -> tuple[Tensor, list]:
         out, drop, found_now = torch.empty_like(other), self._drop(stream), []
-        for part, of_part in zip(self.parts, found or [None] * len(self.parts), strict=True):
-            heads, of_part = part.attend(map_chunks(part.read, stream, self.chunk_size), of_part)
+        for part, part_found in zip(self.parts, found or [None] * len(self.parts), strict=True):
+            output, part_found = part.attend(map_chunks(part.read, stream, self.chunk_size), part_found)
             for at in chunks_of(stream, self.chunk_size):
-                added = drop(part.write(heads[:, at]), at)
+                added = drop(part.write(output[:, at]), at)
                 torch.add(other[:, at], added, alpha=sign, out=out[:, at])
             other = out
-            found_now.append(of_part)
+            found_now.append(part_found)
         return out, found_now
 
     def reverse_and_grad(
@@ -247,22 +240,22 @@ class AttentionBranch(Branch):
     ) -> tuple[Tensor, Gradients]:
         grad_sum, drop = torch.empty_like(grad_stream), self._drop(stream)
         grads: Gradients = [None] * len(self.parameters)
-        for part, of_part in zip(self.parts, found, strict=True):
+        for part, part_found in zip(self.parts, found, strict=True):
             # An adapter may draw random numbers in `read`, or change buffers, which the second call below must repeat.
             state = self.replay_state(stream.device)
             inputs = [x.requires_grad_() for x in map_chunks(part.read, stream, self.chunk_size)]
             state.keep_changed_buffers()
             with torch.enable_grad():
-                heads, _ = part.attend(inputs, of_part)
-            grad_heads = torch.empty_like(heads)
+                output, _ = part.attend(inputs, part_found)
+            grad_output = torch.empty_like(output)
             grads_of = partial(_grad_added, drop, grad_total)
             for at, (added,), grad in vjp_chunks(
-                part.write, heads.detach(), grads_of, self.chunk_size, self.parameters, grads
+                part.write, output.detach(), grads_of, self.chunk_size, self.parameters, grads
             ):
                 torch.sub(total[:, at], drop(added, at), out=rest[:, at])
-                grad_heads[:, at] = grad
-            grad_inputs = torch.autograd.grad(heads, inputs, grad_heads, materialize_grads=True)
-            del inputs, heads, grad_heads
+                grad_output[:, at] = grad
+            grad_inputs = torch.autograd.grad(output, inputs, grad_output, materialize_grads=True)
+            del inputs, output, grad_output
             read, grads_of = partial(part.read, values=False), partial(_at, grad_inputs)
             with state.replay():
                 for at, _, grad in vjp_chunks(read, stream, grads_of, self.chunk_size, self.parameters, grads):
@@ -273,12 +266,7 @@ class AttentionBranch(Branch):
         return grad_sum, grads
 
     def _drop(self, stream: Tensor) -> Callable[[Tensor, slice], Tensor]:
-        return _drop_nothing if self.dropout is None else self.dropout.of(stream)
-
-
-def trainable_parameters(module: nn.Module) -> list[Tensor]:
-    """Return the parameters of a module that require gradients."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return _drop_nothing if self.dropout is None else self.dropout.in_chunks(stream)
 
 
 def _drop_nothing(added: Tensor, at: slice) -> Tensor:
@@ -428,7 +416,7 @@ def residual_layer(
     """
     Compute one layer of residual branches. The backward pass recomputes its input from its output.
 
-    Each branch reads one stream and is added to the other. Then the streams change places: the next branch reads the
+    Each branch reads one stream and is added to the other. Then the streams swap: the next branch reads the
     stream that was changed last.
 
     Args:
@@ -478,10 +466,10 @@ class _ReversibleLayer(torch.autograd.Function):
         for branch, state, found in record.reversed():
             rest = total if total_is_private else torch.empty_like(total)
             with state.replay():
-                grad1, of_parameters = branch.reverse_and_grad(total, stream, grad2, grad1, rest=rest, found=found)
-            grads.insert(0, of_parameters)
+                grad1, parameter_grads = branch.reverse_and_grad(total, stream, grad2, grad1, rest=rest, found=found)
+            grads.insert(0, parameter_grads)
             # Before this branch, the streams were in the other order.
             (stream, total), (grad1, grad2) = (rest, stream), (grad2, grad1)
             stream_is_private, total_is_private = True, stream_is_private
         ctx.segment.put_back((stream, total))
-        return None, None, grad1, grad2, *(grad for of_parameters in grads for grad in of_parameters)
+        return None, None, grad1, grad2, *(grad for parameter_grads in grads for grad in parameter_grads)

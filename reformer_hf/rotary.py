@@ -13,6 +13,10 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Rotation":
+        """Move the tensors to a device."""
+        return Rotation(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
 
 def rotation_of(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Rotation:
     """

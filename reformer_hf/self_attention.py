@@ -11,14 +11,14 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 from .attention_pattern import AttentionPattern
-from .cache import CacheSpec, Past, Seen
+from .cache import CacheSpec, Past, Seen, bias_in
 from .chunk_attention import chunk_attention, chunk_attention_weights
 from .chunked import has_hooks
 from .configuration_reformer_hf import ReformerHfConfig
 from .cross_attention import Context
-from .device_policy import policy_for
+from .device_policy import policy_for, suitable_chunk_size
 from .documents import Documents
-from .rng import RateDropout, draw_seed
+from .dropout import RateDropout, draw_seed
 from .rotary import Rotation
 
 # Attention weights and the positions of their keys.
@@ -51,7 +51,6 @@ class AttentionCall:
         padding: `[B, L]`, True for padding.
         rotation: Rotation of the queries and keys of local layers; `None` for none.
         num_hashes: Number of hash rounds; overrides the config.
-        num_buckets: Factors of the number of buckets; overrides those that follow from the config and the length.
         output_attentions: Whether to return attention weights.
         documents: The documents of packed rows; `None` if each row is one document.
         context: The encoder output, in the decoder of an encoder-decoder.
@@ -59,7 +58,7 @@ class AttentionCall:
         past: Cached tokens before the input.
         projections: Rotations that hash all heads, as `hashing.projections_of` returns them.
         document_hashing: How packed documents hash; `None` if there are none.
-        factors: Factors of the number of buckets that they hash into.
+        factors: Factors of the number of buckets. `None` means those that follow from the config and the length.
         document_order: The result of `Documents.sort`.
         dropout_seed: Seed of the dropout of attention weights.
     """
@@ -71,14 +70,13 @@ class AttentionCall:
     padding: Tensor | None = None
     rotation: Rotation | None = None
     num_hashes: int | None = None
-    num_buckets: Sequence[int] | None = None
     output_attentions: bool = False
     documents: Documents | None = None
     context: Context | None = None
     fills_cache: bool = False
     past: Past | None = None
     projections: Sequence[Tensor] = ()
-    factors: Sequence[int] = ()
+    factors: Sequence[int] | None = None
     document_hashing: DocumentHashing | None = None
     document_order: Tensor | None = None
     dropout_seed: int = 0
@@ -87,6 +85,29 @@ class AttentionCall:
     def num_positions(self) -> int:
         """Number of positions, summed over the batch."""
         return self.batch_size * self.length
+
+    @property
+    def suitable_chunk_size(self) -> int:
+        """Positions per chunk of a position-wise function that is fastest on the device."""
+        return suitable_chunk_size(self.batch_size, self.length, self.device.type)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionCall":
+        """Move the tensors to a device: accelerate calls this where the layers of a model are on several devices."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+
+        def move(value: Any) -> Any:
+            return value if value is None else value.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            device=device,
+            padding=move(self.padding),
+            rotation=move(self.rotation),
+            documents=move(self.documents),
+            context=move(self.context),
+        )
 
     @classmethod
     def on(cls, hidden_states: Tensor, **options: Any) -> "AttentionCall":
@@ -101,7 +122,8 @@ class Found:
     The results of attention of some heads in addition to its output.
 
     Args:
-        order: Sorted order of LSH attention, `[B, h, R, L]`; the recomputation reuses it.
+        order: Sorted order of cached and new tokens, `[B, h, R, T + L]`, which the recomputation reuses; `None` means
+            the order of positions.
         key, value: `[B, n, h, D]`, if the call fills a cache.
         buckets: `[B, h, R, n]`, if the call fills a cache.
         weights: Attention weights `[B, h, R, n, W]` before dropout and the positions of their keys, if requested.
@@ -281,11 +303,11 @@ class SelfAttention(nn.Module):
             Output of the new tokens, and `found` with the attention weights if the call requests them.
         """
         # Different groups of heads use different dropout masks.
-        dropout, documents = (self.dropout, call.dropout_seed + heads.start), call.document_order
-        out = chunk_attention(*inputs, pattern, order, padding, *dropout, documents)
+        dropout = self.dropout, call.dropout_seed + heads.start
+        out = chunk_attention(*inputs, pattern, order, padding, *dropout, call.document_order)
         weights = found.weights
         if call.output_attentions and weights is None:
-            weights = chunk_attention_weights(*inputs[:2], pattern, order, padding, documents)
+            weights = chunk_attention_weights(*inputs[:2], pattern, order, padding, call.document_order)
         if call.past is not None:
             num_cached = call.past.key.shape[1]
             out = out[:, num_cached:]
@@ -359,7 +381,7 @@ class SelfAttention(nn.Module):
         key, value, bias = seen.key, seen.value, seen.bias
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
-            bias = None if bias is None else bias.to(query.dtype)
+            bias = None if bias is None else bias_in(query.dtype, bias)
         out = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=self.dropout, scale=1.0)
         if self.dropout and bias is not None:
             # As in a parallel pass, dropout does not apply to a query without keys other than its own.
@@ -385,7 +407,7 @@ class SelfAttention(nn.Module):
         layers. An adapter is not, nor is a layer whose weights are loaded by a hook.
         """
         num_heads = self.num_heads
-        size = parallel_heads(self.config, call.batch_size * call.length, call.device.type)
+        size = parallel_heads(self.config, call.num_positions, call.device.type)
         if not all(is_plain(module) for module in (output, *(getattr(self, name) for name in self.projections))):
             size = num_heads
         return [slice(first, min(first + size, num_heads)) for first in range(0, num_heads, size)]

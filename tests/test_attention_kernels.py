@@ -55,11 +55,16 @@ def test_cpu_kernel_passes_trial(log):
 
 
 def test_trial_takes_place_once(log, monkeypatch):
-    trial, trials = attention_kernels._equals_plain, []
-    monkeypatch.setattr(attention_kernels, "_equals_plain", lambda *args: trials.append(args) or trial(*args))
+    compare, shapes = attention_kernels._is_close, []
+
+    def is_close(found, grad_out, inputs, **limit):
+        shapes.append([tuple(x.shape[2:]) for x in inputs])
+        return compare(found, grad_out, inputs, **limit)
+
+    monkeypatch.setattr(attention_kernels, "_is_close", is_close)
     _results()
     _results()
-    assert [trial[3:] for trial in trials] == [(32, 96, 16, 16)]
+    assert shapes == [[(32, 16), (96, 16), (96, 16), (32, 96)]]
 
 
 def test_trial_leaves_global_generator(log):

@@ -43,7 +43,7 @@ def test_equals_whole():
     module, hidden_states = _module(), _hidden_states()
     expected = _results(module(hidden_states), hidden_states, module)
     for chunk_size in (0, *CHUNKS):
-        chunked = apply_chunked(module, hidden_states, chunk_size, list(module.parameters()))
+        chunked = apply_chunked(module, hidden_states, chunk_size, module)
         _assert_equal_results(_results(chunked, hidden_states, module), expected)
 
 
@@ -53,14 +53,14 @@ def test_dropout_is_replayed():
         torch.manual_seed(7)
         expected = torch.cat([module(chunk) for chunk in hidden_states.split(chunk_size, dim=1)], dim=1)
         torch.manual_seed(7)
-        chunked = apply_chunked(module, hidden_states, chunk_size, list(module.parameters()))
+        chunked = apply_chunked(module, hidden_states, chunk_size, module)
         assert (chunked == 0).any()
         _assert_equal_results(_results(chunked, hidden_states, module), _results(expected, hidden_states, module))
 
 
 def test_global_generator():
     module, hidden_states = _module(dropout=0.3), _hidden_states()
-    out = apply_chunked(module, hidden_states, 5, list(module.parameters()))
+    out = apply_chunked(module, hidden_states, 5, module)
     torch.manual_seed(123)
     before = torch.get_rng_state()
     out.sum().backward()
@@ -70,18 +70,18 @@ def test_global_generator():
 def test_frozen_parameters():
     module, hidden_states = _module(), _hidden_states()
     module[0].requires_grad_(False)
-    chunked = apply_chunked(module, hidden_states, 5, list(module.parameters()))
+    chunked = apply_chunked(module, hidden_states, 5, module)
     expected = _results(module(hidden_states), hidden_states, module)
     _assert_equal_results(_results(chunked, hidden_states, module), expected)
     assert set(expected) == {"output", "hidden states", "3.weight", "3.bias"}
-    apply_chunked(module, hidden_states, 5, list(module.parameters())).sum().backward()
+    apply_chunked(module, hidden_states, 5, module).sum().backward()
     assert module[0].weight.grad is None
     assert module[3].weight.grad.any()
 
 
 def test_frozen_input():
     module, hidden_states = _module(), _hidden_states().detach()
-    chunked = apply_chunked(module, hidden_states, 5, list(module.parameters()))
+    chunked = apply_chunked(module, hidden_states, 5, module)
     _assert_equal_results(
         _results(chunked, hidden_states, module), _results(module(hidden_states), hidden_states, module)
     )
@@ -89,13 +89,14 @@ def test_frozen_input():
 
 def test_all_frozen():
     module, hidden_states = _module().requires_grad_(False), _hidden_states().detach()
-    assert apply_chunked(module, hidden_states, 5, list(module.parameters())).grad_fn is None
+    assert apply_chunked(module, hidden_states, 5, module).grad_fn is None
 
 
 def test_unused_parameters_are_left_out():
     module, hidden_states = _module(), _hidden_states()
     unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    apply_chunked(module, hidden_states, 5, [unused, *module.parameters()]).sum().backward()
+    whole = nn.ModuleList([module, nn.ParameterList([unused])])
+    apply_chunked(module, hidden_states, 5, whole).sum().backward()
     assert unused.grad is None
     assert module[0].weight.grad.any()
 
@@ -103,7 +104,8 @@ def test_unused_parameters_are_left_out():
 def test_function_without_input():
     bias = nn.Parameter(torch.ones(4, dtype=torch.float64))
     hidden_states = _hidden_states()
-    apply_chunked(lambda x: bias.expand(*x.shape[:2], 4), hidden_states, 5, [bias]).sum().backward()
+    function, module = lambda x: bias.expand(*x.shape[:2], 4), nn.ParameterList([bias])
+    apply_chunked(function, hidden_states, 5, module).sum().backward()
     assert torch.equal(hidden_states.grad, torch.zeros_like(hidden_states))
     assert torch.equal(bias.grad, torch.full_like(bias, 3 * 17))
 
@@ -112,7 +114,7 @@ def test_keeps_input_alone():
     module, hidden_states = _module(dropout=0.3), _hidden_states()
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
-        out = apply_chunked(module, hidden_states, 5, list(module.parameters()))
+        out = apply_chunked(module, hidden_states, 5, module)
     assert out.grad_fn.saved_tensors
     assert [x.data_ptr() for x in packed] == [x.data_ptr() for x in (hidden_states, *module.parameters())]
 
@@ -140,20 +142,20 @@ def test_graph_of_one_chunk():
             chunks.append(chunk.shape[1])
         return Probe.apply(module(chunk))
 
-    apply_chunked(function, hidden_states, 5, list(module.parameters())).sum().backward()
+    apply_chunked(function, hidden_states, 5, module).sum().backward()
     assert chunks == [5, 5, 5, 2]
 
 
 def test_second_derivative():
     module, hidden_states = _module(), _hidden_states()
-    out = apply_chunked(module, hidden_states, 5, list(module.parameters()))
+    out = apply_chunked(module, hidden_states, 5, module)
     with pytest.raises(RuntimeError, match="create_graph=True.*first derivatives alone"):
         torch.autograd.grad(out.sum(), hidden_states, create_graph=True)
 
 
 def test_backward_twice():
     module, hidden_states = _module(dropout=0.3), _hidden_states()
-    out = apply_chunked(module, hidden_states, 5, list(module.parameters()))
+    out = apply_chunked(module, hidden_states, 5, module)
     first, second = (torch.autograd.grad(out.sum(), hidden_states, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -198,6 +200,6 @@ def test_autocast_is_replayed():
         return out
 
     with torch.autocast("cpu", torch.bfloat16):
-        out = apply_chunked(function, hidden_states, 5, list(module.parameters()))
+        out = apply_chunked(function, hidden_states, 5, module)
     out.float().sum().backward()
     assert dtypes == [torch.bfloat16] * 8

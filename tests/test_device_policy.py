@@ -8,8 +8,7 @@ import torch
 
 from reformer_hf.attention_pattern import AttentionPattern
 from reformer_hf.chunk_attention import chunk_attention, chunk_attention_weights
-from reformer_hf.chunked import suitable_chunk_size
-from reformer_hf.device_policy import CPU, CUDA, OTHER, policy_for
+from reformer_hf.device_policy import CPU, CUDA, OTHER, policy_for, suitable_chunk_size
 from reformer_hf.hashing import hash_vectors, random_rotations, sort_by_bucket
 
 from .helpers import assert_close, gradients, random_model

@@ -4,6 +4,7 @@
 import inspect
 import itertools
 
+import accelerate
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,7 +17,11 @@ from reformer_hf import (
     ReformerHfForTokenClassification,
     ReformerHfModel,
 )
-from reformer_hf.rng import draw_seed
+from reformer_hf.cross_attention import Context
+from reformer_hf.documents import Documents
+from reformer_hf.dropout import draw_seed
+from reformer_hf.rotary import rotation_of
+from reformer_hf.self_attention import AttentionCall
 
 from .helpers import DROPOUT, assert_close, gradients, random_model, relative_rms, tiny_config
 
@@ -399,6 +404,24 @@ def test_batch_without_targets(chunk_size):
     loss = model(ids, labels=torch.full_like(ids, -100)).loss
     loss.backward()
     assert loss.isnan() and not any(each.grad.any() for each in model.parameters() if each.grad is not None)
+
+
+def test_call_moves_to_device():
+    """As accelerate moves the arguments of a layer on another device, with all tensors inside."""
+    starts = torch.zeros(2, 9, dtype=torch.bool)
+    starts[:, 4] = True
+    call = AttentionCall.on(
+        torch.zeros(2, 9, 8),
+        padding=torch.zeros(2, 9, dtype=torch.bool),
+        rotation=rotation_of(torch.arange(9)[None], 4, 100.0, torch.float32),
+        documents=Documents.of(starts),
+        context=Context.of(torch.zeros(2, 5, 16), torch.ones(2, 5)),
+    )
+    moved = accelerate.utils.send_to_device(call, torch.device("meta"), non_blocking=True)
+    tensors = [moved.padding, *moved.rotation, moved.documents.starts, moved.context.hidden_states, moved.context.bias]
+    assert {moved.device, *(tensor.device for tensor in tensors)} == {torch.device("meta")}
+    assert moved.documents.spans == call.documents.spans and call.to("cpu") is call
+    assert call.padding.device == torch.device("cpu")
 
 
 def test_columns_of_trainer():

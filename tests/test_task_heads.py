@@ -254,10 +254,19 @@ def test_labels_with_gaps():
         assert torch.equal(*losses), head
 
 
+def test_dtypes_of_class_indices():
+    for head in (ReformerHfForSequenceClassification, ReformerHfForMultipleChoice):
+        model = _model(head)
+        inputs, labels = _inputs(model), torch.tensor([1, 2])
+        losses = [model(**{**inputs, "labels": labels.to(x)}).loss for x in (torch.long, torch.int32, torch.uint8)]
+        assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2]), head
+
+
 BAD_CALLS = (
     (ReformerHfForMaskedLM, {"labels": _ids(2, 5)}, r"`labels` has shape \(2, 5\), but must be \(2, 77\)"),
     (ReformerHfForMaskedLM, {"labels": _ids(2, LENGTH) + 60}, r"must be in \[0, 59\] \(`vocab_size` is 60\), or -100"),
-    (ReformerHfForMaskedLM, {"labels": _ids(2, LENGTH).float()}, "dtype torch.float32, but class indices must be int"),
+    (ReformerHfForMaskedLM, {"labels": _ids(2, LENGTH).float()}, "dtype torch.float32, but must be torch.int64"),
+    (ReformerHfForMaskedLM, {"labels": _ids(2, LENGTH).int()}, r"torch.int32, but must .*: pass `labels.long\(\)`"),
     (ReformerHfForTokenClassification, {"labels": _ids(2, LENGTH) * 0 + 3}, r"holds 3, .* \(`num_labels` is 3\)"),
     (ReformerHfForTokenClassification, {"labels": _ids(2, LENGTH) * 0 - 1}, "`labels` holds -1, but must be in"),
     (ReformerHfForSequenceClassification, {"labels": torch.tensor([0, 3])}, r"`labels` holds 3, .*`num_labels` is 3"),

@@ -4,6 +4,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ def replace_lsh(
         model: Any model of this package that has LSH layers, in either mode.
         replacement: What replaces LSH attention:
 
-            - `"random"`: the same attention with random buckets. In each round, head and text, tokens change places at
+            - `"random"`: the same attention with random buckets. In each round, head and text, tokens are exchanged at
               random, so that all buckets keep their sizes.
             - `"skip"`: nothing. The residual branch of attention adds zero, and the feed-forward layer stays.
             - `"full"`: full attention with the same weights, which LSH attention approximates, in O(L²).
@@ -70,7 +72,7 @@ def shuffle_buckets(order: Tensor, random: Tensor, call: AttentionCall) -> Tenso
     """
     Exchange the positions of a sorted order at random. All buckets keep their sizes.
 
-    Tokens only change places with tokens of the same document, and padding stays.
+    Tokens are only exchanged with tokens of the same document, and padding stays.
 
     Args:
         order: The result of `hashing.sort_by_bucket`, `[B, h, R, L]`.
@@ -115,7 +117,7 @@ def _swap_attention(layer: ReformerHfLayer, cls: type[SelfAttention], **fields: 
         setattr(other, name, value)
     other.training = original.training
     attention.self_attention = other
-    handle = layer.register_forward_pre_hook(_refuse_cache)
+    handle = layer.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
 
     def undo() -> None:
         handle.remove()
@@ -125,9 +127,8 @@ def _swap_attention(layer: ReformerHfLayer, cls: type[SelfAttention], **fields: 
     return undo
 
 
-def _refuse_cache(layer: nn.Module, args: tuple) -> None:
-    # The arguments of `ReformerHfLayer.forward`, of which the fifth is the cache.
-    if any(cache is not None for cache in args[4:5]):
+def _refuse_cache(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if signature(layer.forward).bind(*args, **kwargs).arguments.get("cache") is not None:
         raise ValueError(
             "A KV cache keeps the keys of LSH attention, which `replace_lsh` has replaced: call the model without "
             "`cache` and with `use_cache=False`."

@@ -95,9 +95,9 @@ class SaveOnSigterm(TrainerCallback):
         # A signal from here on, such as one while processes wait for each other, is for the next step.
         stopped = self._signalled
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            of_any = torch.tensor(int(stopped), device=args.device)
-            torch.distributed.all_reduce(of_any, torch.distributed.ReduceOp.MAX)
-            stopped = bool(of_any)
+            any_stopped = torch.tensor(int(stopped), device=args.device)
+            torch.distributed.all_reduce(any_stopped, torch.distributed.ReduceOp.MAX)
+            stopped = bool(any_stopped)
         if stopped:
             self.stopped = control.should_save = control.should_training_stop = True
 

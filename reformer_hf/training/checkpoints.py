@@ -55,7 +55,7 @@ def _is_intact(path: Path) -> bool:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
                 return True
-        if path.suffix in (".pt", ".pth"):
+        if path.suffix in (".pt", ".pth", ".bin"):
             return zipfile.is_zipfile(path)
         if path.suffix == ".json":
             json.loads(path.read_text())

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from ..activation_memory import kept_activations, recomputes_activations
-from ..chunked import suitable_chunk_size
 from ..configuration_encoder_decoder import ReformerHfEncoderDecoderConfig
 from ..configuration_reformer_hf import ReformerHfConfig
-from ..device_policy import policy_for
+from ..device_policy import policy_for, suitable_chunk_size
 from ..encoder_decoder import ReformerHfForConditionalGeneration
 from ..modeling_reformer_hf import ReformerHfForCausalLM
 from ..self_attention import parallel_heads
@@ -150,8 +149,9 @@ def estimate_training_memory(
     _check_arguments(config, length, target_length, batch_size, num_hashes)
 
     def shape_of(stack_config: ReformerHfConfig, stack_length: int, source_length: int = 0) -> _Shape:
-        wide = torch.promote_types(dtype, torch.float32).itemsize
-        return _Shape(stack_config, batch_size, stack_length, dtype.itemsize, wide, num_hashes, device, source_length)
+        stream_bytes = torch.promote_types(dtype, torch.float32).itemsize
+        sizes = batch_size, stack_length, dtype.itemsize, stream_bytes, num_hashes
+        return _Shape(stack_config, *sizes, device, source_length)
 
     if model is None:
         with torch.device("meta"):
@@ -208,17 +208,17 @@ def _estimate_stack(
     attention = [shape.attention(kind) for kind in set(config.attn_layers)]
     if config.add_cross_attention:
         attention.append(shape.cross_attention)
-    of_head = (2 * config.hidden_size + 1) * config.vocab_size * shape.size if has_head else 0
+    head_gradients = (2 * config.hidden_size + 1) * config.vocab_size * shape.weight_bytes if has_head else 0
     return MemoryEstimate(
-        parameters=sum(parameter.numel() for parameter in parameters) * shape.size,
-        gradients=num_trainable * shape.size,
+        parameters=sum(parameter.numel() for parameter in parameters) * shape.weight_bytes,
+        gradients=num_trainable * shape.weight_bytes,
         optimizer=num_trainable * optimizer_bytes,
         sort_orders=config.attn_layers.count("lsh") * shape.sort_order,
         head=shape.head if has_head else 0,
         attention=max(attention),
         feed_forward=shape.feed_forward,
-        last_layer=2 * shape.stream + of_head,
-        activations=0 if recomputes else kept * shape.wide // 4,
+        last_layer=2 * shape.stream + head_gradients,
+        activations=0 if recomputes else kept * shape.stream_bytes // 4,
     )
 
 
@@ -231,14 +231,18 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes of the model and its input, and the terms in bytes that follow from them."""
+    """
+    Sizes of the model and its input, and the terms in bytes that follow from them.
+
+    `weight_bytes` and `stream_bytes` are bytes per element of the weights and of the residual streams.
+    """
 
     config: ReformerHfConfig
     batch_size: int
     length: int
-    size: int
-    wide: int
-    rounds: int
+    weight_bytes: int
+    stream_bytes: int
+    num_hashes: int
     device: str
     source_length: int = 0
 
@@ -252,17 +256,17 @@ class _Shape:
 
     @property
     def stream(self) -> int:
-        return self.positions * self.config.hidden_size * self.wide
+        return self.positions * self.config.hidden_size * self.stream_bytes
 
     @property
     def normalized(self) -> int:
         """A stream in the dtype of the weights."""
-        return self.stream * self.size // self.wide
+        return self.stream * self.weight_bytes // self.stream_bytes
 
     @property
     def sort_order(self) -> int:
         """Sort order of one layer, int32."""
-        return self.positions * self.config.num_attention_heads * self.rounds * 4
+        return self.positions * self.config.num_attention_heads * self.num_hashes * 4
 
     @property
     def head(self) -> int:
@@ -276,9 +280,11 @@ class _Shape:
         chunk = min(self.config.chunk_size_lm_head or self.length, self.length)
         logits = self.batch_size * chunk * self.config.vocab_size
         if self.config.chunk_size_lm_head:
-            return 2 * (both + normalized) + 2 * logits * self.wide
-        copies = 2 * self.wide + self.size + (self.wide if self.size < self.wide else 0)
-        return both + normalized + max(logits * copies, both + normalized + logits * self.size)
+            return 2 * (both + normalized) + 2 * logits * self.stream_bytes
+        copies = 2 * self.stream_bytes + self.weight_bytes
+        if self.weight_bytes < self.stream_bytes:
+            copies += self.stream_bytes
+        return both + normalized + max(logits * copies, both + normalized + logits * self.weight_bytes)
 
     def attention(self, kind: str) -> int:
         """
@@ -291,16 +297,16 @@ class _Shape:
         rows = self.positions * parallel_heads(config, self.positions, self.device)
         projections = {"local": 3, "lsh": 2}[kind]
         head_size = config.attention_head_size
-        kept = (projections + 2) * rows * head_size * self.size
-        grads = projections * rows * head_size * self.wide
+        kept = (projections + 2) * rows * head_size * self.weight_bytes
+        grads = projections * rows * head_size * self.stream_bytes
         # Positions, bounds of visible slots, and rows of keys; long inputs take one head at a time.
-        index = self.positions * (16 * (self.rounds if kind == "lsh" else 1) + 32)
+        index = self.positions * (16 * (self.num_hashes if kind == "lsh" else 1) + 32)
         if kind == "local" and config.local_rope_theta is not None:
             # Rotated queries and keys, and cosines and sines of all positions.
-            kept += 2 * rows * head_size * self.size + self.positions * head_size * self.size
-        if kind == "lsh" and 1 < self.rounds and rows * self.rounds <= policy_for(self.device).batched_rounds:
+            kept += 2 * rows * head_size * self.weight_bytes + self.positions * head_size * self.weight_bytes
+        if kind == "lsh" and 1 < self.num_hashes and rows * self.num_hashes <= policy_for(self.device).batched_rounds:
             # Outputs of all rounds, once more with their weights, and rows of queries and keys.
-            kept += rows * self.rounds * (2 * head_size * self.wide + 32)
+            kept += rows * self.num_hashes * (2 * head_size * self.stream_bytes + 32)
         return 6 * self.stream + kept + grads + index + _tile(self.device)
 
     @property
@@ -312,15 +318,15 @@ class _Shape:
         queries and outputs with their gradients.
         """
         features = self.config.num_attention_heads * self.config.attention_head_size
-        of_source = self.source_positions * (4 * features + self.config.output_size) * self.size
-        return 6 * self.stream + of_source + 4 * self.positions * features * self.size
+        source = self.source_positions * (4 * features + self.config.output_size) * self.weight_bytes
+        return 6 * self.stream + source + 4 * self.positions * features * self.weight_bytes
 
     @property
     def feed_forward(self) -> int:
         """As for attention, with one gradient less, and the inner activations of a chunk with their gradients."""
         suitable = suitable_chunk_size(self.batch_size, self.length, self.device)
         chunk = min(self.config.chunk_size_feed_forward or suitable, self.length)
-        inner = self.batch_size * chunk * self.config.feed_forward_size * self.size
+        inner = self.batch_size * chunk * self.config.feed_forward_size * self.weight_bytes
         return 5 * self.stream + 4 * inner
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..lm_head import IGNORED
+
 Ids = Sequence[int] | np.ndarray
 
 
@@ -96,14 +98,15 @@ def pack_to_file(path: str | os.PathLike, documents: Iterable[Ids], length: int,
     Returns:
         `datasets.Dataset`: The sequences.
     """
-    from datasets import Dataset, Features, Sequence, Value
+    from datasets import Dataset, Features, Value
+    from datasets import Sequence as SequenceOf
     from datasets.arrow_writer import ArrowWriter
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with ArrowWriter(path=str(partial), features=Features({"input_ids": Sequence(Value("int32"))})) as writer:
+        with ArrowWriter(path=str(partial), features=Features({"input_ids": SequenceOf(Value("int32"))})) as writer:
             # This many sequences are in memory at a time.
             writer.writer_batch_size = max((1 << 20) // length, 1)
             for sequence in pack(documents, length, **options):
@@ -144,7 +147,7 @@ class CausalCollator:
         is_token = _padded(masks, 0).bool()
         batch = {
             "input_ids": _padded(rows, self.pad_token_id),
-            "labels": _padded(labels, -100).masked_fill(~is_token, -100),
+            "labels": _padded(labels, IGNORED).masked_fill(~is_token, IGNORED),
         }
         if not is_token.all():
             batch["attention_mask"] = is_token.long()

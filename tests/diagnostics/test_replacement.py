@@ -188,4 +188,7 @@ def test_cache_is_refused(replacement):
             model.generate(IDS, max_new_tokens=2)
         with pytest.raises(ValueError, match="without `cache` and with `use_cache=False`"):
             model(IDS[:, :1], cache=intact.cache)
+        streams = torch.zeros(2, 1, model.config.hidden_size)
+        with pytest.raises(ValueError, match="without `cache`"):
+            model.reformer.encoder.layers[1](streams, streams, AttentionCall.on(streams), cache=intact.cache)
         model.generate(IDS, max_new_tokens=2, use_cache=False)

@@ -17,7 +17,7 @@ def checkpoint(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         save_file({"weight": torch.zeros(9)}, folder / "model.safetensors")
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        for name in ("optimizer.bin", "scheduler.pt", "rng_state.pth"):
             torch.save({"state": torch.zeros(9)}, folder / name)
         (folder / "trainer_state.json").write_text('{"global_step": 10}')
     (tmp_path / "checkpoint-best").mkdir()
@@ -31,7 +31,7 @@ def test_intact_checkpoint(checkpoint):
 
 
 def test_truncated_file(checkpoint):
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name in ("model.safetensors", "optimizer.bin", "scheduler.pt", "rng_state.pth"):
         path = checkpoint / name
         content = path.read_bytes()
         for kept in (0, 40, -1):

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from reformer_hf.rng import dropout
+from reformer_hf.dropout import dropout
 
 
 def test_dropout_rate():
