@@ -119,6 +119,9 @@ EXPERIMENT = Experiment(
         Run(muon_learning_rate=0.02),
         Run(muon_learning_rate=0.01),
         Run(muon_learning_rate=0.02, layers="local"),
+        *(Run(muon_learning_rate=0.02, local_attn_chunk_length=chunk) for chunk in (16, 32)),
+        # Trained for longer, a layer may use what is further away.
+        *(Run(muon_learning_rate=0.02, local_attn_chunk_length=chunk, steps=1200) for chunk in (16, 64)),
         Run(muon_learning_rate=0.05, initializer_range=0.05),
         Run(muon_learning_rate=0.05, axial_norm_std=0.1),
         Run(muon_learning_rate=0.05, local_attn_chunk_length=16),
