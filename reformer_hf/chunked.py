@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from .gradient_checks import refuse_second_derivatives
+from .gradient_checks import refuse_other_sources, refuse_second_derivatives
 from .replay import ReplayState, trainable_parameters
 
 PositionWise = Callable[[Tensor], Tensor]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether a call of a module does more than its class says: it has hooks, or another `forward`."""
+    """Return whether a call of a module does more than its class says: hooks run, or it has another `forward`."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
+    return bool(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
 def needs_plain_call(module: nn.Module) -> bool:
@@ -87,6 +88,7 @@ def vjp_chunks(
     chunk_size: int,
     parameters: Sequence[Tensor],
     grad_parameters: list[Tensor | None],
+    checks_sources: bool = False,
 ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
     """
     Compute the value and the vector-Jacobian product of `function`, chunk by chunk.
@@ -98,6 +100,7 @@ def vjp_chunks(
         parameters: Parameters of `function`. All of them require gradients.
         grad_parameters: Initially one `None` per parameter. Receives the gradients of the parameters, summed over
             chunks; the entries of unused parameters remain `None`.
+        checks_sources: Whether to raise an error if the results depend on other tensors with gradients.
 
     Yields:
         For each chunk: its positions, the results, and the gradient of `hidden_states` at these positions.
@@ -107,6 +110,8 @@ def vjp_chunks(
         with torch.enable_grad():
             out = function(chunk)
         results = [out] if isinstance(out, Tensor) else list(out)
+        if checks_sources:
+            refuse_other_sources(results, [chunk, *parameters])
         grad, *new_grads = torch.autograd.grad(results, [chunk, *parameters], grads_of(positions), allow_unused=True)
         accumulate(grad_parameters, new_grads)
         yield positions, [x.detach() for x in results], torch.zeros_like(chunk) if grad is None else grad
@@ -138,6 +143,7 @@ class _Chunked(torch.autograd.Function):
         grad_parameters: list[Tensor | None] = [None] * len(parameters)
         inputs = (ctx.function, hidden_states, lambda at: (grad_out[:, at],), ctx.chunk_size)
         with ctx.state.replay():
-            for positions, _, grad_chunk in vjp_chunks(*inputs, parameters, grad_parameters):
+            chunks = vjp_chunks(*inputs, parameters, grad_parameters, ctx.state.has_foreign_modules)
+            for positions, _, grad_chunk in chunks:
                 grad[:, positions] = grad_chunk
         return None, None, None, grad, *grad_parameters

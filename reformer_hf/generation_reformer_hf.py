@@ -47,6 +47,13 @@ class ReformerHfGenerationMixin(GenerationMixin):
             kwargs.update(cache=cache, next_sequence_length=next_sequence_length)
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        """Infer padding as in Transformers, but not in a single row after cached tokens, where it was generated."""
+        cache = model_kwargs.get("cache")
+        if cache is not None and len(inputs_tensor) == 1 and cache.get_seq_length() > 0:
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Count tokens as in Transformers, but give padding on the right the position of the last token."""
         if inputs_tensor.shape[1] == 0:
@@ -66,8 +73,10 @@ class ReformerHfGenerationMixin(GenerationMixin):
         new tokens, with and without a cache.
 
         Raises:
-            ValueError: If the model has too few positions for a prompt of embeddings and the new tokens.
+            ValueError: If the model has too few positions for a prompt of embeddings and the new tokens, or for
+                options that are not supported.
         """
+        self._check_options(generation_config)
         self._check_planned_length(max_cache_length)
         given = model_kwargs.get("cache")
         rest = generation_mode, batch_size, max_cache_length
@@ -102,6 +111,18 @@ class ReformerHfGenerationMixin(GenerationMixin):
         super()._validate_generated_length(generation_config, length, is_default)  # type: ignore[misc]
         if generation_config.max_length is not None:
             self._check_planned_length(generation_config.max_length - 1)
+
+    def _check_options(self, generation_config: Any) -> None:
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"`assistant_early_exit` is {generation_config.assistant_early_exit}, but the LM head reads both "
+                "residual streams after the last layer: use an `assistant_model`, or `prompt_lookup_num_tokens`."
+            )
+        if generation_config.prefill_chunk_size is not None and self.config.is_encoder_decoder:
+            raise ValueError(
+                f"`prefill_chunk_size` is {generation_config.prefill_chunk_size}, but the prompt of this model is the "
+                "encoder input, which is processed as a whole: leave it None."
+            )
 
     def _check_planned_length(self, length: int) -> None:
         longest = self.config.max_position_embeddings

@@ -50,7 +50,7 @@ def random_rotations(seed: int, num_heads: int, head_size: int, num_hashes: int,
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     shape = (num_heads, head_size, num_hashes, sum(factors) // 2)
-    return torch.randn(shape, generator=generator, device="cpu")
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def hash_vectors(vectors_BLHD: Tensor, rotations_HDRN: Tensor, factors: list[int]) -> Tensor:

@@ -143,7 +143,7 @@ def _check_range(name: str, ids: Tensor | None, limit: int, field: str) -> None:
 
 def check_cache(
     cache: Cache,
-    layer_types: Sequence[str],
+    config: ReformerHfConfig,
     specs: Sequence[CacheSpec],
     inputs: Tensor,
     factors: Sequence[int] | None,
@@ -153,16 +153,17 @@ def check_cache(
 
     Args:
         cache: The cache.
-        layer_types: Names of the cache layers that the model needs; empty if the model is not a decoder.
+        config: The config of the model.
         specs: Specs of the model's cache layers.
         inputs: Ids `[B, L]` or embeddings `[B, L, E]` of the new tokens.
         factors: Factors of the number of buckets, if the call gives one.
     """
-    if not layer_types:
+    if not config.is_decoder:
         raise ValueError(
             "`cache` is given, but without `is_decoder=True` each token also sees later tokens: pass no cache."
         )
     layers: Sequence[Any] = getattr(cache, "layers", ())
+    layer_types = config.layer_types
     if [getattr(layer, "layer_type", None) for layer in layers] != layer_types:
         names = f" of {[type(layer).__name__ for layer in layers]}" if layers else ""
         raise ValueError(
@@ -394,15 +395,18 @@ def check_not_in_tree_cache(kwargs: dict[str, Any]) -> None:
 
 
 def _check_not_transformed() -> None:
-    """Raise a `ValueError` under `torch.export`, `torch.jit.trace` and the transforms of `torch.func`."""
+    """Raise a `ValueError` under `torch.export`, `torch.jit.trace`, `torch.func` and forward-mode differentiation."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         raise ValueError(
             "`torch.export`, `torch.jit.trace` and exports to ONNX are not supported, because they would keep the "
             "sorted order of one input for all inputs: use `torch.compile`, or share the model as a folder "
             "(`save_pretrained`)."
         )
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         raise ValueError(
-            "The transforms of `torch.func` (`grad`, `vmap`, `jvp`) are not supported, because attention has its own "
-            "backward pass: use `backward()`, for gradients of single examples with batches of one."
+            "The transforms of `torch.func` (`grad`, `vmap`, `jvp`) and forward-mode differentiation are not "
+            "supported, because attention has its own backward pass: use `backward()`, for gradients of single "
+            "examples with batches of one."
         )

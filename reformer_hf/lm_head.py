@@ -25,7 +25,8 @@ class ReformerHfLMHead(nn.Module):
         super().__init__()
         self.chunk_size = config.chunk_size_lm_head
         self.tied = config.tie_word_embeddings
-        in_features = config.hidden_size if self.tied else 2 * config.hidden_size
+        self.width = config.output_size
+        in_features = config.hidden_size if self.tied else self.width
         self.decoder = nn.Linear(in_features, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.register_load_state_dict_post_hook(tie_bias)
@@ -42,6 +43,11 @@ class ReformerHfLMHead(nn.Module):
             Logits `[B, L, vocab_size]`, or the sum of cross entropies. The latter only needs the logits of one chunk
             in memory.
         """
+        if hidden_states.shape[-1] != self.width:
+            raise ValueError(
+                f"The hidden states have width {hidden_states.shape[-1]}, but the LM head reads both residual streams "
+                f"({self.width}): pass `last_hidden_state`. (Each of `hidden_states` is one stream.)"
+            )
         if self.tied:
             # Word embeddings have the width of a single stream.
             hidden_states = hidden_states.unflatten(-1, (2, -1)).mean(-2)
@@ -72,7 +78,7 @@ class ReformerHfLMHead(nn.Module):
                 hidden_states.flatten(0, 1).to(dtype),
                 self.decoder.weight.to(dtype),
                 targets.flatten(),
-                linear_bias=self.decoder.bias.to(dtype),
+                linear_bias=None if self.decoder.bias is None else self.decoder.bias.to(dtype),
                 reduction="sum",
                 ignore_index=IGNORED,
                 options=chunk,

@@ -24,6 +24,7 @@ class ReformerHfModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`[B, L, 2 * hidden_size]`): Both residual streams, concatenated and normalized.
+        cache (*optional*): The KV cache, including this input.
         hidden_states (*optional*): The second stream `[B, L, hidden_size]` before each layer and after the last one,
             not normalized. `last_hidden_state` is none of them.
         attentions (*optional*): For each layer, the attention weights `[B, H, R, L, W]` by hash round and index in the
@@ -31,15 +32,14 @@ class ReformerHfModelOutput(ModelOutput):
         attention_positions (*optional*): For each layer, the positions `[B, H, R, L, W]` of the keys of these weights,
             -1 for masked keys.
         cross_attentions (*optional*): For each layer, the attention weights `[B, H, L, S]` of the encoder output.
-        cache (*optional*): The KV cache, including this input.
     """
 
     last_hidden_state: Tensor | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
-    cache: Cache | None = None
 
 
 @dataclass
@@ -50,17 +50,17 @@ class ReformerHfCausalLMOutput(ModelOutput):
     Args:
         loss (*optional*): Cross entropy of the next token, if labels were given.
         logits (`[B, L, vocab_size]`): Scores of the next token.
-        hidden_states, attentions, attention_positions, cross_attentions, cache (*optional*): As in
+        cache, hidden_states, attentions, attention_positions, cross_attentions (*optional*): As in
             `ReformerHfModelOutput`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     attention_positions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
-    cache: Cache | None = None
 
 
 @dataclass

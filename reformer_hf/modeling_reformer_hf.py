@@ -72,9 +72,9 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         self.embeddings = ReformerHfEmbeddings(config)
         self.encoder = ReformerHfEncoder(config)
         layers = cast(Sequence[ReformerHfLayer], self.encoder.layers)
-        # Layers may be wrapped, skipped or deleted later.
-        self._base_cache_specs = [layer.attention.self_attention.cache_spec for layer in layers]
-        self._cache_layer_types = config.layer_types if config.is_decoder else []
+        # By type of attention. Layers may be wrapped, skipped or deleted later.
+        attentions = [layer.attention.self_attention for layer in layers]
+        self._base_cache_specs = dict(zip(config.attn_layers, (each.cache_spec for each in attentions), strict=True))
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -148,7 +148,7 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
         if documents is not None:
             check_documents(self.config, cache)
         if cache is not None:
-            check_cache(cache, self._cache_layer_types, self._cache_specs(num_hashes), inputs, factors)
+            check_cache(cache, self.config, self._cache_specs(num_hashes), inputs, factors)
             warn_of_few_buckets(self.config, cache, inputs.shape[1])
         if position_ids is None:
             position_ids = self._position_ids(inputs, padding, documents, cache)
@@ -248,7 +248,8 @@ class ReformerHfModel(ReformerHfPreTrainedModel):
 
     def _cache_specs(self, num_hashes: int | None) -> list[CacheSpec]:
         """Return the specs of this model's cache layers."""
-        return [spec.with_hashes(num_hashes or self.config.num_hashes) for spec in self._base_cache_specs]
+        specs = (self._base_cache_specs[layer_type] for layer_type in self.config.attn_layers)
+        return [spec.with_hashes(num_hashes or self.config.num_hashes) for spec in specs]
 
 
 class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
@@ -270,6 +271,14 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
         setattr(self, self.base_model_prefix, self._base_class(config))
         self.lm_head: Any = ReformerHfLMHead(config)
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lm_head" and isinstance(value, nn.Linear):
+            raise ValueError(
+                "`lm_head` is a module that holds a linear layer: replace that, by "
+                "`model.set_output_embeddings(linear)`, so that the model can be trained and saved."
+            )
+        super().__setattr__(name, value)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Return the tied weights of Transformers and, always, the two names of the LM head's bias."""
@@ -315,8 +324,9 @@ class ReformerHfLMHeadModel(ReformerHfPreTrainedModel):
         The bias that is saved is the one in use, also where `to_empty` has made two parameters of its two names.
         """
         tie_bias(self.lm_head)
-        if self.lm_head.tied and not self.config.tie_word_embeddings and is_plain(self.lm_head.decoder):
-            self.lm_head.untie()
+        head = self.lm_head
+        if getattr(head, "tied", False) and not self.config.tie_word_embeddings and is_plain(head.decoder):
+            head.untie()
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def check_labels(

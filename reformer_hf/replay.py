@@ -1,10 +1,14 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """The state of a computation, captured to be replayed in a recomputation."""
 
+import copy
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +16,8 @@ from torch import Tensor, nn
 _Held = tuple[dict[str, Any], str, Any]
 # Parameters with whether they require gradients.
 _Requirement = tuple[Tensor, bool]
+# Functions that return and set the state of a random number generator.
+_Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
 def trainable_parameters(module: nn.Module) -> list[Tensor]:
@@ -21,12 +27,16 @@ def trainable_parameters(module: nn.Module) -> list[Tensor]:
 
 class ReplayState:
     """
-    Capture what a computation depends on besides its inputs: generator states, autocast settings, and the modes,
-    parameters, buffers and, in modules of others, settings of a module, such as which adapter is active.
+    Capture what a computation depends on besides its inputs: states of torch's generators, autocast settings, and the
+    modes, parameters and buffers of a module. If it contains modules that are not of torch or of this package, their
+    settings as well, such as which adapter is active, and the states of Python's, NumPy's and their own generators.
 
     Args:
         device: Device of the computation to replay. Its generator and that of the CPU are captured.
         module: The module that the computation uses.
+
+    Attributes:
+        has_foreign_modules: Whether the module contains others that are not of torch or of this package.
     """
 
     def __init__(self, device: torch.device, module: nn.Module):
@@ -41,7 +51,11 @@ class ReplayState:
             if torch.amp.is_autocast_available(device_type)
         ]
         modules = list(module.modules())
-        self._settings = [setting for each in modules for setting in _settings_of(each)]
+        self._settings: list[_Held] = [(vars(each), "training", each.training) for each in modules]
+        foreign = [each for each in modules if is_foreign(each)]
+        self._settings += [setting for each in foreign for setting in _settings_of(each)]
+        self._generators = [(get, set, get()) for get, set in _generators_of(foreign)]
+        self.has_foreign_modules = bool(foreign)
         self._requirements = [(each, each.requires_grad) for each in module.parameters()]
         # A buffer and its values, in modules that may change them, such as the vectors of spectral normalization.
         self._buffers = [
@@ -83,6 +97,9 @@ class ReplayState:
             torch.set_rng_state(self._cpu_state)
             if self._device_state is not None:
                 torch.get_device_module(self._device).set_rng_state(self._device_state, self._device)
+            for get, set, state in self._generators:
+                stack.callback(set, get())
+                set(state)
             for device_type, enabled, dtype in self._autocasts:
                 stack.enter_context(torch.autocast(device_type, enabled=enabled, dtype=dtype))
             yield
@@ -90,19 +107,48 @@ class ReplayState:
 
 _BUILTIN = frozenset(vars(nn.Module()))
 _PACKAGE = __name__.rpartition(".")[0]
+_SCALARS = (bool, int, float, str, type(None))
+_CONTAINERS = (list, tuple, dict, set)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Return whether a module is neither of torch nor of this package."""
+    return not type(module).__module__.startswith(("torch.nn.", f"{_PACKAGE}."))
 
 
 def _settings_of(module: nn.Module) -> list[_Held]:
-    """Return the mode of a module and, unless it is of torch or of this package, its plain attributes."""
-    attributes = vars(module)
-    settings: list[_Held] = [(attributes, "training", module.training)]
-    if not type(module).__module__.startswith(("torch.nn.", f"{_PACKAGE}.")):
-        settings += [
-            (attributes, name, list(value) if isinstance(value, list) else value)
-            for name, value in attributes.items()
-            if name not in _BUILTIN and isinstance(value, (bool, int, float, str, list, tuple))
-        ]
-    return settings
+    """Return the plain attributes of a module, and copies of its containers of plain values."""
+    return [
+        (vars(module), name, copy.copy(value) if isinstance(value, _CONTAINERS) else value)
+        for name, value in vars(module).items()
+        if name not in _BUILTIN and _is_plain(value)
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, _CONTAINERS):
+        values = value.values() if isinstance(value, dict) else value
+        return all(isinstance(each, _SCALARS) for each in values)
+    return isinstance(value, _SCALARS)
+
+
+def _generators_of(modules: Sequence[nn.Module]) -> list[_Generator]:
+    """Return the generators that modules may use, apart from the global ones of torch."""
+    if not modules:
+        return []
+    generators: list[_Generator] = [
+        (random.getstate, random.setstate),
+        (np.random.get_state, np.random.set_state),
+    ]
+    for value in {id(value): value for each in modules for value in vars(each).values()}.values():
+        if isinstance(value, torch.Generator):
+            generators.append((value.get_state, value.set_state))
+        elif isinstance(value, random.Random):
+            generators.append((value.getstate, value.setstate))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            generators.append((partial(getattr, bits, "state"), partial(setattr, bits, "state")))
+    return generators
 
 
 def _swap(held: Sequence[_Held]) -> Callable[[], None]:

@@ -25,8 +25,8 @@ from transformers.utils import logging
 
 from .chunked import accumulate, chunks_of, map_chunks, vjp_chunks
 from .dropout import SeededDropout
-from .gradient_checks import refuse_second_derivatives
-from .replay import ReplayState, trainable_parameters
+from .gradient_checks import refuse_other_sources, refuse_second_derivatives
+from .replay import ReplayState, is_foreign, trainable_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -48,12 +48,14 @@ class Branch(ABC):
     Attributes:
         parameters: Tensors other than the stream that require gradients: the parameters of the module, and in some
             branches others.
+        checks_sources: Whether a module inside may read tensors that are not its parameters, see `vjp_chunks`.
     """
 
     module: nn.Module
 
     def __post_init__(self) -> None:
         self.parameters = trainable_parameters(self.module)
+        self.checks_sources = any(map(is_foreign, self.module.modules()))
 
     @abstractmethod
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, Any]:
@@ -109,9 +111,8 @@ class PositionWiseBranch(Branch):
         self, total: Tensor, stream: Tensor, grad_total: Tensor, grad_stream: Tensor, rest: Tensor, found: Any
     ) -> tuple[Tensor, Gradients]:
         grads: Gradients = [None] * len(self.parameters)
-        chunks = vjp_chunks(
-            self.module, stream, lambda at: (grad_total[:, at],), self.chunk_size, self.parameters, grads
-        )
+        inputs = self.module, stream, lambda at: (grad_total[:, at],), self.chunk_size
+        chunks = vjp_chunks(*inputs, self.parameters, grads, self.checks_sources)
         return _reverse_chunks(chunks, total, grad_stream, rest), grads
 
 
@@ -155,6 +156,8 @@ class ContextBranch(Branch):
         parameters = [context if tensor is self.context else tensor for tensor in self.parameters]
         with torch.enable_grad():
             prepared = self.prepare(context)
+        if self.checks_sources:
+            refuse_other_sources(prepared, parameters)
         leaves = [tensor.detach().requires_grad_() for tensor in prepared]
         grads: Gradients = [None] * (len(leaves) + len(parameters))
         chunks = vjp_chunks(
@@ -164,6 +167,7 @@ class ContextBranch(Branch):
             self.chunk_size,
             [*leaves, *parameters],
             grads,
+            self.checks_sources,
         )
         grad_sum = _reverse_chunks(chunks, total, grad_stream, rest)
         grads_of_leaves, grads = grads[: len(leaves)], grads[len(leaves) :]
@@ -249,16 +253,15 @@ class AttentionBranch(Branch):
                 output, _ = part.attend(inputs, part_found)
             grad_output = torch.empty_like(output)
             grads_of = partial(_grad_added, drop, grad_total)
-            for at, (added,), grad in vjp_chunks(
-                part.write, output.detach(), grads_of, self.chunk_size, self.parameters, grads
-            ):
+            chunks = (self.chunk_size, self.parameters, grads, self.checks_sources)
+            for at, (added,), grad in vjp_chunks(part.write, output.detach(), grads_of, *chunks):
                 torch.sub(total[:, at], drop(added, at), out=rest[:, at])
                 grad_output[:, at] = grad
             grad_inputs = torch.autograd.grad(output, inputs, grad_output, materialize_grads=True)
             del inputs, output, grad_output
             read, grads_of = partial(part.read, values=False), partial(_at, grad_inputs)
             with state.replay():
-                for at, _, grad in vjp_chunks(read, stream, grads_of, self.chunk_size, self.parameters, grads):
+                for at, _, grad in vjp_chunks(read, stream, grads_of, *chunks):
                     torch.add(grad_stream[:, at], grad, out=grad_sum[:, at])
             del grad_inputs, grads_of
             # The next part is subtracted from the rest, and adds to the gradient.

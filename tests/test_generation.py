@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer, pipeline, set_seed
 
-from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM
+from reformer_hf import ReformerHfByteTokenizer, ReformerHfForCausalLM, ReformerHfForConditionalGeneration
 
 from .helpers import assert_close, assert_refused, random_model, tiny_config
 
@@ -549,6 +549,31 @@ def test_refuses_too_many_tokens():
             {f"{name}, {beams} beams": call for name, call in calls.items()},
         )
     assert cache.get_seq_length() == 0
+
+
+def test_fewer_layers():
+    """The last layers are deleted, and the config says so."""
+    model = _model(attn_layers=["local", "lsh", "local", "lsh"])
+    model.reformer.encoder.layers = model.reformer.encoder.layers[:2]
+    model.config.attn_layers = model.config.attn_layers[:2]
+    ids = _ids(21)
+    assert torch.equal(_generate(model, ids), _generate(model, ids, use_cache=False))
+
+
+def test_assisted_decoding_generates_padding():
+    model = _model(max_position_embeddings=512, pad_token_id=0)
+    options = {"sequence_bias": [[[0], 100.0]], "num_new": 30}
+    found = _generate(model, _ids(21), assistant_model=copy.deepcopy(model), **options)
+    assert torch.equal(found, _generate(model, _ids(21), use_cache=False, **options)) and (found[0, 21:] == 0).all()
+
+
+def test_refused_options():
+    model, seq2seq = _model(), random_model(cls=ReformerHfForConditionalGeneration)
+    cases = {
+        "early exit": (model, {"assistant_early_exit": 1}, "`assistant_early_exit` is 1.*use an `assistant_model`"),
+        "prefill": (seq2seq, {"prefill_chunk_size": 2}, "`prefill_chunk_size` is 2.*leave it None"),
+    }
+    assert_refused(lambda each, options: each.generate(_ids(21), max_new_tokens=3, **options), cases)
 
 
 def test_empty_prompt():

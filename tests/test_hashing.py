@@ -54,6 +54,16 @@ def test_rotations_equal_in_tree():
         assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_rotations_ignore_default_dtype(dtype):
+    expected = random_rotations(0, 2, 8, 2, [4])
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(random_rotations(0, 2, 8, 2, [4]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_rotations_differ():
     rotations = random_rotations(0, 2, 8, 2, [4])
     assert not torch.equal(rotations, random_rotations(1, 2, 8, 2, [4]))

@@ -364,6 +364,12 @@ def test_function_transforms():
         total(parameters, model).backward()
         refused[f"reversible {reversible}"] = (parameters, model, "`torch.func`.*are not supported")
     assert_refused(torch.func.grad(total), refused)
+    embedded = model.get_input_embeddings()(IDS).detach()
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(ValueError, match="forward-mode differentiation are"),
+    ):
+        model(inputs_embeds=torch.autograd.forward_ad.make_dual(embedded, embedded))
 
 
 def test_bad_models():

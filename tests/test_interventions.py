@@ -1,12 +1,16 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Hooks, wrappers and replaced parameters on a reversible model give the gradients of the plain one."""
 
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 
 from reformer_hf import ReformerHfForCausalLM
@@ -161,6 +165,8 @@ def _step(intervene, reversible, between=lambda model: None, dtype=torch.float64
     torch.manual_seed(1)
     input_ids = torch.randint(0, 60, (2, 77))
     torch.manual_seed(2)
+    random.seed(2)
+    np.random.seed(2)
     loss = model(input_ids, labels=input_ids).loss
     between(model)
     loss.backward()
@@ -216,10 +222,20 @@ def _shift(layers, vector):
 
 
 class _Noisy(nn.Linear):
-    """It draws random numbers in any mode."""
+    """It draws random numbers in any mode and from any generator, and keeps its output."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.generators = torch.Generator().manual_seed(0), np.random.default_rng(0), random.Random(0)
+        self.torch_generator, self.numpy_generator, self.python_generator = self.generators
+        self.outputs = [torch.zeros(2)]
 
     def forward(self, hidden_states):
-        return nn.functional.dropout(super().forward(hidden_states), 0.3, training=True)
+        drawn = torch.rand((), generator=self.torch_generator).item(), self.numpy_generator.random()
+        factor = sum(drawn) + self.python_generator.random() + random.random() + np.random.rand()
+        out = factor * nn.functional.dropout(super().forward(hidden_states), 0.3, training=True)
+        self.outputs = [out.detach()]
+        return out
 
 
 def _add_noise(layers, vector):
@@ -239,6 +255,53 @@ def test_in_chunks(intervene, kept):
     chunks = {} if intervene is _add_noise else {"chunk_size_feed_forward": 7}
     found = _step(intervene, True, max_kept_activations=kept, **without, **chunks)
     _assert_same(found, _step(intervene, False, **without))
+
+
+def test_global_hook():
+    """A hook of all modules, which reads a tensor that is none of their parameters."""
+
+    def intervene(layers, vector):
+        hook = register_module_forward_hook(lambda module, args, out: out * vector[0] if module in denses else None)
+        denses = {layer.feed_forward.dense.dense for layer in layers}
+        handles.append(hook)
+
+    handles, steps = [], []
+    for reversible in (True, False):
+        steps.append(_step(intervene, reversible, chunk_size_feed_forward=7))
+        handles.pop().remove()
+    _assert_same(*steps)
+    assert "vector" in steps[0][1]
+
+
+class _Gated(nn.Module):
+    """Scale by a tensor that is shared, and so in a list instead of a parameter."""
+
+    def __init__(self, module, gate):
+        super().__init__()
+        self.module, self.gate = module, [gate]
+
+    def forward(self, hidden_states):
+        return self.module(hidden_states) * self.gate[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["feed_forward.dense.dense", "attention.self_attention.query_key", "attention.output.dense"]
+)
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "computed"])
+def test_tensors_of_nobody_are_refused(name, is_leaf):
+    """Their gradients would be lost in a recomputation, without a word."""
+    for options in ({}, {"reversible": False, "chunk_size_feed_forward": 7}):
+        model = random_model(attn_layers=LAYERS, **options).train()
+        gate = nn.Parameter(torch.ones(()))
+        layer = model.reformer.encoder.layers[1]
+        layer.set_submodule(name, _Gated(layer.get_submodule(name), gate if is_leaf else gate + 1))
+        loss = model(torch.arange(40)[None], labels=torch.arange(40)[None]).loss
+        if "reversible" in options and "attention" in name:
+            loss.backward()
+            assert gate.grad
+        else:
+            with pytest.raises(RuntimeError, match="is not one of its parameters.*register it as a parameter"):
+                loss.backward()
 
 
 def test_replicas(monkeypatch):
@@ -314,6 +377,22 @@ def test_adapters_change_before_backward():
         (losses[0] - losses[1] ** 2).backward()
         grads.append({name: each.grad for name, each in wrapped.named_parameters() if each.grad is not None})
     assert grads[0].keys() == grads[1].keys() and any(".second." in name for name in grads[0])
+    for name, grad in grads[0].items():
+        assert_close(grad, grads[1][name], 1e-6, name)
+
+
+def test_scale_of_adapters_changes_before_backward():
+    grads = []
+    input_ids = torch.arange(40)[None]
+    for reversible in (True, False):
+        model = random_model(torch.float64, reversible=reversible, attn_layers=LAYERS, hash_seed=0).train()
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["query_key", "query", "value"])
+        wrapped = get_peft_model(model, lora)
+        with rescale_adapter_scale(wrapped, 0.25):
+            loss = wrapped(input_ids, labels=input_ids).loss
+        loss.backward()
+        grads.append({name: each.grad for name, each in wrapped.named_parameters() if each.grad is not None})
     for name, grad in grads[0].items():
         assert_close(grad, grads[1][name], 1e-6, name)
 

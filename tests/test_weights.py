@@ -32,6 +32,24 @@ def test_head_bias(input_ids):
         assert model.get_output_embeddings().bias is model.lm_head.bias, f"tied {tied}"
         model.set_output_embeddings(torch.nn.Linear(32 if tied else 64, 60))
         assert model.get_output_embeddings().bias is model.lm_head.bias, f"tied {tied}"
+        with pytest.raises(ValueError, match=r"`model.set_output_embeddings\(linear\)`"):
+            model.lm_head = torch.nn.Linear(32 if tied else 64, 60)
+        states = model(input_ids, output_hidden_states=True).hidden_states[1]
+        with pytest.raises(ValueError, match=r"width 32, .* both residual streams \(64\)"):
+            model.lm_head(states)
+
+
+def test_head_without_bias(input_ids, tmp_path):
+    losses = []
+    for chunk_size in (0, 16):
+        model = random_model(chunk_size_lm_head=chunk_size, hash_seed=0).train()
+        torch.manual_seed(0)
+        model.set_output_embeddings(torch.nn.Linear(64, 60, bias=False))
+        losses.append(model(input_ids, labels=input_ids).loss)
+    assert_close(losses[1], losses[0], 1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = ReformerHfForCausalLM.from_pretrained(tmp_path)
+    assert_close(loaded(input_ids).logits, model.eval()(input_ids).logits, 1e-6)
 
 
 @torch.no_grad()
