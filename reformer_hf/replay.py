@@ -112,8 +112,8 @@ _CONTAINERS = (list, tuple, dict, set)
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Return whether a module is neither of torch nor of this package."""
-    return not type(module).__module__.startswith(("torch.nn.", f"{_PACKAGE}."))
+    """Return whether a module is neither of torch nor of this package, nor an activation function of Transformers."""
+    return not type(module).__module__.startswith(("torch.nn.", f"{_PACKAGE}.", "transformers.activations"))
 
 
 def _settings_of(module: nn.Module) -> list[_Held]:
