@@ -243,7 +243,7 @@ def train(
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=sum_nll,
-        new_causal_model=model_args.model_name_or_path is None,
+        muon_by_default=model_args.model_name_or_path is None,
     )
     metrics = trainer.train_or_exit(checkpoint)
     metrics |= trainer.evaluate()

@@ -157,6 +157,7 @@ def train(
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=partial(sum_nll, shift=False),
+        muon_by_default=model_args.model_name_or_path is None,
     )
     metrics = trainer.train_or_exit(checkpoint)
     metrics |= trainer.evaluate()

@@ -51,8 +51,8 @@ class ScriptTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Peak learning rate of Muon, which trains the weights of linear layers, next to AdamW for "
-            "everything else. 0 trains everything with AdamW. By default 0.02 for new causal models, and 0 for "
-            "others, with DeepSpeed and with another `optim`."
+            "everything else. 0 trains everything with AdamW. By default 0.02 for new language models, and 0 "
+            "for others, with DeepSpeed and with another `optim`."
         },
     )
     warmup_steps: float = field(
@@ -189,15 +189,15 @@ class ScriptTrainer(Trainer):
     own.
 
     Args:
-        new_causal_model: Whether to train with Muon by default.
+        muon_by_default: Whether to train with Muon unless the arguments say otherwise.
         **kwargs: Of `Trainer`.
     """
 
-    def __init__(self, new_causal_model: bool = False, **kwargs):
+    def __init__(self, muon_by_default: bool = False, **kwargs):
         super().__init__(**kwargs)
         if self.args.muon_learning_rate is None:
             chosen = self.is_deepspeed_enabled or self.args.optim != TrainingArguments.optim
-            self.args.muon_learning_rate = 0.02 if new_causal_model and not chosen else 0.0
+            self.args.muon_learning_rate = 0.02 if muon_by_default and not chosen else 0.0
         self.curve = LearningCurve(self.args.max_minutes, self.args.cpu_time)
         self.on_sigterm = SaveOnSigterm()
         for callback in (StopOnNonFinite(), self.on_sigterm, self.curve):

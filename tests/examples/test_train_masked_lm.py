@@ -16,6 +16,7 @@ from train_masked_lm import main, masked_bytes
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from reformer_hf import ReformerHfByteTokenizer, ReformerHfForMaskedLM
+from reformer_hf.training import MuonWithAdamW
 
 REFORMER = (
     'attn_layers=["local","lsh"],hidden_size=16,num_attention_heads=2,attention_head_size=8,feed_forward_size=16,'
@@ -128,6 +129,7 @@ def test_folder(trained):
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     model = AutoModelForMaskedLM.from_pretrained(folder)
     assert isinstance(model, ReformerHfForMaskedLM) and not model.config.is_decoder
+    assert isinstance(trainer.optimizer.optimizer, MuonWithAdamW)
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 64
     results = json.loads((folder / "all_results.json").read_text())
     for name in ("eval_bits_per_masked_byte", "unigram_bits_per_masked_byte", "train_loss"):
