@@ -23,6 +23,7 @@ IN_TREE_PATTERN = {
     "lsh_across_buckets": True,
     "lsh_deduplicate_keys": False,
     "wrap_chunks": True,
+    "local_rope_theta": None,
 }
 
 

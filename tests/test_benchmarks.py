@@ -147,6 +147,11 @@ def test_checks_notice_wrong_attention(monkeypatch):
     assert not _ok("reformer_hf") and not _ok("reformer_hf-in-tree")
 
 
+def test_local_layers_equal_in_tree():
+    shape = replace(QUICK, layers=("local", "lsh"))
+    assert all(finding.ok for finding in IMPLEMENTATIONS["transformers"].check(shape, 2))
+
+
 def test_checks_notice_dense_lookahead(monkeypatch):
     build = checks.dense_model
 
