@@ -226,6 +226,7 @@ def train(
         data_collator=default_data_collator,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=partial(sum_nll, shift=False),
+        muon_by_default=True,
     )
     metrics = trainer.train_or_exit(checkpoint)
     metrics |= trainer.evaluate()

@@ -51,8 +51,8 @@ class ScriptTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Peak learning rate of Muon, which trains the weights of linear layers, next to AdamW for "
-            "everything else. 0 trains everything with AdamW. By default 0.02 for new language models, and 0 "
-            "for others, with DeepSpeed and with another `optim`."
+            "everything else. 0 trains everything with AdamW. By default 0.02 for new models of text and "
+            "images, and 0 for others, with DeepSpeed and with another `optim`."
         },
     )
     warmup_steps: float = field(

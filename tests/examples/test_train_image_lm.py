@@ -18,6 +18,8 @@ from train_image_lm import complete, encode, main, sinusoids
 from training_run import LearningCurve
 from transformers import AutoModelForCausalLM, set_seed
 
+from reformer_hf.training import MuonWithAdamW
+
 SIZE = 8
 REFORMER = (
     'attn_layers=["local","lsh"],hidden_size=16,num_attention_heads=2,attention_head_size=8,feed_forward_size=16,'
@@ -215,6 +217,7 @@ def test_folder(trained):
 
 def test_bits_per_dimension(trained, images):
     _, trainer, metrics = trained
+    assert isinstance(trainer.optimizer.optimizer, MuonWithAdamW)
     nats = 0.0
     tiles = load_tiles(ImageArguments(str(images), tile_size=SIZE)).held_out
     for tile in tiles:
