@@ -30,12 +30,11 @@ def _inputs(padded, length=251):
     return inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "sizes", [(32, 96, 64), (64, 128, 64), (64, 192, 64), (128, 256, 96), (256, 512, 96)], ids=str
-)
-def test_kernel_passes_trial(sizes, dtype):
-    assert attention_kernels._is_trusted("cuda_efficient", torch.device("cuda"), dtype, *sizes, sizes[-1])
+def test_kernel_passes_trial():
+    for dtype in (torch.float32, torch.bfloat16):
+        for sizes in ((32, 96, 64), (64, 128, 64), (64, 192, 64), (128, 256, 96), (256, 512, 96)):
+            trial = torch.device("cuda"), dtype, *sizes, sizes[-1]
+            assert attention_kernels._is_trusted("cuda_efficient", *trial), trial
 
 
 @patterns
@@ -54,26 +53,22 @@ def test_step_equals_cpu(padded, lsh_pattern):
         assert_close(results["cuda"][name].cpu(), expected, 1e-9, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @patterns
 @paddings
-def test_host_never_waits(padded, lsh_pattern, dtype):
+def test_host_never_waits(padded, lsh_pattern):
     """The layers and the head, forward and backward, with dropout of what attention adds."""
     fields = {"lsh_pattern": lsh_pattern, "hidden_dropout_prob": 0.1, **CHUNKS}
-    model = random_model(dtype, attn_layers=LAYERS, **fields).cuda().train()
-    hidden_states = torch.randn(2, 251, model.config.hidden_size, device="cuda", requires_grad=True)
-    padding = (_inputs(True)["attention_mask"] == 0).cuda() if padded else None
-
-    def step():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = random_model(dtype, attn_layers=LAYERS, **fields).cuda().train()
+        hidden_states = torch.randn(2, 251, model.config.hidden_size, device="cuda", requires_grad=True)
+        padding = (_inputs(True)["attention_mask"] == 0).cuda() if padded else None
+        # The trial of the kernel, and what CUDA sets up.
         logits_of(model, hidden_states, padding).sum().backward()
-
-    # The trial of the kernel, and what CUDA sets up.
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits_of(model, hidden_states, padding).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_buckets_equal_cpu():

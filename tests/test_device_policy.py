@@ -1,6 +1,7 @@
 # Copyright 2026 The reformer_hf authors. Licensed under the Apache License, Version 2.0.
 """Policies by type of device: that of CUDA, run on the CPU, gives what the CPU's own gives."""
 
+import itertools
 from dataclasses import fields
 
 import pytest
@@ -50,15 +51,15 @@ def _attention(name, length, padded):
     return found | {f"grad of {name}": grad for name, grad in zip(inputs, grads, strict=True)}, positions
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-def test_attention_of_cuda_policy(name, monkeypatch):
-    for length, padded in ((29, True), (333, False), (333, True), (1024, False)):
+def test_attention_of_cuda_policy(monkeypatch):
+    lengths = ((29, True), (333, False), (333, True), (1024, False))
+    for name, (length, padded) in itertools.product(PATTERNS, lengths):
         set_policy(monkeypatch, CPU)
         expected, expected_positions = _attention(name, length, padded)
         for kernel, policy in POLICIES.items():
             set_policy(monkeypatch, policy)
             found, positions = _attention(name, length, padded)
-            of = f"{kernel}, length {length}, padded {padded}"
+            of = f"{name}, {kernel}, length {length}, padded {padded}"
             assert torch.equal(positions, expected_positions), of
             for tensor in expected:
                 assert_close(found[tensor], expected[tensor], 1e-5, f"{tensor}, {of}")

@@ -54,14 +54,14 @@ def test_rotations_equal_in_tree():
         assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_rotations_ignore_default_dtype(dtype):
+def test_rotations_ignore_default_dtype():
     expected = random_rotations(0, 2, 8, 2, [4])
-    torch.set_default_dtype(dtype)
-    try:
-        assert torch.equal(random_rotations(0, 2, 8, 2, [4]), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(random_rotations(0, 2, 8, 2, [4]), expected), dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def test_rotations_differ():

@@ -84,24 +84,24 @@ def meta_as_cuda(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and is_enabled(kind))
 
 
-@pytest.mark.parametrize(
-    ("length", "padded", "lsh_pattern", "run"),
-    [
-        (SHORT, False, "window", "step"),
-        (SHORT, True, "chunk", "forward"),
-        (LONG, False, "chunk", "forward"),
-        (LONG, True, "window", "forward"),
-        (LONG, True, "chunk", "step"),
-    ],
-)
-def test_host_never_waits(length, padded, lsh_pattern, run, cuda_policy):
-    model = _model(LAYERS, length, lsh_pattern=lsh_pattern).train(run == "step")
-    # The trial of the kernel, which reads its results; it depends on the sizes of chunks alone.
-    _forward_pass(model, *_inputs(model, SHORT, padded))
-    log = RUNS[run](model, *_inputs(model, length, padded))
-    assert not log.waits
-    most = sum(MOST_KERNELS[layer][run == "forward"] for layer in LAYERS)
-    assert log.num_kernels < most, log.kernels.most_common()
+PASSES = [
+    (SHORT, False, "window", "step"),
+    (SHORT, True, "chunk", "forward"),
+    (LONG, False, "chunk", "forward"),
+    (LONG, True, "window", "forward"),
+    (LONG, True, "chunk", "step"),
+]
+
+
+def test_host_never_waits(cuda_policy):
+    for length, padded, lsh_pattern, run in PASSES:
+        model = _model(LAYERS, length, lsh_pattern=lsh_pattern).train(run == "step")
+        # The trial of the kernel, which reads its results; it depends on the sizes of chunks alone.
+        _forward_pass(model, *_inputs(model, SHORT, padded))
+        log = RUNS[run](model, *_inputs(model, length, padded))
+        assert not log.waits
+        most = sum(MOST_KERNELS[layer][run == "forward"] for layer in LAYERS)
+        assert log.num_kernels < most, log.kernels.most_common()
 
 
 @patterns
@@ -113,44 +113,44 @@ def test_host_never_waits_for_options(lsh_pattern, cuda_policy):
     assert log.kernels["random_"]
 
 
-@pytest.mark.parametrize(
-    ("length", "padded", "lsh_pattern", "run"),
-    [
-        (1000, False, "window", "step"),
-        (1000, True, "chunk", "forward"),
-        (LONG, False, "chunk", "forward"),
-        (LONG, True, "window", "step"),
-        (1 << 20, True, "window", "forward"),
-        (1 << 20, True, "chunk", "step"),
-    ],
-)
-def test_device_without_numbers(length, padded, lsh_pattern, run, meta_as_cuda):
+PASSES_WITHOUT_NUMBERS = [
+    (1000, False, "window", "step"),
+    (1000, True, "chunk", "forward"),
+    (LONG, False, "chunk", "forward"),
+    (LONG, True, "window", "step"),
+    (1 << 20, True, "window", "forward"),
+    (1 << 20, True, "chunk", "step"),
+]
+
+
+def test_device_without_numbers(meta_as_cuda):
     """In evaluation, for `meta` has no generator."""
-    layers = LAYERS if length <= LONG else LAYERS[:2]
-    model = _model(layers, 1 << 20, lsh_pattern=lsh_pattern).to("meta").eval()
-    log = RUNS[run](model, *_inputs(model, length, padded))
-    assert not log.waits
-    assert log.kernels["_scaled_dot_product_efficient_attention"]
-    assert not log.kernels["_scaled_dot_product_flash_attention_for_cpu"]
+    for length, padded, lsh_pattern, run in PASSES_WITHOUT_NUMBERS:
+        layers = LAYERS if length <= LONG else LAYERS[:2]
+        model = _model(layers, 1 << 20, lsh_pattern=lsh_pattern).to("meta").eval()
+        log = RUNS[run](model, *_inputs(model, length, padded))
+        assert not log.waits
+        assert log.kernels["_scaled_dot_product_efficient_attention"]
+        assert not log.kernels["_scaled_dot_product_flash_attention_for_cpu"]
 
 
-@pytest.mark.parametrize(
-    ("length", "kind", "padded", "run"),
-    [
-        (SHORT, "lsh", False, "step"),
-        (SHORT, "local", True, "forward"),
-        (LONG, "local", False, "forward"),
-        (LONG, "lsh", True, "forward"),
-        (LONG, "local", True, "step"),
-    ],
-)
-def test_kernels_of_a_layer(length, kind, padded, run, meta_as_cuda):
+PASSES_OF_A_LAYER = [
+    (SHORT, "lsh", False, "step"),
+    (SHORT, "local", True, "forward"),
+    (LONG, "local", False, "forward"),
+    (LONG, "lsh", True, "forward"),
+    (LONG, "local", True, "step"),
+]
+
+
+def test_kernels_of_a_layer(meta_as_cuda):
     """What one more layer adds."""
-    counts = []
-    for depth in (1, 2):
-        model = _model([kind] * depth, length).to("meta").eval()
-        counts.append(RUNS[run](model, *_inputs(model, length, padded)).num_kernels)
-    assert counts[1] - counts[0] < MOST_KERNELS[kind][run == "forward"]
+    for length, kind, padded, run in PASSES_OF_A_LAYER:
+        counts = []
+        for depth in (1, 2):
+            model = _model([kind] * depth, length).to("meta").eval()
+            counts.append(RUNS[run](model, *_inputs(model, length, padded)).num_kernels)
+        assert counts[1] - counts[0] < MOST_KERNELS[kind][run == "forward"]
 
 
 def test_log_names_waits():

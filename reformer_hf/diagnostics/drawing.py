@@ -147,7 +147,8 @@ def _draw(
 
     if axes is None:
         figure = Figure(figsize=(10, 11.9), layout=ConstrainedLayoutEngine(h_pad=0.12))
-        panels: Sequence[Any] = list(figure.subplots(2, 2).flat)
+        grid: Any = figure.subplots(2, 2)
+        panels: Sequence[Any] = list(grid.flat)
         _draw_scales(figure, panels)
     else:
         panels = list(axes)
