@@ -125,9 +125,7 @@ def report(records: list[Record], folder: Path) -> str:
 EXPERIMENT = Experiment(
     "quality",
     [
-        *(Run(model, 4096) for model in MODELS),
-        # Those with dense attention would make some ten steps in this time.
-        *(Run(model, 16384) for model in ("reformer", "local", "in-tree")),
+        *(Run(model, length) for length in (4096, 16384) for model in MODELS),
         *(Run(model, length, muon_learning_rate=0.05) for length in (4096, 16384) for model in ("reformer", "local")),
         *(Run("dense", length, muon_learning_rate=0.05) for length in (4096, 16384)),
         # The default of `train_causal_lm.py`.
