@@ -41,9 +41,9 @@ def refuse_other_sources(results: Sequence[Tensor], sources: Sequence[Tensor]) -
     A recomputation in a backward pass computes the gradients of its inputs and of parameters alone. Those of a tensor
     that a module reads without owning it, such as a parameter that it keeps in a list, would be lost.
     """
-    known = {each.grad_fn for each in sources if each.grad_fn is not None}
+    seen = {each.grad_fn for each in sources if each.grad_fn is not None}
     leaves = {id(each) for each in sources}
-    nodes, seen = [each.grad_fn for each in results if each.grad_fn is not None], set(known)
+    nodes = [each.grad_fn for each in results if each.grad_fn is not None]
     while nodes:
         node = nodes.pop()
         if node in seen:

@@ -390,7 +390,7 @@ class LSHChunkCacheLayer(LSHCacheLayer):
             Their rows, and whether they are masked, both `[B, H, R, W]`.
         """
         pattern, ring_length, chunk_length = self.spec.pattern, self.ring_length, self.firsts.shape[-1]
-        wrapped = slots < 0
+        wrapped, ends = slots < 0, self.counts.cumsum(-1)
         if pattern.wraps:
             slots = torch.where(wrapped, slots + pattern.padded_length(self.length + 1), slots)
 
@@ -398,10 +398,10 @@ class LSHChunkCacheLayer(LSHCacheLayer):
             # In a ring, the first chunk of a round sees the last chunk of the previous round.
             return torch.where(wrapped, look_up(of_rounds.roll(1, 2)), look_up(of_rounds))
 
-        buckets = search(self.counts.cumsum(-1), lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
+        buckets = search(ends, lambda of_buckets: torch.searchsorted(of_buckets, slots, right=True))
         masked = (slots < 0) | (buckets >= self.num_buckets)
         buckets = buckets.clamp(max=self.num_buckets)
-        index = slots - search(self._bucket_starts, lambda of_buckets: of_buckets.gather(-1, buckets))
+        index = slots - search(ends - self.counts, lambda of_buckets: of_buckets.gather(-1, buckets))
         counts = search(self.counts, lambda of_buckets: of_buckets.gather(-1, buckets))
         seen_rings = search(self._first_rings().contiguous(), lambda of_rounds: of_rounds + buckets)
         last = self.rings.view(-1).take(seen_rings * ring_length + index % ring_length)

@@ -48,14 +48,17 @@ class Branch(ABC):
     Attributes:
         parameters: Tensors other than the stream that require gradients: the parameters of the module, and in some
             branches others.
-        checks_sources: Whether a module inside may read tensors that are not its parameters, see `vjp_chunks`.
     """
 
     module: nn.Module
 
     def __post_init__(self) -> None:
         self.parameters = trainable_parameters(self.module)
-        self.checks_sources = any(map(is_foreign, self.module.modules()))
+
+    @property
+    def checks_sources(self) -> bool:
+        """Whether a module inside may read tensors that are not its parameters, see `vjp_chunks`."""
+        return any(map(is_foreign, self.module.modules()))
 
     @abstractmethod
     def add_to(self, other: Tensor, stream: Tensor, sign: int = 1, found: Any = None) -> tuple[Tensor, Any]:

@@ -227,8 +227,8 @@ class _Noisy(nn.Linear):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.generators = torch.Generator().manual_seed(0), np.random.default_rng(0), random.Random(0)
-        self.torch_generator, self.numpy_generator, self.python_generator = self.generators
+        self.torch_generator = torch.Generator().manual_seed(0)
+        self.numpy_generator, self.python_generator = np.random.default_rng(0), random.Random(0)
         self.outputs = [torch.zeros(2)]
 
     def forward(self, hidden_states):
@@ -262,9 +262,12 @@ def test_global_hook():
     """A hook of all modules, which reads a tensor that is none of their parameters."""
 
     def intervene(layers, vector):
-        hook = register_module_forward_hook(lambda module, args, out: out * vector[0] if module in denses else None)
         denses = {layer.feed_forward.dense.dense for layer in layers}
-        handles.append(hook)
+
+        def hook(module, args, out):
+            return out * vector[0] if module in denses else None
+
+        handles.append(register_module_forward_hook(hook))
 
     handles, steps = [], []
     for reversible in (True, False):
@@ -358,17 +361,24 @@ def test_rates_of_dropout_modules(reversible):
     assert torch.equal(model.train()(input_ids, use_cache=False).logits, expected)
 
 
+def _adapted(reversible, *names):
+    """A model with random adapters."""
+    model = random_model(torch.float64, reversible=reversible, attn_layers=LAYERS, hash_seed=0).train()
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["query_key", "query", "value"])
+    wrapped = get_peft_model(model, lora, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, lora)
+    return wrapped
+
+
 def test_adapters_change_before_backward():
     """Two adapters in one loss, as `set_adapter` leaves them: the other one is frozen and inactive by then."""
     grads = []
     input_ids = torch.arange(40)[None]
     for reversible in (True, False):
-        model = random_model(torch.float64, reversible=reversible, attn_layers=LAYERS, hash_seed=0).train()
-        torch.manual_seed(0)
-        lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["query_key", "query", "value"])
-        wrapped = get_peft_model(model, lora, adapter_name="first")
-        wrapped.add_adapter("second", lora)
-        model.get_input_embeddings().weight.requires_grad_(True)
+        wrapped = _adapted(reversible, "first", "second")
+        wrapped.get_input_embeddings().weight.requires_grad_(True)
         losses = []
         for name in ("first", "second"):
             wrapped.set_adapter(name)
@@ -384,10 +394,7 @@ def test_scale_of_adapters_changes_before_backward():
     grads = []
     input_ids = torch.arange(40)[None]
     for reversible in (True, False):
-        model = random_model(torch.float64, reversible=reversible, attn_layers=LAYERS, hash_seed=0).train()
-        torch.manual_seed(0)
-        lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["query_key", "query", "value"])
-        wrapped = get_peft_model(model, lora)
+        wrapped = _adapted(reversible, "default")
         with rescale_adapter_scale(wrapped, 0.25):
             loss = wrapped(input_ids, labels=input_ids).loss
         loss.backward()
